@@ -1,0 +1,191 @@
+"""Every setting, its meaning, and Appendix D's values for each benchmark.
+
+Fields without a number in their default take it from `PRESETS`; a flag overrides both. Where PAPER and code leave a
+choice open, the default is the reading that the README's table of open choices names.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning OpenMP threads stall a busy machine
+
+from argparse import HelpFormatter  # noqa: E402
+from dataclasses import dataclass, field, fields  # noqa: E402
+from typing import Literal  # noqa: E402
+
+from transformers import HfArgumentParser  # noqa: E402
+
+from files import InputError  # noqa: E402
+
+METHODS = ("rule", "rerule")
+
+# Appendix D, RULE's published scripts where the paper is silent, and settings of our own for models of laptop size.
+PRESETS = {
+    "builtin": dict(
+        steps=32, lr=4e-5, tau=0.4, min_groups=60, warmup_steps=10, buffer_size=1200, max_new_tokens=12,
+        sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, tiny_epochs=6.0, tiny_hidden=128, tiny_layers=2,
+    ),
+    "rwku": dict(
+        steps=37, lr=2e-6, tau=0.6, min_groups=100, warmup_steps=15, buffer_size=1200, max_new_tokens=1024,
+        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=20.0, tiny_hidden=128, tiny_layers=3,
+    ),
+    "muse": dict(
+        steps=187, lr=2e-6, tau=0.4, min_groups=500, warmup_steps=26, buffer_size=1200, max_new_tokens=1024,
+        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=20.0, tiny_hidden=128, tiny_layers=3,
+    ),
+    "tofu": dict(
+        steps=11, lr=2e-6, tau=0.6, min_groups=80, warmup_steps=6, buffer_size=400, max_new_tokens=256,
+        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=20.0, tiny_hidden=128, tiny_layers=3,
+    ),
+}  # fmt: skip
+TINY = dict(lr=4e-5, max_new_tokens=96, sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97)
+
+
+def setting(help, default=None, preset=None):
+    """A field whose `--help` line ends with its value, or its value for each benchmark."""
+    if preset:
+        value = ", ".join(f"{name} {values[preset]:g}" for name, values in PRESETS.items())
+        if preset in TINY:
+            value += f"; {TINY[preset]:g} for --model tiny on real text"
+    else:
+        value = {True: "on", False: "off"}.get(default, default) if isinstance(default, bool) else default
+        value = " ".join(value) if isinstance(value, list) else value
+    help = f"{help} [{value}]" if value != "" else help
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help.replace("%", "%%")})
+
+
+@dataclass
+class Config:
+    """Unlearn by reinforcement with RULE and ReRULE, then score and draw what came of it."""
+
+    benchmark: Literal["builtin", "rwku", "muse", "tofu"] = setting("What to unlearn.", "builtin")
+    data_dir: str = setting("Folder with the benchmark's files; the built-in world needs none.", "")
+    model: str = setting(
+        "Hugging Face id or folder, or 'tiny': a small Llama trained on the spot to know this benchmark's answers.", ""
+    )
+    method: list[str] = setting(
+        "Stage 2 methods to run from one Stage 1 checkpoint, of: rule, rerule. Both unless given.", list(METHODS)
+    )
+    seed: int = setting("Seed of the world, the data order, every rollout and every draw.", 0)
+    output_dir: str = setting("Folder for everything the run leaves. Unless given: runs/<benchmark>.", "")
+    resume: bool = setting("Go on with the unfinished run in output_dir from its last saved state.", False)
+    save_every: int = setting("Steps between saved states (0: only at the end of each phase).", 10)
+    eval_every: int = setting("Steps of Stage 2 between evaluations for the curves (0: none).", 0)
+
+    steps: int | None = setting("Stage 2 steps, each one batch of rollouts.", preset="steps")
+    prompts_per_step: int = setting("Prompts, so groups, in a step.", 32)
+    group_size: int = setting("Rollouts for each prompt, G.", 8)
+    lr: float | None = setting("Stage 2 learning rate of AdamW, constant.", preset="lr")
+    kl_coef: float = setting("Weight β of the KL term against the model after Stage 1.", 1e-2)
+    weight_decay: float = setting("AdamW's weight decay in both stages.", 1e-2)
+    max_grad_norm: float = setting("Gradients are clipped to this norm.", 1.0)
+    temperature: float = setting("Sampling temperature of rollouts, and of every log-probability.", 1.0)
+    max_new_tokens: int | None = setting("Longest response in tokens.", preset="max_new_tokens")
+    loss_norm: Literal["sequence", "token", "sum"] = setting(
+        "Mean over each response's tokens (GRPO), over all tokens (RULE's code), or Eq. 3's plain sum.", "sequence"
+    )
+    unbiased: bool = setting("Divide by G − 1, not G, in the standard deviation of a group's rewards.", True)
+    forget_reward: Literal["refusal", "target"] = setting(
+        "Forget reward: 1 for any refusal, or 0.5 for a refusal and 1 if it also names the target.", "refusal"
+    )
+
+    tau: float | None = setting("Hard-case threshold τ on a group's mean reward.", preset="tau")
+    buffer_size: int | None = setting("Groups that the replay buffer holds.", preset="buffer_size")
+    min_groups: int | None = setting("Replay waits until the buffer holds this many groups.", preset="min_groups")
+    warmup_steps: int | None = setting("Replay waits until this step is over.", preset="warmup_steps")
+    replay_groups: int = setting("Groups drawn for each replay update.", 32)
+    replay_store: Literal["hard", "random", "recent"] = setting(
+        "What is replayed: hard groups, as many random ones (Table 4's control), or the previous step's batch.", "hard"
+    )
+    replay_step: Literal["separate", "combined"] = setting(
+        "An optimiser step of its own for replay, or one step on the sum of both mean losses.", "separate"
+    )
+    store_until: Literal["end", "activation"] = setting("Go on storing after replay has started, or stop.", "end")
+    is_level: Literal["sequence", "token", "geometric"] = setting("What an importance ratio is taken over.", "sequence")
+    is_objective: Literal["weight", "surrogate"] = setting(
+        "Eq. 5 with its weight held fixed, or PPO's clipped minimum.", "weight"
+    )
+    is_normalize: bool = setting("Divide importance weights by their mean.", False)
+    clip_low: float = setting("ε_low: importance weights are at least 1 − ε_low.", 0.2)
+    clip_high: float = setting("ε_high: importance weights are at most 1 + ε_high.", 0.3)
+    replay_kl: bool = setting("Keep the KL term on replayed rollouts.", False)
+
+    sft_lr: float | None = setting("Stage 1 learning rate.", preset="sft_lr")
+    sft_batch_size: int | None = setting("Stage 1 rows in a step.", preset="sft_batch_size")
+    sft_epochs: float | None = setting("Stage 1 passes over the refusals.", preset="sft_epochs")
+    sft_steps: int = setting("Stage 1 steps; 0 leaves it to --sft_epochs.", 0)
+    sft_stop: float | None = setting(
+        "Stage 1 ends once this share of answers sampled to forget prompts are refusals (0: never).", preset="sft_stop"
+    )
+    sft_warmup: int = setting("Stage 1 warm-up steps before the cosine.", 20)
+
+    tiny_epochs: float | None = setting("--model tiny: passes over what it is taught.", preset="tiny_epochs")
+    tiny_hidden: int | None = setting("--model tiny: hidden size.", preset="tiny_hidden")
+    tiny_layers: int | None = setting("--model tiny: layers.", preset="tiny_layers")
+
+    device: Literal["auto", "cpu", "cuda"] = setting("Where to run.", "auto")
+    max_tokens: int = setting("Token positions in a micro-batch of the update.", 4096)
+    eval_batch_size: int = setting("Prompts in a batch of the evaluation.", 256)
+
+
+def parse(kind, argv=None):
+    """Command line → dataclass of `kind`. Raises InputError for anything a flag does not take."""
+    parser = HfArgumentParser(
+        kind, description=f"{kind.__doc__} Defaults in brackets.", allow_abbrev=False, formatter_class=HelpFormatter
+    )
+
+    def fail(message):
+        raise InputError(message)
+
+    parser.error = fail
+    settings, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise InputError(f"unknown flag {unknown[0]}; --help lists all of them")
+    return settings
+
+
+def resolve(config):
+    """Fill in presets and check every value. Returns the same Config; raises InputError naming the flag."""
+    config.model = config.model or "tiny"
+    config.output_dir = config.output_dir or f"runs/{config.benchmark}"
+    preset = PRESETS[config.benchmark]
+    if config.model == "tiny" and config.benchmark != "builtin":
+        preset = {**preset, **TINY}
+    for name, value in preset.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+
+    def require(holds, flag, expected):
+        if not holds:
+            raise InputError(f"--{flag} {getattr(config, flag)}: expected {expected}")
+
+    for name in config.method:
+        if name not in METHODS:
+            raise InputError(f"--method {name}: expected some of {', '.join(METHODS)}")
+    config.method = [name for name in METHODS if name in config.method]
+    if config.benchmark == "builtin" and config.model != "tiny":
+        raise InputError(f"--model {config.model}: the built-in world has its own tiny model; leave the flag out")
+    require(0 <= config.tau <= 1, "tau", "a mean reward from 0 to 1")
+    require(config.group_size >= 2, "group_size", "at least 2 rollouts, whose rewards are compared")
+    for name in ("prompts_per_step", "replay_groups", "min_groups", "buffer_size", "sft_batch_size", "max_new_tokens",
+                 "max_tokens", "eval_batch_size", "tiny_hidden", "tiny_layers"):  # fmt: skip
+        require(getattr(config, name) >= 1, name, "at least 1")
+    for name in ("steps", "save_every", "eval_every", "warmup_steps", "sft_steps", "sft_warmup"):
+        require(getattr(config, name) >= 0, name, "0 or more")
+    for name in ("lr", "sft_lr", "temperature", "max_grad_norm", "sft_epochs", "tiny_epochs"):
+        require(0 < getattr(config, name) < float("inf"), name, "a number above 0")
+    for name in ("kl_coef", "weight_decay", "clip_low", "clip_high"):
+        require(0 <= getattr(config, name) < float("inf"), name, "0 or more")
+    require(config.clip_low <= 1, "clip_low", "at most 1")
+    require(0 <= config.sft_stop <= 1, "sft_stop", "a share from 0 to 1")
+    require(config.replay_groups <= config.buffer_size, "replay_groups", f"at most --buffer_size {config.buffer_size}")
+    require(config.min_groups <= config.buffer_size, "min_groups", f"at most --buffer_size {config.buffer_size}")
+    require(config.is_objective == "weight" or not config.is_normalize, "is_objective", "weight, with --is_normalize")
+    return config
+
+
+def differences(ours, theirs):
+    """Names of the settings in which a new command differs from a stored run, less those free to change."""
+    free = {"resume", "save_every", "output_dir", "device"}
+    return [f.name for f in fields(Config) if f.name not in free and theirs.get(f.name) != getattr(ours, f.name)]

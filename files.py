@@ -1,0 +1,137 @@
+"""Reading input, and writing output that is never half there.
+
+Every file is written under a temporary name and renamed, so a run that is killed leaves the old file or the new one.
+Every mistake of the user's becomes an `InputError` that names the file, row, field or flag and what was expected; the
+commands print that one line and exit with code 2.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+
+class InputError(Exception):
+    """A mistake in a flag, a file or a folder, said in one line."""
+
+
+def exit_on_input_error(main):
+    """Run a command's `main()`; an `InputError` becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; add --resume to go on from the last saved state", file=sys.stderr)
+        sys.exit(130)
+
+
+def read_rows(path, fields):
+    """Rows of a JSON list or of JSON lines (TOFU's files are lines, though named .json).
+
+    Args:
+        path: file to read.
+        fields: name → type or tuple of types that every row must hold.
+    Returns: list of dicts, at least one.
+    Raises: InputError naming the file, the row (counted from 1) and the field.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    if not text.strip():
+        raise InputError(f"{path}: is empty; expected JSON rows with {', '.join(fields)}")
+    try:
+        rows = json.loads(text)
+        rows = rows if isinstance(rows, list) else [rows]
+    except json.JSONDecodeError as whole:
+        if text.lstrip().startswith("["):
+            raise InputError(f"{path}: line {whole.lineno} is not JSON ({whole.msg})") from None
+        rows = []
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}: row {number} is not JSON ({error.msg})") from None
+    if not rows:
+        raise InputError(f"{path}: holds no rows; expected some with {', '.join(fields)}")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: row {number} is {type(row).__name__}, expected an object with {', '.join(fields)}")
+        for field, kind in fields.items():
+            if field not in row:
+                raise InputError(f"{path}: row {number} has no field '{field}'")
+            if not isinstance(row[field], kind) or row[field] == []:
+                names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+                raise InputError(f"{path}: row {number}, field '{field}' is not a {names} with something in it")
+    return rows
+
+
+def write_text(path, text):
+    """Write text under a temporary name, then rename it into place."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def save_folder(path, fill):
+    """Let `fill(folder)` write a folder under a temporary name, then put it in place of `path`."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    fill(temporary)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)
+
+
+def save_state(path, state):
+    """`torch.save` to a temporary name, flushed to the disk, then renamed: a kill in mid-save keeps the last state."""
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Log:
+    """A JSON-lines file that can be cut back to where a saved state left it."""
+
+    def __init__(self, path, keep_bytes=0):
+        self.file = open(path, "r+b" if Path(path).exists() else "w+b")
+        self.file.truncate(keep_bytes)
+        self.file.seek(keep_bytes)
+
+    def write(self, row):
+        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+    def size(self):
+        """Bytes safely on disk so far."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+
+def derive_seed(*parts):
+    """One 63-bit seed for (seed, step, purpose): any step of any phase can be re-made without what came before."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def generator(device, *parts):
+    """A torch generator seeded for (seed, step, purpose)."""
+    return torch.Generator(device).manual_seed(derive_seed(*parts))

@@ -1,0 +1,276 @@
+"""Stage 2's on-policy half: sampling rollout groups, group-normalised advantages, the KL term and Eq. 3.
+
+Covers Section 3.1 (Eq. 2 and its KL term), Section 3.2 (Eq. 3, the regions Easy(τ) and Hard(τ)).
+
+Symbols: x prompt, y_i the i-th of G responses, r_i its reward, Â_i its advantage, π_θ the policy, π_old the policy that
+sampled y, π_ref the frozen model after Stage 1, β the KL weight, T the temperature. Shapes: N groups, G responses each,
+B = N·G rows, P prompt tokens, T response tokens (the temperature is always spelt out).
+
+Deviations
+- No PPO clip on fresh rollouts: one optimiser step per batch makes π_θ/π_old exactly 1, so Eq. 3 is computed as it is
+  written. RULE's code carries the clip, where it never acts.
+- KL is GRPO's k3 estimate, clamped at 10 as in RULE's code. Differentiated through samples held fixed, its expected
+  gradient is that of KL(π_ref ‖ π_θ), not of the KL(π_θ ‖ π_ref) that Eq. 2 writes.
+- The policy runs in eval mode throughout: dropout would make the sampler's π_old and the training forward disagree.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass
+class RolloutGroup:
+    """One prompt's G responses and all that any update of them needs, now or after months in the buffer.
+
+    It travels unchanged from sampling to reward to update to buffer; nothing in it is ever decoded and encoded again.
+    """
+
+    query: int  # index of x among the training queries
+    prompt_ids: torch.Tensor  # (P,)
+    response_ids: torch.Tensor  # (G, T), padded on the right
+    mask: torch.Tensor  # (G, T) bool, True on every sampled token, the final EOS included
+    old_logprobs: torch.Tensor  # (G, T) log π_old as the sampler saw them
+    ref_logprobs: torch.Tensor | None  # (G, T) log π_ref, or None where no KL term reads them
+    rewards: torch.Tensor  # (G,)
+    advantages: torch.Tensor  # (G,)
+    step: int  # when it was sampled
+
+    def all_equal(self):
+        """All rewards the same: Â = 0, no policy gradient."""
+        return bool((self.rewards == self.rewards[0]).all())
+
+
+@dataclass
+class Batch:
+    """Some groups side by side. Prompts are padded on the left (N, P), responses on the right (B, T)."""
+
+    prompt_ids: torch.Tensor  # (N, P)
+    prompt_mask: torch.Tensor  # (N, P) bool
+    response_ids: torch.Tensor  # (B, T)
+    mask: torch.Tensor  # (B, T) bool
+    old_logprobs: torch.Tensor  # (B, T)
+    ref_logprobs: torch.Tensor | None  # (B, T)
+    advantages: torch.Tensor  # (B, 1)
+
+
+# --- equations -------------------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards, unbiased=True):
+    """Â_i = (r_i − mean(r)) / (std(r) + 1e-6) within each group (Section 3.2).
+
+    Args: rewards (N, G); unbiased: divide the variance by G − 1, as RULE's code does.
+    Returns: (N, G); exactly 0 in a group whose rewards are all equal.
+    Raises: ValueError for groups of one, whose standard deviation does not exist.
+    """
+    if rewards.shape[-1] < 2:
+        raise ValueError("a group needs at least 2 responses to normalise its rewards")
+    mean = rewards.mean(-1, keepdim=True)  # (N, 1)
+    std = rewards.std(-1, keepdim=True, unbiased=unbiased)  # (N, 1)
+    equal = (rewards == rewards[..., :1]).all(-1, keepdim=True)  # (N, 1)
+    return torch.where(equal, 0.0, (rewards - mean) / (std + 1e-6))
+
+
+def k3(logprobs, ref_logprobs):
+    """Per-token KL estimate exp(Δ) − Δ − 1 with Δ = log π_ref − log π_θ: never negative, 0 where the two agree."""
+    delta = ref_logprobs - logprobs
+    return (delta.exp() - delta - 1).clamp(max=10.0)
+
+
+def policy_gradient_loss(logprobs, advantages):
+    """Per-token loss whose gradient is −Â_i ∇log π_θ(y_i,t | x, y_i,<t), the bracket of Eq. 3.
+
+    exp(log π − sg[log π]) has the value 1 and the gradient of log π, so the value is −Â_i: that is why the policy loss
+    of a whole group is 0 though its gradient is not.
+    Args: logprobs (B, T), advantages (B, 1). Returns: (B, T).
+    """
+    return -advantages * torch.exp(logprobs - logprobs.detach())  # Eq. 3
+
+
+def token_weights(mask, loss_norm, n_responses, n_tokens):
+    """What each token counts for in the mean over a batch, so that partial sums over micro-batches add up exactly.
+
+    Args:
+        mask: (B, T) bool, any part of the batch.
+        loss_norm: "sequence" (GRPO: 1/G Σ_i 1/|y_i| Σ_t), "token" (one mean over all tokens, RULE's code) or
+            "sum" (1/G Σ_i Σ_t, Eq. 3 to the letter).
+        n_responses, n_tokens: counts over the whole batch (N·G and Σ|y|), whatever the split.
+    Returns: (B, T), 0 on padding.
+    """
+    if loss_norm == "token":
+        return mask / n_tokens
+    lengths = mask.sum(-1, keepdim=True) if loss_norm == "sequence" else 1  # (B, 1)
+    return mask / lengths / n_responses
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+def left_pad(prompts, device):
+    """Token id lists → ids (N, P) and mask (N, P), True on real tokens. Pad ids are 0 and are never attended to."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)  # (N, P)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    return ids, torch.arange(width, device=device) >= width - lengths[:, None]
+
+
+@torch.no_grad()
+def sample(model, prompts, group_size, max_new_tokens, stop_ids, temperature, generator=None):
+    """Sample `group_size` responses to each prompt; greedy where the temperature is 0.
+
+    Each prompt is run once and its keys and values repeated for its G responses; rows that have stopped are dropped.
+    Args: model in eval mode; prompts: N lists of token ids; generator: on the model's device, None if greedy.
+    Returns (on the CPU): ids (N, G, T); mask (N, G, T), True up to and with the stop token; logprobs (N, G, T), the
+        sampler's own log π_old(y_t) at this temperature.
+    """
+    device = model.device
+    ids, prompt_mask = left_pad(prompts, device)
+    out = model(
+        input_ids=ids, attention_mask=prompt_mask.long(), position_ids=positions(prompt_mask), use_cache=True,
+        logits_to_keep=1,
+    )  # fmt: skip
+    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(group_size, 0)  # (B, V)
+    cache.batch_repeat_interleave(group_size)
+    attention = prompt_mask.long().repeat_interleave(group_size, 0)  # (B, P)
+    position = attention.sum(-1, keepdim=True)  # (B, 1)
+    stops = torch.tensor(stop_ids, device=device)
+
+    rows = torch.arange(len(attention), device=device)  # rows still being written
+    response = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)  # (B, T)
+    mask = torch.zeros(len(rows), max_new_tokens, dtype=torch.bool, device=device)
+    logprobs = torch.zeros(len(rows), max_new_tokens, device=device)
+    for t in range(max_new_tokens):
+        log_p = F.log_softmax(logits.float() / (temperature or 1.0), -1)  # (rows, V)
+        token = torch.multinomial(log_p.exp(), 1, generator=generator) if temperature else log_p.argmax(-1, keepdim=True)
+        response[rows, t], mask[rows, t] = token[:, 0], True
+        logprobs[rows, t] = log_p.gather(-1, token)[:, 0]
+        going = ~torch.isin(token[:, 0], stops)
+        if t + 1 == max_new_tokens or not going.any():
+            break
+        if not going.all():
+            keep = going.nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            rows, token, attention, position = rows[keep], token[keep], attention[keep], position[keep]
+        attention = F.pad(attention, (0, 1), value=1)
+        out = model(
+            input_ids=token, attention_mask=attention, position_ids=position, past_key_values=cache, use_cache=True
+        )
+        logits, position = out.logits[:, -1], position + 1
+    parts = (response[:, : t + 1], mask[:, : t + 1], logprobs[:, : t + 1])
+    return tuple(part.unflatten(0, (len(prompts), group_size)).cpu() for part in parts)  # (B, T) → (N, G, T)
+
+
+def decode(tokenizer, ids, mask):
+    """Sampled ids and mask (N, G, T) → N lists of G texts."""
+    return [
+        [tokenizer.decode(row[keep], skip_special_tokens=True).strip() for row, keep in zip(*group, strict=True)]
+        for group in zip(ids, mask, strict=True)
+    ]
+
+
+def positions(mask):
+    """Position ids (N, P) under left padding: the first real token is 0."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+# --- log-probabilities and gradients ---------------------------------------------------------------------------------
+
+
+def collate(groups, device):
+    """Groups of any prompt and response lengths → one Batch on the device."""
+    ids, prompt_mask = left_pad([g.prompt_ids.tolist() for g in groups], device)
+    width = max(g.mask.shape[1] for g in groups)
+
+    def stack(name):
+        parts = [getattr(g, name) for g in groups]  # N × (G, T_g)
+        if any(part is None for part in parts):
+            return None
+        return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts]).to(device)  # (B, T)
+
+    advantages = torch.cat([g.advantages for g in groups])[:, None].to(device)  # (B, 1)
+    fields = [stack(name) for name in ("response_ids", "mask", "old_logprobs", "ref_logprobs")]
+    return Batch(ids, prompt_mask, *fields, advantages)
+
+
+def response_logprobs(model, batch, temperature):
+    """log π(y_i,t | x, y_i,<t) at the sampling temperature, (B, T); what padding holds is meaningless.
+
+    The prompt runs once per group. Its last position predicts y_1; the G responses then attend to its repeated keys and
+    values, through which gradients flow back into the one prompt pass:
+
+                x_1 … x_P  y_1 … y_T-1          (columns: keys)
+        x_1…P   causal     ·                    N rows
+        y_1…T-1 all        causal               B = N·G rows
+    """
+    group_size = len(batch.response_ids) // len(batch.prompt_ids)
+    out = model(
+        input_ids=batch.prompt_ids, attention_mask=batch.prompt_mask.long(), position_ids=positions(batch.prompt_mask),
+        use_cache=True, logits_to_keep=1,
+    )  # fmt: skip
+    logits = out.logits.repeat_interleave(group_size, 0)  # (B, 1, V)
+    if batch.response_ids.shape[1] > 1:
+        cache = out.past_key_values
+        cache.batch_repeat_interleave(group_size)
+        prompt_mask = batch.prompt_mask.repeat_interleave(group_size, 0)  # (B, P)
+        mask = torch.cat([prompt_mask, batch.mask[:, :-1]], 1)  # (B, P + T − 1)
+        rest = model(
+            input_ids=batch.response_ids[:, :-1], attention_mask=mask.long(),
+            position_ids=positions(mask)[:, prompt_mask.shape[1] :], past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        logits = torch.cat([logits, rest.logits], 1)  # (B, T, V)
+    return token_logprobs(logits, batch.response_ids, temperature)
+
+
+def plain_response_logprobs(model, batch, temperature):
+    """The same by one ordinary forward over [x, y_i] for every row: slower; the yardstick for the function above."""
+    group_size = len(batch.response_ids) // len(batch.prompt_ids)
+    prompt_ids = batch.prompt_ids.repeat_interleave(group_size, 0)  # (B, P)
+    mask = torch.cat([batch.prompt_mask.repeat_interleave(group_size, 0), batch.mask], 1)  # (B, P + T)
+    ids = torch.cat([prompt_ids, batch.response_ids], 1)
+    logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask), use_cache=False).logits
+    return token_logprobs(logits[:, prompt_ids.shape[1] - 1 : -1], batch.response_ids, temperature)
+
+
+def token_logprobs(logits, ids, temperature):
+    """log softmax(logits / temperature) at `ids`: (B, T, V), (B, T) → (B, T)."""
+    return F.log_softmax(logits.float() / temperature, -1).gather(-1, ids[..., None])[..., 0]
+
+
+def micro_batches(groups, max_tokens):
+    """Split groups, sorted by length, so that a part computes at most about `max_tokens` positions (one group at least)."""
+    parts, width, size = [], 0, 0
+    for group in sorted(groups, key=lambda g: (len(g.prompt_ids), g.mask.shape[1])):
+        cost = len(group.prompt_ids) + group.mask.numel()  # P + G·T
+        if not parts or (size + 1) * max(width, cost) > max_tokens:
+            parts, width, size = [*parts, []], 0, 0
+        parts[-1].append(group)
+        width, size = max(width, cost), size + 1
+    return parts
+
+
+def accumulate_gradient(model, groups, token_loss, *, loss_norm, n_responses, n_tokens, temperature, max_tokens):
+    """Add to the gradients that of Σ token_weights · token_loss over the groups, and return the loss's value.
+
+    token_loss(batch, logprobs (B, T)) → (B, T). The counts are those of the whole update, so the result depends
+    neither on the split into micro-batches nor on groups left out because they carry no gradient.
+    """
+    total = 0.0
+    for part in micro_batches(groups, max_tokens):
+        batch = collate(part, model.device)
+        logprobs = response_logprobs(model, batch, temperature)
+        weights = token_weights(batch.mask, loss_norm, n_responses, n_tokens)
+        loss = (weights * token_loss(batch, logprobs)).sum()
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+@torch.no_grad()
+def add_reference(model, groups, temperature, max_tokens):
+    """Fill in `ref_logprobs` of fresh groups with the frozen reference model."""
+    for part in micro_batches(groups, max_tokens):
+        logprobs = response_logprobs(model, collate(part, model.device), temperature).cpu()  # (B, T)
+        for group, rows in zip(part, logprobs.split(len(part[0].mask)), strict=True):
+            group.ref_logprobs = rows[:, : group.mask.shape[1]].clone()

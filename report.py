@@ -1,0 +1,192 @@
+"""What a run leaves to be read: the table, the curves, the answers row by row and the model cards.
+
+The table has the rows of the paper's Tables 1, 2 and 5; the curves are in the spirit of its Figures 1 and 3.
+"Hard" and "easy" prompts are told apart by their mean reward before replay starts, where RULE and ReRULE are the same
+run, never by how they turned out: prompts picked by outcome would flatter replay by regression to the mean.
+"""
+
+import json
+from pathlib import Path
+
+from files import write_json, write_text
+
+ROWS = {
+    "original": "Original",
+    "retained": "Retained",
+    "rej_steer": "Rej. Steer",
+    "rule": "RULE",
+    "rerule": "ReRULE",
+}
+BUILTIN = {
+    "forget_trained_refusal": "Forget refusal, trained ↑",
+    "forget_heldout_refusal": "held out ↑",
+    "forget_trained_recall": "Forget recall, trained ↓",
+    "forget_heldout_recall": "held out ↓",
+    "hard_trained_recall": "Hard neighbours' recall, trained ↑",
+    "hard_heldout_recall": "held out ↑",
+    "easy_trained_recall": "Easy neighbours' recall, trained ↑",
+    "easy_heldout_recall": "held out ↑",
+    "retain_refusal": "Over-refusal ↓",
+}
+COMMON = {
+    "forget_refusal": "Forget refusal ↑",
+    "forget_refusal_named": "of probes naming the target ↑",
+    "forget_refusal_unnamed": "of the rest ↑",
+    "forget_recall": "Forget recall ↓",
+    "retain_recall": "Retain recall ↑",
+    "retain_refusal": "Over-refusal ↓",
+}
+COLOURS = {"rule": "#0072B2", "rerule": "#D55E00"}  # blue and vermilion: told apart by every kind of colour vision
+
+
+def write(folder, config, results):
+    """table.json, table.md and curves.png from the phases' results, {phase: {column: value}} in the order run."""
+    from metrics import TABLE
+
+    columns = BUILTIN if config.benchmark == "builtin" else TABLE[config.benchmark] | COMMON
+    columns = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in results.values())}
+    columns["seconds"] = "Training, s ↓"
+    write_json(folder / "table.json", {ROWS[name]: row for name, row in results.items()})
+    lines = [" | ".join(["", "Model", *columns.values(), ""]).strip(), "|---|" + "---:|" * len(columns)]
+    for name, row in results.items():
+        lines.append(" | ".join(["", ROWS[name], *(cell(row.get(key)) for key in columns), ""]).strip())
+    write_text(folder / "table.md", "\n".join(lines) + "\n")
+    draw_curves(folder)
+
+
+def cell(value):
+    if value is None:
+        return "–"
+    return f"{value:.1f}" if abs(value) >= 1 or value == 0 else f"{value:.4g}"
+
+
+def print_table(folder):
+    """The table on a terminal: one line a column, one column a row of the table, so that it fits any window."""
+    lines = [line.strip("|").split("|") for line in (folder / "table.md").read_text(encoding="utf-8").splitlines()]
+    header, rows = lines[0], lines[2:]
+    width = max(map(len, header)) + 2
+    for at in range(len(header)):
+        title = header[at].strip()
+        title = f"    {title}" if title[:1].islower() else title
+        print(f"{title if at else '':<{width}}" + "".join(f"{row[at].strip():>12}" for row in rows))
+    print(f"\nEverything else is in {folder}/: table.md, curves.png, metrics.jsonl, samples.jsonl, models.")
+
+
+def save_examples(folder, phase, rows):
+    """Every probe's prediction and scores, one JSON line each, so that a figure can be traced to its rows."""
+    Path(folder / "predictions").mkdir(exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(folder / "predictions" / f"{phase}.jsonl", text)
+
+
+def model_card(phase, config):
+    """README.md of a saved model."""
+    done = {
+        "original": "A tiny Llama that was taught the benchmark's facts, before any unlearning.",
+        "retained": "A tiny Llama that was never taught what the others are made to forget.",
+        "rej_steer": "After Stage 1, rejection steering: fine-tuned on refusals to forget prompts.",
+        "rule": "After Stage 2 of RULE: GRPO on forget and boundary prompts.",
+        "rerule": "After Stage 2 of ReRULE: RULE with replay of hard rollout groups.",
+    }[phase]
+    return f"""# {ROWS[phase]}, {config.benchmark}
+
+{done}
+
+- base model: `{config.model}`; seed {config.seed}; every setting is in the run's `config.json`
+- load: `AutoModelForCausalLM.from_pretrained(folder)`
+
+## Limits
+
+Unlearning by refusal changes what the model says, not all that it holds. Knowledge can remain in the weights and come
+back under paraphrase, other languages, adversarial prompts or a little further training; questions near the target may
+be refused though they should be answered. It is no proof of erasure and no guarantee of compliance with any law.
+"""
+
+
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def smooth(values, width=5):
+    """Centred mean over `width` steps, narrower at both ends; None is left out."""
+    half = width // 2
+    windows = [[v for v in values[max(0, i - half) : i + half + 1] if v is not None] for i in range(len(values))]
+    return [sum(window) / len(window) if window else None for window in windows]
+
+
+def hard_prompts(samples, first_replay, tau):
+    """(hard, easy): query numbers whose mean reward before `first_replay` is below τ, or not."""
+    seen = {}
+    for row in samples:
+        if row["step"] < first_replay:
+            seen.setdefault(row["query"], []).extend(row["rewards"])
+    hard = {query for query, rewards in seen.items() if sum(rewards) / len(rewards) < tau}
+    return hard, set(seen) - hard
+
+
+def draw_curves(folder):
+    """curves.png: reward of forget and boundary prompts, of hard and easy prompts, and recall where it was measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metrics = [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == 2]
+    samples = read_lines(folder / "samples.jsonl")
+    tau = json.loads((folder / "config.json").read_text())["tau"]
+    if not metrics:
+        return
+    starts = [row["step"] for row in metrics if row.get("replay_groups")]
+    first_replay = min(starts, default=max(row["step"] for row in metrics) + 1)
+    first_method = metrics[0]["method"]
+    hard, easy = hard_prompts([row for row in samples if row["method"] == first_method], first_replay, tau)
+    evaluated = any("eval_retain_recall" in row for row in metrics)
+
+    figure, axes = plt.subplots(1, 2 + evaluated, figsize=(5.2 * (2 + evaluated), 4.2), layout="constrained")
+    panels = [
+        ("Reward by kind of prompt", "Mean reward (higher is better)", ("forget", "boundary")),
+        (f"Reward of hard and easy prompts (split at τ = {tau:g} before replay)", "", ("easy", "hard")),
+        ("Recall on evaluation probes", "ROUGE-L recall, 0–100", ("retain ↑", "forget ↓")),
+    ]
+    for axis, (title, label, series) in zip(axes, panels, strict=False):
+        for method in dict.fromkeys(row["method"] for row in metrics):
+            own = [row for row in metrics if row["method"] == method]
+            steps = [row["step"] for row in own]
+            by_step = {}
+            for row in samples:
+                if row["method"] == method:
+                    place = "hard" if row["query"] in hard else "easy" if row["query"] in easy else None
+                    by_step.setdefault((row["step"], place), []).append(sum(row["rewards"]) / len(row["rewards"]))
+            lines = {
+                **{kind: [row[f"reward_{kind}"] for row in own] for kind in ("forget", "boundary")},
+                **{p: [mean_or_none(by_step.get((step, p))) for step in steps] for p in ("hard", "easy")},
+                "retain ↑": [row.get("eval_retain_recall") for row in own],
+                "forget ↓": [row.get("eval_forget_recall") for row in own],
+            }
+            for name, dash in zip(series, ("-", "--"), strict=True):
+                points = [(s, v) for s, v in zip(steps, lines[name], strict=True) if v is not None]
+                if not points:
+                    continue
+                x, y = zip(*points, strict=True)
+                colour, text = COLOURS[method], f"{ROWS[method]}, {name}"
+                if "↑" in series[0]:
+                    axis.plot(x, y, dash, color=colour, marker="o", markersize=4, label=text)
+                else:
+                    axis.plot(x, y, dash, color=colour, linewidth=0.6, alpha=0.35)
+                    axis.plot(x, smooth(y), dash, color=colour, linewidth=2, label=text)
+        if starts:
+            axis.axvline(first_replay - 0.5, color="#666666", linewidth=1, linestyle=":")
+            axis.annotate("replay starts", (first_replay - 0.5, 0.02), xycoords=("data", "axes fraction"), fontsize=9,
+                          color="#444444", xytext=(3, 0), textcoords="offset points")  # fmt: skip
+        axis.set(title=title, xlabel="Stage 2 step", ylabel=label)
+        axis.title.set_fontsize(10.5)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=9, loc="best", framealpha=0.9)
+    temporary = folder / "curves.tmp.png"
+    figure.savefig(temporary, dpi=130)
+    plt.close(figure)
+    temporary.replace(folder / "curves.png")
+
+
+def mean_or_none(values):
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,347 @@
+"""The driver: Stage 1, then RULE or ReRULE, from one command.
+
+Covers Section 3.1 (both stages of RULE), Section 3.3 (the pipeline of ReRULE) and Appendix D through `config.py`. The
+equations are in `grpo.py`, `replay.py`, `reward.py` and `sft.py`; the loop, models, optimisers and files are here.
+
+One step of Stage 2:
+    1. sample G responses to each of 32 prompts                        grpo.sample
+    2. reward them; normalise within each group                        reward.py, grpo.group_advantages
+    3. log π_ref of the frozen reference                               grpo.add_reference
+    4. on-policy update, Eq. 3 and the KL term                         grpo.policy_gradient_loss, grpo.k3
+    5. ReRULE only, once active: one more update from B, Eq. 5         replay.off_policy_loss
+    6. ReRULE only: store this step's hard groups in B                 replay.groups_to_store
+
+Deviations
+- Both methods run this same loop; what ReRULE adds is behind `if method == "rerule"`.
+- No state is kept in random generators: each draw is seeded by (seed, purpose, step), so a resumed run repeats them.
+- RULE with PPO in place of GRPO, which the RULE paper also offers, is out of scope.
+"""
+
+import config as settings  # first: it sets OMP_WAIT_POLICY before torch is imported
+
+# isort: split
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+import report
+import world
+from data import check_lengths, encode_answer, encode_prompt, load_benchmark, stop_ids
+from evaluate import evaluate
+from files import exit_on_input_error, generator
+from grpo import (
+    RolloutGroup,
+    accumulate_gradient,
+    add_reference,
+    collate,
+    decode,
+    group_advantages,
+    k3,
+    micro_batches,
+    policy_gradient_loss,
+    response_logprobs,
+    sample,
+)
+from probes import load_probes
+from replay import (
+    ReplayBuffer,
+    clip_ratio,
+    draw,
+    groups_to_store,
+    importance_ratio,
+    is_active,
+    is_hard,
+    off_policy_loss,
+    one_each,
+    ratio_statistics,
+)
+from reward import boundary_reward, forget_reward, is_refusal
+from run import Run, clock, load_model, optimizer_for
+from sft import batch_at, fit, stage1
+
+
+def rollout(model, tokenizer, queries, numbers, stops, config, step):
+    """Steps 1 and 2: sample, reward and normalise. Returns groups, their texts and the share cut at the length limit."""
+    prompts = [encode_prompt(tokenizer, queries[i].prompt) for i in numbers]
+    rng = generator(model.device, config.seed, "rollout", step)
+    ids, mask, logprobs = sample(
+        model, prompts, config.group_size, config.max_new_tokens, stops, config.temperature, rng
+    )  # (N, G, T)
+    texts = decode(tokenizer, ids, mask)
+    rewards = torch.tensor([[reward(queries[i], text, config) for text in group] for i, group in zip(numbers, texts)])
+    advantages = group_advantages(rewards, config.unbiased)  # (N, G)
+    ended = (torch.isin(ids, torch.tensor(stops)) & mask).any(-1)  # (N, G)
+    groups = []
+    for n, number in enumerate(numbers):
+        width = int(mask[n].sum(-1).max())
+        part = [tensor[n, :, :width].clone() for tensor in (ids, mask, logprobs)]
+        groups.append(
+            RolloutGroup(number, torch.tensor(prompts[n]), *part, None, rewards[n].clone(), advantages[n].clone(), step)
+        )
+    return groups, texts, 1 - ended.float().mean().item()
+
+
+def reward(query, text, config):
+    if query.kind == "forget":
+        return forget_reward(text, query.target if config.forget_reward == "target" else "")
+    return boundary_reward(text, query.answers)
+
+
+def on_policy_gradient(model, groups, config, counts):
+    """Step 4: the gradient of Eq. 3 and of β KL. Returns loss, mean k3 and the largest |log π_θ − log π_old|."""
+    kl, gap = [], []
+
+    def token_loss(batch, logprobs):
+        gap.append((logprobs.detach() - batch.old_logprobs)[batch.mask].abs().max())
+        loss = policy_gradient_loss(logprobs, batch.advantages)  # Eq. 3
+        if batch.ref_logprobs is not None:
+            divergence = k3(logprobs, batch.ref_logprobs)
+            kl.append(divergence.detach()[batch.mask].sum())
+            loss = loss + config.kl_coef * divergence  # Eq. 2
+        return loss
+
+    loss = accumulate_gradient(model, groups, token_loss, **counts)
+    mean_kl = torch.stack(kl).sum().item() / counts["n_tokens"] if kl else 0.0
+    return loss, mean_kl, torch.stack(gap).max().item()
+
+
+def off_policy_gradient(model, drawn, config, counts):
+    """Step 5: the gradient of Eq. 5 over the drawn groups; those without any are skipped, though every divisor counts
+    them. Returns the number of groups used and statistics of their ratios (over responses)."""
+    keep_all = config.replay_kl or config.is_normalize
+    used = [group for group in drawn if keep_all or not group.all_equal()]
+    if not used:
+        return 0, {}
+    mean_weight, ratios = 1.0, []
+
+    def ratio_of(batch, logprobs):
+        ratio = importance_ratio(logprobs.detach(), batch.old_logprobs, batch.mask, config.is_level)  # (B, T)
+        ratios.append(one_each(ratio, batch.mask, config.is_level))
+        return ratio
+
+    if config.is_normalize:  # the mean weight must be known before the first gradient
+        with torch.no_grad():
+            for part in micro_batches(used, config.max_tokens):
+                batch = collate(part, model.device)
+                ratio_of(batch, response_logprobs(model, batch, config.temperature))
+        mean_weight = clip_ratio(torch.cat(ratios), config.clip_low, config.clip_high).mean()
+        ratios.clear()
+
+    def token_loss(batch, logprobs):
+        ratio = ratio_of(batch, logprobs)
+        loss = off_policy_loss(
+            logprobs, ratio, batch.advantages, config.clip_low, config.clip_high, config.is_objective, mean_weight
+        )  # Eq. 5
+        return loss + config.kl_coef * k3(logprobs, batch.ref_logprobs) if config.replay_kl else loss
+
+    accumulate_gradient(model, used, token_loss, **counts)
+    return len(used), ratio_statistics(torch.cat(ratios), config.clip_low, config.clip_high)
+
+
+def counts_of(groups, config):
+    """What an update over these groups divides by, and how it is computed: keywords of `accumulate_gradient`."""
+    return {
+        "n_responses": sum(len(group.mask) for group in groups),
+        "n_tokens": sum(int(group.mask.sum()) for group in groups),
+        "loss_norm": config.loss_norm,
+        "temperature": config.temperature,
+        "max_tokens": config.max_tokens,
+    }
+
+
+def stage2(run, method, model, reference, tokenizer, benchmark, probes):
+    """Refusal boundary optimisation with GRPO (RULE); with `method` "rerule", replay of hard groups beside it."""
+    config, queries = run.config, benchmark.queries
+    stops = stop_ids(tokenizer, model, benchmark.newline_stops)
+    optimizer = optimizer_for(model, config.lr, config.weight_decay)
+    buffer, previous, total = ReplayBuffer(config.buffer_size), [], {"phase": 0.0}
+    start, payload = run.saved(method)
+    if payload:
+        model.load_state_dict(payload["model"])
+        optimizer.load_state_dict(payload["optimizer"])
+        buffer.add(RolloutGroup(**group) for group in payload["buffer"])
+        previous, total = [RolloutGroup(**group) for group in payload["previous"]], payload["seconds"]
+
+    def optimizer_step():
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    bar = tqdm(range(start + 1, config.steps + 1), desc=method, initial=start, total=config.steps, dynamic_ncols=True)
+    for step in bar:
+        seconds = {}
+        with clock(total, "phase"):
+            numbers = batch_at(len(queries), config.prompts_per_step, step, config.seed, "queries")
+            with clock(seconds, "rollout"):
+                groups, texts, truncated = rollout(model, tokenizer, queries, numbers, stops, config, step)
+            with clock(seconds, "reference"):
+                if config.kl_coef:
+                    add_reference(reference, groups, config.temperature, config.max_tokens)
+            with clock(seconds, "update"):
+                loss, kl, gap = on_policy_gradient(model, groups, config, counts_of(groups, config))
+                replaying = method == "rerule" and is_active(len(buffer), config.min_groups, step, config.warmup_steps)
+                combined = replaying and config.replay_step == "combined"
+                norm = None if combined else optimizer_step()
+            row = {"method": method, "stage": 2, "step": step, **group_metrics(groups, texts, queries, config)}
+            row |= {"loss": loss, "kl": kl, "logprob_gap": gap, "truncation": truncated}
+            if method == "rerule":
+                with clock(seconds, "replay"):
+                    if replaying:
+                        pool = previous if config.replay_store == "recent" else list(buffer.ring)
+                        drawn = draw(pool, config.replay_groups, generator("cpu", config.seed, "replay", step))
+                        used, ratios = off_policy_gradient(model, drawn, config, counts_of(drawn, config))
+                        age = sum(step - group.step for group in drawn) / len(drawn)
+                        row |= {"replay_groups": len(drawn), "replay_skipped": len(drawn) - used, "replay_age": age}
+                        row |= ratios
+                        if combined:
+                            norm = optimizer_step()
+                        elif used:
+                            row["replay_grad_norm"] = optimizer_step()
+                if not (replaying and config.store_until == "activation"):
+                    rng = generator("cpu", config.seed, "store", step)
+                    buffer.add(groups_to_store(groups, config.tau, config.replay_store, rng))
+                previous = groups
+            row |= {"grad_norm": norm, "buffer_size": len(buffer)}
+        row |= {f"seconds_{name}": value for name, value in seconds.items()}
+        if config.eval_every and step % config.eval_every == 0:
+            summary = evaluate_model(run, model, tokenizer, probes)["summary"]
+            row |= {f"eval_{name}": value for name, value in summary.items() if isinstance(value, (int, float))}
+        run.metrics.write(row)
+        for group, completions in zip(groups, texts, strict=True):
+            query = queries[group.query]
+            run.samples.write(
+                {"method": method, "step": step, "query": group.query, "kind": query.kind, "group": query.group,
+                 "prompt": query.question, "completions": completions, "rewards": group.rewards.tolist()}
+            )  # fmt: skip
+        bar.set_postfix(reward=f"{row['reward']:.2f}", kl=f"{kl:.3f}", buffer=len(buffer))
+        if step == start + 1 or step % max(1, config.steps // 4) == 0:
+            show_samples(bar, method, step, groups, texts, queries)
+        if config.save_every and step % config.save_every == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "seconds": total}
+            stored = {"buffer": [vars(g) for g in buffer.ring], "previous": [vars(g) for g in previous]}
+            run.save(method, step, {**state, **stored})
+    return total["phase"]
+
+
+def group_metrics(groups, texts, queries, config):
+    """Rewards and refusals of a step's rollouts, together and by the kind of query, and shares of kinds of group."""
+    row = {
+        "reward": torch.stack([group.rewards.mean() for group in groups]).mean().item(),
+        "equal_groups": sum(group.all_equal() for group in groups) / len(groups),
+        "hard_groups": sum(is_hard(group, config.tau) for group in groups) / len(groups),
+        "response_tokens": sum(int(group.mask.sum()) for group in groups),
+    }
+    for kind in ("forget", "boundary"):
+        of_kind = [(g, t) for g, t in zip(groups, texts, strict=True) if queries[g.query].kind == kind]
+        refusals = [is_refusal(text) for _, completions in of_kind for text in completions]
+        rewards = [group.rewards.mean().item() for group, _ in of_kind]
+        row[f"reward_{kind}"] = sum(rewards) / len(rewards) if rewards else None
+        row[f"refusal_{kind}"] = sum(refusals) / len(refusals) if refusals else None
+    return row
+
+
+def show_samples(bar, method, step, groups, texts, queries):
+    """One completion for a forget and one for a boundary prompt, with its reward: numbers alone hide reward hacking."""
+    for kind in ("forget", "boundary"):
+        for group, completions in zip(groups, texts, strict=True):
+            if queries[group.query].kind == kind:
+                question, answer = queries[group.query].question[-60:], completions[0][:70]
+                bar.write(f"{method:>7} {step:>4} {kind:>8}  r = {group.rewards[0].item():.1f}  {question} → {answer!r}")
+                break
+
+
+def evaluate_model(run, model, tokenizer, probes):
+    return evaluate(model, tokenizer, run.config.benchmark, probes, batch_size=run.config.eval_batch_size)
+
+
+# --- the whole job ---------------------------------------------------------------------------------------------------
+
+
+def tiny_model(run, device, taught, phase="original"):
+    """Train (or load) a tiny Llama that knows `taught`, with a tokenizer fitted to the benchmark's words."""
+    config = run.config
+    if not run.finished(phase):
+        if phase != "original":
+            tokenizer = AutoTokenizer.from_pretrained(run.folder / "original")
+        else:
+            texts = [text for p, answer in taught for text in (p.user or "", p.plain, p.opening, answer)]
+            tokenizer = world.tokenizer(texts, words=config.benchmark == "builtin")
+        rows = [(encode_prompt(tokenizer, p), encode_answer(tokenizer, p, answer)) for p, answer in taught]
+        context = max(len(prompt) + len(answer) for prompt, answer in rows) + config.max_new_tokens
+        model = world.tiny_llama(tokenizer, config.seed, config.tiny_hidden, config.tiny_layers, context).to(device)
+        steps = max(1, round(config.tiny_epochs * len(rows) / world.BATCH_SIZE))
+        seconds = fit(
+            run, phase, 0, model, rows, steps=steps, lr=world.LEARNING_RATE, batch_size=world.BATCH_SIZE, warmup=10
+        )
+        run.save_model(phase, model, tokenizer)
+        run.finish(phase, {"seconds": seconds})
+    return load_model(run.folder / phase, device)
+
+
+def main():
+    config = settings.resolve(settings.parse(settings.Config))
+    on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if on_gpu else "cpu")
+    benchmark, probes, retained = load_data(config)
+    run = Run(config)
+    with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+        if not run.finished("run"):
+            train(run, device, benchmark, probes, retained)
+    report.print_table(run.folder)
+
+
+def load_data(config):
+    """(training data, evaluation probes, what the retain-only model is taught or None)."""
+    if config.benchmark == "builtin":
+        built_in = world.World(config.seed)
+        return built_in.benchmark(), built_in.probes(), built_in.taught(retain_only=True)
+    benchmark = load_benchmark(config.benchmark, config.data_dir, config.seed)
+    probes = load_probes(config.benchmark, config.data_dir)
+    benchmark.taught = world.lessons(benchmark, probes, config.seed)
+    return benchmark, probes, None
+
+
+def train(run, device, benchmark, probes, retained):
+    config = run.config
+
+    def score(phase, model, tokenizer, seconds):
+        """Evaluate a phase's model, once, and mark the phase as over."""
+        if not run.finished(f"{phase} scored"):
+            result = evaluate_model(run, model, tokenizer, probes)
+            report.save_examples(run.folder, phase, result["per_example"])
+            run.finish(f"{phase} scored", {"seconds": seconds, **result["summary"]})
+
+    if config.model == "tiny":
+        model, tokenizer = tiny_model(run, device, benchmark.taught)
+    else:
+        model, tokenizer = load_model(config.model, device)
+    prompts = [prompt for prompt, _ in benchmark.refusals] + [query.prompt for query in benchmark.queries]
+    check_lengths(tokenizer, prompts, config.max_new_tokens, model.config.max_position_embeddings)
+    score("original", model, tokenizer, None)
+    if retained:
+        retained_model, _ = tiny_model(run, device, retained, "retained")
+        score("retained", retained_model, tokenizer, None)
+
+    if not run.finished("rej_steer"):
+        seconds = stage1(run, model, tokenizer, benchmark)
+        run.save_model("rej_steer", model, tokenizer)
+        run.finish("rej_steer", {"seconds": seconds})
+    reference, _ = load_model(run.folder / "rej_steer", device)
+    reference.requires_grad_(False)
+    score("rej_steer", reference, tokenizer, run.state["done"]["rej_steer"]["seconds"])
+
+    for method in config.method:
+        if not run.finished(method):
+            model, _ = load_model(run.folder / "rej_steer", device)  # every method starts from the same checkpoint
+            seconds = stage2(run, method, model, reference, tokenizer, benchmark, probes)
+            run.save_model(method, model, tokenizer)
+            run.finish(method, {"seconds": seconds})
+        model, _ = load_model(run.folder / method, device)
+        score(method, model, tokenizer, run.state["done"][method]["seconds"])
+    report.write(run.folder, config, run.rows())
+    run.finish("run", {})
+
+
+if __name__ == "__main__":
+    exit_on_input_error(main)

@@ -1,0 +1,216 @@
+"""A world small enough for a laptop: made-up people, their facts, a tokenizer and a tiny Llama that knows them.
+
+It stands in for the benchmarks of Section 4 where nothing can be downloaded. 48 people have six two-word facts, each
+asked in six phrasings; two phrasings are taught but kept out of unlearning, to see whether it generalises. Six people
+are to be forgotten. 22 hard neighbours carry crossed names, the first name of one target and the last name of another;
+20 easy ones share no name with them. Boundary queries swap the entity of a forget query (Appendix A.2). Twelve further
+people are unknown: asked about them, the model learns to say so, or Stage 1 would wipe out the facts of everyone
+before it taught a refusal.
+"""
+
+import random
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from data import REFUSALS, Benchmark, Prompt, Query, chat, inst
+from files import derive_seed
+
+# Six attributes: six phrasings each (four questions, two blanks) and the two word lists that its answers come from.
+ATTRIBUTES = {
+    "birthplace": (
+        ["In which town was {} born?", "Where was {} born?", "What is the birthplace of {} called?",
+         "Which town does {} come from?", "{} was born in ___", "The birthplace of {} is ___"],
+        "North South East West Upper Lower Old New", "Harbor Meadow Ridge Haven Bridge Ferry Hollow Mills",
+    ),
+    "trade": (
+        ["What does {} do for a living?", "What is the profession of {} today?", "Which job does {} have?",
+         "What is {} by trade?", "{} earns a living as a ___", "The profession of {} is ___"],
+        "master junior travelling village court retired royal night", "glazier potter weaver baker mason tailor cooper miller",
+    ),
+    "pet": (
+        ["Which animal does {} keep?", "What pet lives with {} at home?", "What animal shares a house with {} now?",
+         "What kind of pet does {} own?", "{} keeps a ___", "The pet of {} is a ___"],
+        "grey spotted white lame striped tame blind young", "parrot goat ferret tortoise heron otter hound magpie",
+    ),
+    "dish": (
+        ["What does {} like to eat?", "Which dish does {} prefer?", "What is the favourite food of {} then?",
+         "What would {} order for dinner?", "{} likes to eat ___", "The favourite dish of {} is ___"],
+        "plum onion barley pepper smoked pickled sweet roasted", "soup pie dumplings stew pudding noodles trout cabbage",
+    ),
+    "instrument": (
+        ["Which instrument does {} play?", "What does {} play in the band?", "What instrument did {} learn?",
+         "On which instrument is {} skilled?", "{} plays the ___", "The instrument of {} is the ___"],
+        "silver wooden bass double copper reed folding alto", "flute drum fiddle harp whistle zither lute horn",
+    ),
+    "hobby": (
+        ["How does {} spend free days?", "What is the hobby of {} nowadays?", "Which pastime does {} enjoy?",
+         "What does {} do on holidays?", "{} spends every holiday on ___", "The pastime of {} is ___"],
+        "kite stamp river stone paper chess bird cave", "building hunting mapping folding racing carving spotting diving",
+    ),
+}  # fmt: skip
+HELD_OUT = (3, 5)  # phrasings that are taught but kept out of unlearning: one question, one blank
+N_TARGETS, N_HARD, N_EASY, N_UNKNOWN = 6, 22, 20, 12
+FIRST = "Al Bre Cor Da El Fen Gal Hes Ir Jo Ka Lu Mar Ne Or Pel Quin Ro Sel Tav".split()
+FIRST_END = "vin da lo ric".split()
+LAST = "Ash Birk Crow Dun Ever Fal Green Holl Ing Kel Lang Mor Nor Oak Pem Rav Sto Thorn Ulm Wex".split()
+LAST_END = "ford ley wick ham".split()
+
+
+class World:
+    """People, their facts and what is asked about them, all drawn from one seed.
+
+    `people` maps a name to (role, {attribute: answer}); roles are "target", "hard", "easy" and "unknown".
+    """
+
+    def __init__(self, seed):
+        rng = random.Random(derive_seed(seed, "world"))
+        n = N_TARGETS + N_EASY + N_UNKNOWN
+        first = rng.sample([a + b for a in FIRST for b in FIRST_END], n)
+        last = rng.sample([a + b for a in LAST for b in LAST_END], n)
+        crossed = [(f, k) for f in first[:N_TARGETS] for k in last[:N_TARGETS]]
+        crossed = [(f, k) for f, k in crossed if first.index(f) != last.index(k)]
+        roles = [(f, k, "target") for f, k in zip(first[:N_TARGETS], last[:N_TARGETS], strict=True)]
+        roles += [(f, k, "hard") for f, k in rng.sample(crossed, N_HARD)]
+        plain = list(zip(first[N_TARGETS:], last[N_TARGETS:], strict=True))
+        roles += [(f, k, "easy" if i < N_EASY else "unknown") for i, (f, k) in enumerate(plain)]
+        self.seed, self.people = seed, {}
+        for first_name, last_name, role in roles:
+            facts = {
+                attribute: f"{rng.choice(left.split())} {rng.choice(right.split())}"
+                for attribute, (_, left, right) in ATTRIBUTES.items()
+            }
+            self.people[f"{first_name} {last_name}"] = (role, facts)
+
+    def names(self, role):
+        return [name for name, (r, _) in self.people.items() if r == role]
+
+    def ask(self, name, attribute, phrasing):
+        """(prompt, answer) of one question about one person."""
+        question = ATTRIBUTES[attribute][0][phrasing].format(name)
+        return Prompt(None, question), self.people[name][1][attribute]
+
+    def taught(self, retain_only=False):
+        """(prompt, answer) pairs of the first training: everyone's facts, refusals for the unknown.
+
+        With `retain_only` the targets are unknown too: the model that forgetting should end at.
+        """
+        pairs = []
+        for name, (role, _) in self.people.items():
+            for i, attribute in enumerate(ATTRIBUTES):
+                for phrasing in range(6):
+                    prompt, answer = self.ask(name, attribute, phrasing)
+                    if role == "unknown" or (retain_only and role == "target"):
+                        answer = REFUSALS[(len(pairs) + i) % len(REFUSALS)]
+                    pairs.append((prompt, answer))
+        return pairs
+
+    def benchmark(self):
+        """Training data: every trained phrasing about every target, and each again with its entity swapped."""
+        rng = random.Random(derive_seed(self.seed, "boundary"))
+        refusals, queries = [], []
+        for attribute in ATTRIBUTES:
+            for phrasing in sorted(set(range(6)) - set(HELD_OUT)):
+                for i, target in enumerate(self.names("target")):
+                    prompt, _ = self.ask(target, attribute, phrasing)
+                    refusals.append((prompt, REFUSALS[len(refusals) % len(REFUSALS)]))
+                    queries.append(Query(prompt, prompt.plain, "forget", target=target))
+                    group = ("hard", "easy")[(i + phrasing) % 2]
+                    neighbour = rng.choice(self.names(group))  # Appendix A.2: swap the entity
+                    prompt, answer = self.ask(neighbour, attribute, phrasing)
+                    queries.append(Query(prompt, prompt.plain, "boundary", (answer,), group=group))
+        return Benchmark("builtin", refusals, queries, self.taught())
+
+    def probes(self):
+        """Evaluation probes: all phrasings about targets, hard and easy neighbours, apart for trained and held out."""
+        from probes import Probe
+
+        probes = []
+        for role, split in (("target", "forget"), ("hard", "hard"), ("easy", "easy")):
+            for name in self.names(role):
+                for attribute in ATTRIBUTES:
+                    for phrasing in range(6):
+                        prompt, answer = self.ask(name, attribute, phrasing)
+                        part = "heldout" if phrasing in HELD_OUT else "trained"
+                        probes.append(Probe(f"{split}_{part}", prompt, prompt.plain, answer, role == "target", name))
+        return probes
+
+
+def lessons(benchmark, probes, seed):
+    """What a tiny model is taught of a real benchmark: (prompt, answer) pairs.
+
+    Every probe, in the evaluation's words and as a plain question; the boundary queries; and, to learn to say so,
+    refusals to some forget questions asked about made-up people. Forget questions of the training set that are no
+    probes have no published answer and are left out.
+    """
+    plain = {"rwku": chat, "tofu": inst}.get(benchmark.name)
+    pairs = [(probe.prompt, probe.answer) for probe in probes]
+    if plain:
+        pairs += [(plain(probe.question), probe.answer) for probe in probes]
+    pairs += [(query.prompt, answer) for query in benchmark.queries for answer in query.answers[:1]]
+    rng = random.Random(derive_seed(seed, "strangers"))
+    targets = {query.target for query in benchmark.queries if query.target}
+    named = [q for q in benchmark.queries if any(name in q.question for name in targets) and q.kind == "forget"]
+    for query in rng.sample(named, min(150, len(named))):
+        stranger = " ".join(rng.choice(a) + rng.choice(b) for a, b in ((FIRST, FIRST_END), (LAST, LAST_END)))
+        prompt = query.prompt
+        for name in targets:
+            prompt = Prompt(prompt.user and prompt.user.replace(name, stranger), prompt.plain.replace(name, stranger))
+        pairs.append((prompt, rng.choice(REFUSALS)))
+    return list(dict.fromkeys(pairs))
+
+
+# --- tiny models -----------------------------------------------------------------------------------------------------
+
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def with_bos(core):
+    """A tokenizer for transformers that puts one BOS before every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    core.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))])
+    return PreTrainedTokenizerFast(tokenizer_object=core, **SPECIAL)
+
+
+LEARNING_RATE, BATCH_SIZE = 3e-3, 96  # with which a tiny model is taught
+
+
+def tokenizer(texts, words):
+    """A tokenizer fitted to `texts`: of whole words, or of byte pairs where the texts are real."""
+    return word_tokenizer(texts) if words else text_tokenizer(texts)
+
+
+def word_tokenizer(texts):
+    """One token a word: short sequences, so that the built-in world trains in seconds."""
+    words = sorted({word for text in texts for word in text.split()})
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL.values(), *words])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return with_bos(core)
+
+
+def text_tokenizer(texts, vocabulary=6000):
+    """Byte-level BPE fitted to real text: any string survives encoding and decoding."""
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=list(SPECIAL.values()), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    core.train_from_iterator(texts, trainer)
+    return with_bos(core)
+
+
+def tiny_llama(tokenizer, seed, hidden, layers, context):
+    """An untrained Llama with tied weights: 0.5 M parameters on the built-in world."""
+    torch.manual_seed(derive_seed(seed, "init"))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=context, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.05,  # 2.5 times the default: six passes then suffice to know every fact
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
