@@ -22,30 +22,39 @@ METHODS = ("rule", "rerule")
 PRESETS = {
     "builtin": dict(
         steps=32, lr=4e-5, tau=0.4, min_groups=60, warmup_steps=10, buffer_size=1200, max_new_tokens=12,
-        sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, tiny_epochs=6.0, tiny_hidden=128, tiny_layers=2,
+        sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, tiny_epochs=6.0, tiny_lr=3e-3, tiny_batch_size=96,
+        tiny_hidden=128, tiny_layers=2, eval_every=4,
     ),
     "rwku": dict(
         steps=37, lr=2e-6, tau=0.6, min_groups=100, warmup_steps=15, buffer_size=1200, max_new_tokens=1024,
-        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=20.0, tiny_hidden=128, tiny_layers=3,
+        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=14.0, tiny_lr=2e-3, tiny_batch_size=32,
+        tiny_hidden=128, tiny_layers=3, eval_every=0,
     ),
     "muse": dict(
         steps=187, lr=2e-6, tau=0.4, min_groups=500, warmup_steps=26, buffer_size=1200, max_new_tokens=1024,
-        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=20.0, tiny_hidden=128, tiny_layers=3,
+        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=14.0, tiny_lr=2e-3, tiny_batch_size=32,
+        tiny_hidden=128, tiny_layers=3, eval_every=0,
     ),
     "tofu": dict(
         steps=11, lr=2e-6, tau=0.6, min_groups=80, warmup_steps=6, buffer_size=400, max_new_tokens=256,
-        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=20.0, tiny_hidden=128, tiny_layers=3,
+        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=14.0, tiny_lr=2e-3, tiny_batch_size=32,
+        tiny_hidden=128, tiny_layers=3, eval_every=0,
     ),
 }  # fmt: skip
-TINY = dict(lr=4e-5, max_new_tokens=96, sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97)
+LAPTOP = dict(lr=1e-4, sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97)
+TINY = {  # --model tiny on real text
+    "rwku": dict(LAPTOP, max_new_tokens=32),
+    "muse": dict(LAPTOP, max_new_tokens=64, steps=40, min_groups=100, warmup_steps=15),
+    "tofu": dict(LAPTOP, max_new_tokens=96, steps=40, min_groups=80, warmup_steps=15),
+}
 
 
 def setting(help, default=None, preset=None):
     """A field whose `--help` line ends with its value, or its value for each benchmark."""
     if preset:
         value = ", ".join(f"{name} {values[preset]:g}" for name, values in PRESETS.items())
-        if preset in TINY:
-            value += f"; {TINY[preset]:g} for --model tiny on real text"
+        tiny = ", ".join(f"{name} {values[preset]:g}" for name, values in TINY.items() if preset in values)
+        value += f"; with --model tiny: {tiny}" if tiny else ""
     else:
         value = {True: "on", False: "off"}.get(default, default) if isinstance(default, bool) else default
         value = " ".join(value) if isinstance(value, list) else value
@@ -71,7 +80,9 @@ class Config:
     output_dir: str = setting("Folder for everything the run leaves. Unless given: runs/<benchmark>.", "")
     resume: bool = setting("Go on with the unfinished run in output_dir from its last saved state.", False)
     save_every: int = setting("Steps between saved states (0: only at the end of each phase).", 10)
-    eval_every: int = setting("Steps of Stage 2 between evaluations for the curves (0: none).", 0)
+    eval_every: int | None = setting(
+        "Steps of Stage 2 between evaluations for the curves (0: none).", preset="eval_every"
+    )
 
     steps: int | None = setting("Stage 2 steps, each one batch of rollouts.", preset="steps")
     prompts_per_step: int = setting("Prompts, so groups, in a step.", 32)
@@ -121,6 +132,8 @@ class Config:
     sft_warmup: int = setting("Stage 1 warm-up steps before the cosine.", 20)
 
     tiny_epochs: float | None = setting("--model tiny: passes over what it is taught.", preset="tiny_epochs")
+    tiny_lr: float | None = setting("--model tiny: learning rate, falling in a cosine.", preset="tiny_lr")
+    tiny_batch_size: int | None = setting("--model tiny: rows in a step.", preset="tiny_batch_size")
     tiny_hidden: int | None = setting("--model tiny: hidden size.", preset="tiny_hidden")
     tiny_layers: int | None = setting("--model tiny: layers.", preset="tiny_layers")
 
@@ -151,7 +164,7 @@ def resolve(config):
     config.output_dir = config.output_dir or f"runs/{config.benchmark}"
     preset = PRESETS[config.benchmark]
     if config.model == "tiny" and config.benchmark != "builtin":
-        preset = {**preset, **TINY}
+        preset = preset | TINY[config.benchmark]
     for name, value in preset.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
@@ -169,11 +182,12 @@ def resolve(config):
     require(0 <= config.tau <= 1, "tau", "a mean reward from 0 to 1")
     require(config.group_size >= 2, "group_size", "at least 2 rollouts, whose rewards are compared")
     for name in ("prompts_per_step", "replay_groups", "min_groups", "buffer_size", "sft_batch_size", "max_new_tokens",
-                 "max_tokens", "eval_batch_size", "tiny_hidden", "tiny_layers"):  # fmt: skip
+                 "max_tokens", "eval_batch_size", "tiny_batch_size",
+                 "tiny_hidden", "tiny_layers"):  # fmt: skip
         require(getattr(config, name) >= 1, name, "at least 1")
     for name in ("steps", "save_every", "eval_every", "warmup_steps", "sft_steps", "sft_warmup"):
         require(getattr(config, name) >= 0, name, "0 or more")
-    for name in ("lr", "sft_lr", "temperature", "max_grad_norm", "sft_epochs", "tiny_epochs"):
+    for name in ("lr", "sft_lr", "temperature", "max_grad_norm", "sft_epochs", "tiny_epochs", "tiny_lr"):
         require(0 < getattr(config, name) < float("inf"), name, "a number above 0")
     for name in ("kl_coef", "weight_decay", "clip_low", "clip_high"):
         require(0 <= getattr(config, name) < float("inf"), name, "0 or more")

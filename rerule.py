@@ -268,12 +268,12 @@ def tiny_model(run, device, taught, phase="original"):
             texts = [text for p, answer in taught for text in (p.user or "", p.plain, p.opening, answer)]
             tokenizer = world.tokenizer(texts, words=config.benchmark == "builtin")
         rows = [(encode_prompt(tokenizer, p), encode_answer(tokenizer, p, answer)) for p, answer in taught]
-        context = max(len(prompt) + len(answer) for prompt, answer in rows) + config.max_new_tokens
+        longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+        context = longest + max(200, config.max_new_tokens)  # room for the longest answer that an evaluation allows
         model = world.tiny_llama(tokenizer, config.seed, config.tiny_hidden, config.tiny_layers, context).to(device)
-        steps = max(1, round(config.tiny_epochs * len(rows) / world.BATCH_SIZE))
-        seconds = fit(
-            run, phase, 0, model, rows, steps=steps, lr=world.LEARNING_RATE, batch_size=world.BATCH_SIZE, warmup=10
-        )
+        size = config.tiny_batch_size
+        steps = max(1, round(config.tiny_epochs * len(rows) / size))
+        seconds = fit(run, phase, 0, model, rows, steps=steps, lr=config.tiny_lr, batch_size=size, warmup=10)
         run.save_model(phase, model, tokenizer)
         run.finish(phase, {"seconds": seconds})
     return load_model(run.folder / phase, device)

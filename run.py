@@ -35,8 +35,10 @@ class Run:
                 self.state = torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
             if not config.resume and not self.finished("run"):
                 raise InputError(f"--output_dir {self.folder}: holds an unfinished run; add --resume to go on with it")
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and any(path.suffix != ".tmp" for path in self.folder.iterdir()):
             raise InputError(f"--output_dir {self.folder}: is not empty and holds no run; choose another folder")
+        if self.finished("run"):
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(stored, asdict(config))
         self.metrics = Log(self.folder / "metrics.jsonl", self.state["sizes"]["metrics"])

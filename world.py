@@ -150,7 +150,7 @@ def lessons(benchmark, probes, seed):
         pairs += [(plain(probe.question), probe.answer) for probe in probes]
     pairs += [(query.prompt, answer) for query in benchmark.queries for answer in query.answers[:1]]
     rng = random.Random(derive_seed(seed, "strangers"))
-    targets = {query.target for query in benchmark.queries if query.target}
+    targets = {probe.target for probe in probes if probe.forget and probe.target}
     named = [q for q in benchmark.queries if any(name in q.question for name in targets) and q.kind == "forget"]
     for query in rng.sample(named, min(150, len(named))):
         stranger = " ".join(rng.choice(a) + rng.choice(b) for a, b in ((FIRST, FIRST_END), (LAST, LAST_END)))
@@ -174,9 +174,6 @@ def with_bos(core):
     return PreTrainedTokenizerFast(tokenizer_object=core, **SPECIAL)
 
 
-LEARNING_RATE, BATCH_SIZE = 3e-3, 96  # with which a tiny model is taught
-
-
 def tokenizer(texts, words):
     """A tokenizer fitted to `texts`: of whole words, or of byte pairs where the texts are real."""
     return word_tokenizer(texts) if words else text_tokenizer(texts)
@@ -191,7 +188,7 @@ def word_tokenizer(texts):
     return with_bos(core)
 
 
-def text_tokenizer(texts, vocabulary=6000):
+def text_tokenizer(texts, vocabulary=4000):
     """Byte-level BPE fitted to real text: any string survives encoding and decoding."""
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
