@@ -1,0 +1,208 @@
+"""The judge of naturalness against a small server on loopback that also misbehaves."""
+
+import json
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import evaluate as ev
+import judge
+import metrics
+from files import InputError
+
+GOOD = {"read": 90, "help": 40, "truth": 80}
+
+
+@pytest.fixture(autouse=True)
+def online(monkeypatch):
+    """The client refuses even a server on loopback where the environment says that all of the Hub is offline."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+
+class Judge:
+    """A server that answers each request with the next of `script`, and with GOOD when that is used up."""
+
+    def __init__(self, *script):
+        outer, self.script, self.requests, self.keys, self.lock = self, list(script), [], [], threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer.lock:
+                    outer.requests.append(body)
+                    outer.keys.append(self.headers["Authorization"])
+                    what = outer.script.pop(0) if outer.script else GOOD
+                if what == "hang":
+                    time.sleep(1.0)
+                if what == "drop":
+                    self.connection.close()
+                    return
+                self.send_response(what if isinstance(what, int) else 200)
+                self.send_header("Content-Type", "application/json")
+                self.end_headers()
+                text = what if isinstance(what, str) else json.dumps(what)
+                reply = {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}
+                self.wfile.write(b"<html>" if what == "html" else json.dumps(reply).encode())
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def rows(n=1):
+    return [{"question": f"Who is {i}?", "answer": f"Orla {i}", "prediction": "I don't know."} for i in range(n)]
+
+
+def rate(server, some, tmp_path, **more):
+    more = dict(model="m", key="secret", cache=tmp_path / "cache.jsonl", timeout=0.3, wait=0.01, progress=False) | more
+    return judge.rate_rows(some, url=server.url, **more)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["", "90", "null", "[90, 40, 80]", "read 90 help 40 truth 80", '{"read": 90, "help": 40}', "{", 'Sure! {"read": 1}',
+     '{"read": 90, "help": 40, "truth": 101}', '{"read": 90, "help": -1, "truth": 80}',
+     '{"read": 90, "help": 40.5, "truth": 80}', '{"read": "90", "help": 40, "truth": 80}',
+     '{"read": true, "help": 40, "truth": 80}', '{"read": 90, "help": 40, "truth": 80, "note": 1}',
+     '{"read": 90, "help": 40, "truth": 80} thanks', '{"read": NaN, "help": 40, "truth": 80}', None],
+)  # fmt: skip
+def test_replies_are_parsed_strictly(reply):
+    with pytest.raises(judge.BadReply):
+        judge.parse(reply)
+
+
+def test_a_good_reply_is_taken_as_it_is():
+    assert judge.parse(' {"truth": 0, "read": 100, "help": 40}\n') == {"read": 100, "help": 40, "truth": 0}
+
+
+@pytest.mark.parametrize("trouble", ["not json", "html", 429, 500, 503, "hang", "drop", {"read": 1}, ""])
+def test_misbehaviour_is_tried_again(trouble, tmp_path):
+    some = rows()
+    with Judge(trouble, trouble) as server:
+        notes = rate(server, some, tmp_path)
+        assert some[0]["judge"] == GOOD and len(server.requests) == 3
+    assert len(notes) == 1 and "not comparable" in notes[0]
+
+
+def test_back_off_doubles(monkeypatch, tmp_path):
+    waits = []
+    monkeypatch.setattr(judge.time, "sleep", waits.append)
+    with Judge(429, 429, 500, 429) as server:
+        rate(server, rows(), tmp_path, wait=1.0)
+    assert waits[:4] == [1.0, 2.0, 4.0, 8.0]
+
+
+def test_a_row_without_a_rating_is_left_out_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "WORKERS", 1)
+    some = rows(3)
+    with Judge(*["no"] * judge.ATTEMPTS) as server:
+        notes = rate(server, some, tmp_path)
+    assert [row["judge"] for row in some] == [None, GOOD, GOOD]
+    assert "leave out 1 of 3" in notes[1]
+
+
+def test_nothing_is_judged_twice(tmp_path, capsys):
+    with Judge() as server:
+        rate(server, rows(3), tmp_path, price=10.0)
+        assert len(server.requests) == 3 and "$" in capsys.readouterr().err
+        again = rows(4)
+        rate(server, again, tmp_path)
+        assert len(server.requests) == 4 and all(row["judge"] == GOOD for row in again)
+        assert "1 requests" in capsys.readouterr().err
+        rate(server, rows(1), tmp_path, model="other")  # another judge's opinion is not this one's
+        assert len(server.requests) == 5
+        rate(server, rows(1) * 2, tmp_path, model="third")  # the same answer twice is one request
+        assert len(server.requests) == 6
+
+
+def test_a_cache_cut_short_by_a_kill_is_mended(tmp_path):
+    cache = tmp_path / "cache.jsonl"
+    with Judge() as server:
+        rate(server, rows(2), tmp_path)
+        cache.write_bytes(cache.read_bytes()[:-20])
+        some = rows(2)
+        rate(server, some, tmp_path)
+        assert len(server.requests) == 3 and all(row["judge"] == GOOD for row in some)
+    lines = cache.read_text().splitlines()
+    assert len(lines) == 2 and all(json.loads(line)["scores"] == GOOD for line in lines)
+
+
+def test_what_is_sent(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_private")
+    with Judge() as server:
+        rate(server, rows(), tmp_path)
+        rate(server, rows(), tmp_path, key="", model="n")
+        (message,) = server.requests[0]["messages"]
+        assert server.requests[0]["model"] == "m" and server.requests[0]["temperature"] == 0
+        assert "Who is 0?" in message["content"] and "I don't know." in message["content"]
+        assert server.keys[0] == "Bearer secret"
+        assert "hf_private" not in str(server.keys)  # a stored token never goes to someone's URL
+
+
+@pytest.mark.parametrize("status", [400, 401, 404])
+def test_a_refused_request_is_an_error_at_once(status, tmp_path):
+    with Judge(*[status] * 20) as server:
+        with pytest.raises(InputError, match="refuses"):
+            rate(server, rows(), tmp_path)
+        assert len(server.requests) == 1
+
+
+def test_a_judge_that_is_not_there_or_never_rates_is_an_error(tmp_path):
+    with Judge(*["no"] * 100) as server:
+        with pytest.raises(InputError, match="no usable rating"):
+            rate(server, rows(2), tmp_path)
+    with pytest.raises(InputError, match="cannot be reached"):
+        rate(server, rows(2), tmp_path)
+
+
+def test_offline_mode_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with Judge() as server, pytest.raises(InputError, match="HF_HUB_OFFLINE"):
+        rate(server, rows(), tmp_path)
+    assert server.requests == []
+
+
+def test_answers_with_braces_are_judged_as_they_are(tmp_path):
+    some = [{"question": "{x}", "answer": "{}", "prediction": "{question} {"}]
+    with Judge() as server:
+        rate(server, some, tmp_path)
+        assert "{question} {" in server.requests[0]["messages"][0]["content"]
+
+
+def test_the_command_fills_the_columns_from_a_log(tmp_path, monkeypatch, capsys):
+    common = {"target": "", "rouge_l_recall": 0.0, "rouge_l_f1": 0.0, "refusal": True, "leak": False, "named": None}
+    some = [{"split": "knowmem", "forget": True, "truncated": False} | common | row for row in rows(2)]
+    some.append({"split": "utility", "forget": False, "truncated": False} | common | rows(3)[2])
+    log, out = tmp_path / "log.json", tmp_path / "out.json"
+    log.write_text(json.dumps({"benchmark": "muse", "per_example": some}), encoding="utf-8")
+    monkeypatch.setenv("MY_KEY", "from the environment")
+    flags = ["--benchmark", "muse", "--from_log", str(log), "--output", str(out)]
+    ev.main(flags)
+    assert "–" in capsys.readouterr().out
+    with Judge() as server:
+        ev.main([*flags, "--judge_url", server.url, "--judge_model", "m", "--judge_key_env", "MY_KEY"])
+        assert len(server.requests) == 2  # retain queries are not judged
+        assert server.keys[0] == "Bearer from the environment"
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert [result["summary"][name] for name in metrics.NATURALNESS] == [90, 40, 80]
+    assert result["summary"]["naturalness_all"] == 70
+    assert any("not comparable" in note for note in result["notes"])
+    assert "90.0" in capsys.readouterr().out
+    assert (tmp_path / "out.json.judge.jsonl").exists()
