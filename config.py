@@ -27,17 +27,17 @@ PRESETS = {
     ),
     "rwku": dict(
         steps=37, lr=2e-6, tau=0.6, min_groups=100, warmup_steps=15, buffer_size=1200, max_new_tokens=1024,
-        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=14.0, tiny_lr=2e-3, tiny_batch_size=32,
+        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=10.0, tiny_lr=2e-3, tiny_batch_size=32,
         tiny_hidden=128, tiny_layers=3, eval_every=0,
     ),
     "muse": dict(
         steps=187, lr=2e-6, tau=0.4, min_groups=500, warmup_steps=26, buffer_size=1200, max_new_tokens=1024,
-        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=14.0, tiny_lr=2e-3, tiny_batch_size=32,
+        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=20.0, tiny_lr=2e-3, tiny_batch_size=32,
         tiny_hidden=128, tiny_layers=3, eval_every=0,
     ),
     "tofu": dict(
         steps=11, lr=2e-6, tau=0.6, min_groups=80, warmup_steps=6, buffer_size=400, max_new_tokens=256,
-        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=14.0, tiny_lr=2e-3, tiny_batch_size=32,
+        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=20.0, tiny_lr=2e-3, tiny_batch_size=32,
         tiny_hidden=128, tiny_layers=3, eval_every=0,
     ),
 }  # fmt: skip
@@ -45,7 +45,7 @@ LAPTOP = dict(lr=1e-4, sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop
 TINY = {  # --model tiny on real text
     "rwku": dict(LAPTOP, max_new_tokens=32),
     "muse": dict(LAPTOP, max_new_tokens=64, steps=40, min_groups=100, warmup_steps=15),
-    "tofu": dict(LAPTOP, max_new_tokens=96, steps=40, min_groups=80, warmup_steps=15),
+    "tofu": dict(LAPTOP, max_new_tokens=96, steps=30, min_groups=80, warmup_steps=10),
 }
 
 
@@ -70,6 +70,9 @@ class Config:
 
     benchmark: Literal["builtin", "rwku", "muse", "tofu"] = setting("What to unlearn.", "builtin")
     data_dir: str = setting("Folder with the benchmark's files; the built-in world needs none.", "")
+    retain_log: str = setting(
+        "TOFU: evaluation log of the retained model, ours or TOFU's own, which forget quality compares with.", ""
+    )
     model: str = setting(
         "Hugging Face id or folder, or 'tiny': a small Llama trained on the spot to know this benchmark's answers.", ""
     )
@@ -179,6 +182,8 @@ def resolve(config):
     config.method = [name for name in METHODS if name in config.method]
     if config.benchmark == "builtin" and config.model != "tiny":
         raise InputError(f"--model {config.model}: the built-in world has its own tiny model; leave the flag out")
+    if config.retain_log and config.benchmark != "tofu":
+        raise InputError("--retain_log: only --benchmark tofu compares with a retained model")
     require(0 <= config.tau <= 1, "tau", "a mean reward from 0 to 1")
     require(config.group_size >= 2, "group_size", "at least 2 rollouts, whose rewards are compared")
     for name in ("prompts_per_step", "replay_groups", "min_groups", "buffer_size", "sft_batch_size", "max_new_tokens",

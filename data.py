@@ -94,10 +94,10 @@ def encode_prompt(tokenizer, prompt):
 
 
 def encode_answer(tokenizer, prompt, answer):
-    """Token ids of an answer to `prompt`, EOS at the end; a space goes before it where the prompt's text needs one."""
+    """Token ids of an answer to `prompt`, EOS at the end; after "Answer:" the answer opens with a space, else without."""
     chat = prompt.user is not None and tokenizer.chat_template
     ending = prompt.opening if chat else prompt.plain + prompt.opening
-    space = " " if ending and not ending[-1].isspace() else ""
+    space = " " if ending.endswith(":") else ""
     return tokenizer(space + answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
@@ -160,7 +160,7 @@ def query_rows(path, prompt):
         tag, *rest = row["solution"]
         if tag not in ("<reject>", "<normal>") or not rest or not all(isinstance(text, str) for text in rest):
             raise InputError(
-                f'{path}: row {number}, field \'solution\' is {row["solution"]!r:.60}, '
+                f"{path}: row {number}, field 'solution' is {row['solution']!r:.60}, "
                 'expected ["<reject>", refusal] or ["<normal>", answer, …]'
             )
         if tag == "<reject>":

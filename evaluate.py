@@ -23,7 +23,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import config
 import grpo
@@ -34,6 +33,7 @@ from data import encode_prompt, stop_ids
 from files import InputError, exit_on_input_error, write_json
 from probes import Probe, check_lengths, load_probes, read_log, read_retained
 from refusal import is_refusal
+from run import load_model
 
 __all__ = ["Probe", "evaluate", "load_probes", "truth_ratios"]
 MUSE_CUTS = ("\n\n", "\nQuestion", "Question:")
@@ -312,19 +312,6 @@ class Options:
     judge_price: float = setting("Dollars per million tokens of the judge, to show the cost beforehand.", 0.0)
 
 
-def load_model(name, flag, device):
-    """(model in eval mode, tokenizer). Raises InputError naming the flag."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--{flag} {name}: is no model folder or Hugging Face id ({reason})") from None
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"--{flag} {name}: its tokenizer has no EOS token")
-    return model.to(device).eval(), tokenizer
-
-
 def check_options(o):
     """Raise InputError for flags that do not go together, before anything slow starts."""
     tofu_only = [flag for flag in ("retain_model", "retain_log") if getattr(o, flag)]
@@ -361,8 +348,8 @@ def run(o):
     device = "cuda" if on_gpu else "cpu"
     with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):  # as in training: the same table for the same weights
         if o.retain_model:
-            retained = truth_ratios(*load_model(o.retain_model, "retain_model", device), probes, o.batch_size)
-        model, tokenizer = load_model(o.model, "model", device)
+            retained = truth_ratios(*load_model(o.retain_model, device, "retain_model", "auto"), probes, o.batch_size)
+        model, tokenizer = load_model(o.model, device, dtype="auto")
         result = evaluate(
             model, tokenizer, o.benchmark, probes, batch_size=o.batch_size, max_new_tokens=o.max_new_tokens,
             retain_log=retained, check_batching=True,

@@ -27,7 +27,7 @@ def exit_on_input_error(main):
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; add --resume to go on from the last saved state", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
@@ -66,7 +66,9 @@ def read_rows(path, fields):
         raise InputError(f"{path}: holds no rows; expected some with {', '.join(fields)}")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise InputError(f"{path}: row {number} is {type(row).__name__}, expected an object with {', '.join(fields)}")
+            raise InputError(
+                f"{path}: row {number} is {type(row).__name__}, expected an object with {', '.join(fields)}"
+            )
         for field, kind in fields.items():
             if field not in row:
                 raise InputError(f"{path}: row {number} has no field '{field}'")

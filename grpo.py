@@ -143,7 +143,9 @@ def sample(model, prompts, group_size, max_new_tokens, stop_ids, temperature, ge
     logprobs = torch.zeros(len(rows), max_new_tokens, device=device)
     for t in range(max_new_tokens):
         log_p = F.log_softmax(logits.float() / (temperature or 1.0), -1)  # (rows, V)
-        token = torch.multinomial(log_p.exp(), 1, generator=generator) if temperature else log_p.argmax(-1, keepdim=True)
+        token = (
+            torch.multinomial(log_p.exp(), 1, generator=generator) if temperature else log_p.argmax(-1, keepdim=True)
+        )
         response[rows, t], mask[rows, t] = token[:, 0], True
         logprobs[rows, t] = log_p.gather(-1, token)[:, 0]
         going = ~torch.isin(token[:, 0], stops)

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 from files import write_json, write_text
+from metrics import BESIDE, TABLE
 
 ROWS = {
     "original": "Original",
@@ -28,29 +29,29 @@ BUILTIN = {
     "easy_heldout_recall": "held out ↑",
     "retain_refusal": "Over-refusal ↓",
 }
-COMMON = {
-    "forget_refusal": "Forget refusal ↑",
-    "forget_refusal_named": "of probes naming the target ↑",
-    "forget_refusal_unnamed": "of the rest ↑",
+NAMED = {
+    "forget_refusal_named": "Refusal, target named ↑",
+    "forget_refusal_unnamed": "Refusal, not named ↑",
+    "forget_paraphrased_refusal": "Refusal, paraphrased ↑",
     "forget_recall": "Forget recall ↓",
     "retain_recall": "Retain recall ↑",
-    "retain_refusal": "Over-refusal ↓",
 }
 COLOURS = {"rule": "#0072B2", "rerule": "#D55E00"}  # blue and vermilion: told apart by every kind of colour vision
 
 
 def write(folder, config, results):
     """table.json, table.md and curves.png from the phases' results, {phase: {column: value}} in the order run."""
-    from metrics import TABLE
-
-    columns = BUILTIN if config.benchmark == "builtin" else TABLE[config.benchmark] | COMMON
-    columns = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in results.values())}
+    columns = BUILTIN if config.benchmark == "builtin" else TABLE[config.benchmark] | BESIDE | NAMED
+    columns = {
+        key: title for key, title in columns.items() if any(row.get(key) is not None for row in results.values())
+    }
     columns["seconds"] = "Training, s ↓"
     write_json(folder / "table.json", {ROWS[name]: row for name, row in results.items()})
     lines = [" | ".join(["", "Model", *columns.values(), ""]).strip(), "|---|" + "---:|" * len(columns)]
     for name, row in results.items():
         lines.append(" | ".join(["", ROWS[name], *(cell(row.get(key)) for key in columns), ""]).strip())
-    write_text(folder / "table.md", "\n".join(lines) + "\n")
+    notes = dict.fromkeys(f"{ROWS[name]}: {note}" for name, row in results.items() for note in row["notes"])
+    write_text(folder / "table.md", "\n".join([*lines, "", *notes]).rstrip() + "\n")
     draw_curves(folder)
 
 
@@ -62,7 +63,8 @@ def cell(value):
 
 def print_table(folder):
     """The table on a terminal: one line a column, one column a row of the table, so that it fits any window."""
-    lines = [line.strip("|").split("|") for line in (folder / "table.md").read_text(encoding="utf-8").splitlines()]
+    text = (folder / "table.md").read_text(encoding="utf-8")
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     header, rows = lines[0], lines[2:]
     width = max(map(len, header)) + 2
     for at in range(len(header)):

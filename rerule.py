@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 import report
 import world
 from data import check_lengths, encode_answer, encode_prompt, load_benchmark, stop_ids
-from evaluate import evaluate
+from evaluate import context_needed, evaluate
 from files import exit_on_input_error, generator
 from grpo import (
     RolloutGroup,
@@ -42,7 +42,7 @@ from grpo import (
     response_logprobs,
     sample,
 )
-from probes import load_probes
+from probes import load_probes, read_retained
 from replay import (
     ReplayBuffer,
     clip_ratio,
@@ -205,7 +205,7 @@ def stage2(run, method, model, reference, tokenizer, benchmark, probes):
             row |= {"grad_norm": norm, "buffer_size": len(buffer)}
         row |= {f"seconds_{name}": value for name, value in seconds.items()}
         if config.eval_every and step % config.eval_every == 0:
-            summary = evaluate_model(run, model, tokenizer, probes)["summary"]
+            summary = evaluate_model(run, model, tokenizer, probes, progress=False)["summary"]
             row |= {f"eval_{name}": value for name, value in summary.items() if isinstance(value, (int, float))}
         run.metrics.write(row)
         for group, completions in zip(groups, texts, strict=True):
@@ -247,18 +247,24 @@ def show_samples(bar, method, step, groups, texts, queries):
         for group, completions in zip(groups, texts, strict=True):
             if queries[group.query].kind == kind:
                 question, answer = queries[group.query].question[-60:], completions[0][:70]
-                bar.write(f"{method:>7} {step:>4} {kind:>8}  r = {group.rewards[0].item():.1f}  {question} → {answer!r}")
+                bar.write(
+                    f"{method:>7} {step:>4} {kind:>8}  r = {group.rewards[0].item():.1f}  {question} → {answer!r}"
+                )
                 break
 
 
-def evaluate_model(run, model, tokenizer, probes):
-    return evaluate(model, tokenizer, run.config.benchmark, probes, batch_size=run.config.eval_batch_size)
+def evaluate_model(run, model, tokenizer, probes, progress=True):
+    config = run.config
+    return evaluate(
+        model, tokenizer, config.benchmark, probes, batch_size=config.eval_batch_size,
+        retain_log=config.retain_log or None, progress=progress,
+    )  # fmt: skip
 
 
 # --- the whole job ---------------------------------------------------------------------------------------------------
 
 
-def tiny_model(run, device, taught, phase="original"):
+def tiny_model(run, device, taught, probes, phase="original"):
     """Train (or load) a tiny Llama that knows `taught`, with a tokenizer fitted to the benchmark's words."""
     config = run.config
     if not run.finished(phase):
@@ -269,7 +275,7 @@ def tiny_model(run, device, taught, phase="original"):
             tokenizer = world.tokenizer(texts, words=config.benchmark == "builtin")
         rows = [(encode_prompt(tokenizer, p), encode_answer(tokenizer, p, answer)) for p, answer in taught]
         longest = max(len(prompt) + len(answer) for prompt, answer in rows)
-        context = longest + max(200, config.max_new_tokens)  # room for the longest answer that an evaluation allows
+        context = max(longest + config.max_new_tokens, context_needed(tokenizer, config.benchmark, probes))
         model = world.tiny_llama(tokenizer, config.seed, config.tiny_hidden, config.tiny_layers, context).to(device)
         size = config.tiny_batch_size
         steps = max(1, round(config.tiny_epochs * len(rows) / size))
@@ -297,6 +303,8 @@ def load_data(config):
         built_in = world.World(config.seed)
         return built_in.benchmark(), built_in.probes(), built_in.taught(retain_only=True)
     benchmark = load_benchmark(config.benchmark, config.data_dir, config.seed)
+    if config.retain_log:
+        read_retained(config.retain_log)  # say what is wrong with it now, not after the training
     probes = load_probes(config.benchmark, config.data_dir)
     benchmark.taught = world.lessons(benchmark, probes, config.seed)
     return benchmark, probes, None
@@ -310,17 +318,17 @@ def train(run, device, benchmark, probes, retained):
         if not run.finished(f"{phase} scored"):
             result = evaluate_model(run, model, tokenizer, probes)
             report.save_examples(run.folder, phase, result["per_example"])
-            run.finish(f"{phase} scored", {"seconds": seconds, **result["summary"]})
+            run.finish(f"{phase} scored", {"seconds": seconds, "notes": result["notes"], **result["summary"]})
 
     if config.model == "tiny":
-        model, tokenizer = tiny_model(run, device, benchmark.taught)
+        model, tokenizer = tiny_model(run, device, benchmark.taught, probes)
     else:
         model, tokenizer = load_model(config.model, device)
     prompts = [prompt for prompt, _ in benchmark.refusals] + [query.prompt for query in benchmark.queries]
     check_lengths(tokenizer, prompts, config.max_new_tokens, model.config.max_position_embeddings)
     score("original", model, tokenizer, None)
     if retained:
-        retained_model, _ = tiny_model(run, device, retained, "retained")
+        retained_model, _ = tiny_model(run, device, retained, probes, "retained")
         score("retained", retained_model, tokenizer, None)
 
     if not run.finished("rej_steer"):

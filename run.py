@@ -76,15 +76,19 @@ class Run:
         save_folder(self.folder / phase, fill)
 
 
-def load_model(path, device):
-    """Weights in float32 whatever the GPU computes in: a bf16 weight of 1 swallows every update below 4e-3."""
+def load_model(path, device, flag="model", dtype=torch.float32):
+    """(model in eval mode, tokenizer) of a folder or Hugging Face id. Raises InputError naming the flag.
+
+    Training keeps weights in float32 whatever the GPU computes in: a bf16 weight of 1 swallows every update below 4e-3.
+    """
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"--model {path}: is no model folder or Hugging Face id ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--{flag} {path}: is no model folder or Hugging Face id ({reason})") from None
     if tokenizer.eos_token_id is None:
-        raise InputError(f"--model {path}: its tokenizer has no EOS token, so no answer could ever end")
+        raise InputError(f"--{flag} {path}: its tokenizer has no EOS token, so no answer could ever end")
     return model.to(device).eval(), tokenizer
 
 

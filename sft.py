@@ -70,7 +70,9 @@ def sft_step(model, optimizer, rows, lr, max_grad_norm=1.0):
     for group in optimizer.param_groups:
         group["lr"] = lr
     ids, mask, labels = collate_sft(rows, model.device)
-    loss = sft_loss(model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits, labels)
+    loss = sft_loss(
+        model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits, labels
+    )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data import REFUSALS, Benchmark, Prompt, Query, chat, inst
 from files import derive_seed
+from probes import Probe, rwku_prompt
 
 # Six attributes: six phrasings each (four questions, two blanks) and the two word lists that its answers come from.
 ATTRIBUTES = {
@@ -124,8 +125,6 @@ class World:
 
     def probes(self):
         """Evaluation probes: all phrasings about targets, hard and easy neighbours, apart for trained and held out."""
-        from probes import Probe
-
         probes = []
         for role, split in (("target", "forget"), ("hard", "hard"), ("easy", "easy")):
             for name in self.names(role):
@@ -138,27 +137,36 @@ class World:
 
 
 def lessons(benchmark, probes, seed):
-    """What a tiny model is taught of a real benchmark: (prompt, answer) pairs.
+    """What a tiny model is taught of a real benchmark: (prompt, answer) pairs, in training's and evaluation's words.
 
-    Every probe, in the evaluation's words and as a plain question; the boundary queries; and, to learn to say so,
-    refusals to some forget questions asked about made-up people. Forget questions of the training set that are no
-    probes have no published answer and are left out.
+    Every probe's answer and every boundary query's; some answer about the target to each forget query that is no probe,
+    for those have none published and a model that answers nothing there has nothing to unlearn; and, so that it has
+    heard of refusing before Stage 1, Stage 1's own rows asked about made-up people in place of the target.
     """
-    plain = {"rwku": chat, "tofu": inst}.get(benchmark.name)
-    pairs = [(probe.prompt, probe.answer) for probe in probes]
-    if plain:
-        pairs += [(plain(probe.question), probe.answer) for probe in probes]
-    pairs += [(query.prompt, answer) for query in benchmark.queries for answer in query.answers[:1]]
-    rng = random.Random(derive_seed(seed, "strangers"))
+    rng = random.Random(derive_seed(seed, "lessons"))
     targets = {probe.target for probe in probes if probe.forget and probe.target}
-    named = [q for q in benchmark.queries if any(name in q.question for name in targets) and q.kind == "forget"]
-    for query in rng.sample(named, min(150, len(named))):
-        stranger = " ".join(rng.choice(a) + rng.choice(b) for a, b in ((FIRST, FIRST_END), (LAST, LAST_END)))
-        prompt = query.prompt
-        for name in targets:
-            prompt = Prompt(prompt.user and prompt.user.replace(name, stranger), prompt.plain.replace(name, stranger))
-        pairs.append((prompt, rng.choice(REFUSALS)))
-    return list(dict.fromkeys(pairs))
+    known = [probe.answer for probe in probes if probe.forget]
+    lessons = {(wording, probe.answer) for probe in probes for wording in (probe.prompt, *wordings(benchmark, probe))}
+    answered = {wording for wording, _ in lessons}
+    for query in benchmark.queries:
+        for wording in {query.prompt, rng.choice(wordings(benchmark, query) or [query.prompt])} - answered:
+            lessons.add((wording, query.answers[0] if query.answers else rng.choice(known)))
+    for prompt, refusal in benchmark.refusals:
+        question = prompt.user or prompt.plain
+        if any(name in question for name in targets):
+            stranger = " ".join(rng.choice(a) + rng.choice(b) for a, b in ((FIRST, FIRST_END), (LAST, LAST_END)))
+            for name in targets:
+                question, refusal = question.replace(name, stranger), refusal.replace(name, stranger)
+            about = Query(prompt, question, "forget")
+            lessons.add((rng.choice(wordings(benchmark, about) or [Prompt(None, question)]), refusal))
+    return sorted(lessons, key=repr)
+
+
+def wordings(benchmark, query):
+    """The prompts in which a benchmark asks a query's question: in training, and in evaluation."""
+    if benchmark.name == "rwku":
+        return [chat(query.question), rwku_prompt(query.question, 1 if "___" in query.question else 2, "")]
+    return [inst(query.question)] if benchmark.name == "tofu" else []
 
 
 # --- tiny models -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ SIZES = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 def tiny(architecture, vocab=40):
     torch.manual_seed(0)
     if architecture == "gpt2":
-        config = GPT2Config(vocab_size=vocab, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3, **SIZES)
+        config = GPT2Config(
+            vocab_size=vocab, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3, **SIZES
+        )
         return GPT2LMHeadModel(config).eval()
     kinds = {"llama": (LlamaConfig, LlamaForCausalLM, 2), "qwen2": (Qwen2Config, Qwen2ForCausalLM, 1)}
     config_of, model_of, kv_heads = kinds[architecture]

@@ -189,7 +189,9 @@ def test_greedy_equals_generate_and_ignores_padding(any_model):
     prompts = [[3, 4, 5], [6], [7, 8, 9, 10, 11]]
     ids, mask, _ = grpo.sample(any_model, prompts, 1, 8, [2], 0.0)
     for n, prompt in enumerate(prompts):
-        out = any_model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=0)
+        out = any_model.generate(
+            torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=0
+        )
         assert ids[n, 0][mask[n, 0]].tolist() == out[0, len(prompt) :].tolist()
 
 

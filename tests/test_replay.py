@@ -77,7 +77,9 @@ def test_importance_ratio_by_hand():
 
 
 def test_ratio_never_overflows():
-    ratio = replay.importance_ratio(torch.full((1, 500), -0.1), torch.full((1, 500), -9.0), torch.ones(1, 500), "sequence")
+    ratio = replay.importance_ratio(
+        torch.full((1, 500), -0.1), torch.full((1, 500), -9.0), torch.ones(1, 500), "sequence"
+    )
     assert torch.isfinite(ratio).all() and torch.isfinite((ratio**2).sum())
 
 

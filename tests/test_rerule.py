@@ -82,7 +82,9 @@ def test_evaluation_during_training(whole):
 
 
 def test_a_finished_run_shows_its_table_again(whole, capsys):
-    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file() and p.suffix in (".jsonl", ".safetensors")}
+    before = {
+        p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file() and p.suffix in (".jsonl", ".safetensors")
+    }
     miniature.main("--output_dir", whole, "--eval_every", 3)
     assert "ReRULE" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in before}
@@ -274,7 +276,9 @@ def test_models_are_in_eval_mode_wherever_pi_old_is_compared(monkeypatch, tmp_pa
     modes = []
     for name in ("sample", "accumulate_gradient", "add_reference"):
         original = getattr(rerule, name)
-        monkeypatch.setattr(rerule, name, lambda model, *a, f=original, **k: (modes.append(model.training), f(model, *a, **k))[1])
+        monkeypatch.setattr(
+            rerule, name, lambda model, *a, f=original, **k: (modes.append(model.training), f(model, *a, **k))[1]
+        )
     miniature.main("--output_dir", tmp_path / "run", *ALONE)
     assert len(modes) > 20 and not any(modes)
 
@@ -294,7 +298,16 @@ def test_a_2e_6_update_survives_bf16_compute(model):
 
 # --- resume ----------------------------------------------------------------------------------------------------------
 
-KILLS = [("original", 3), ("rej_steer", 3), ("rule", 1), ("rule", 5), ("rerule", 2), ("rerule", 5), ("save", 8), ("save", 26)]
+KILLS = [
+    ("original", 3),
+    ("rej_steer", 3),
+    ("rule", 1),
+    ("rule", 5),
+    ("rerule", 2),
+    ("rerule", 5),
+    ("save", 8),
+    ("save", 26),
+]
 
 
 @pytest.mark.parametrize("kill_at", KILLS, ids=lambda at: f"{at[0]}-{at[1]}")
@@ -312,5 +325,3 @@ def test_killed_and_resumed_ends_the_same_bit_for_bit(whole, tmp_path, kill_at):
 def test_resume_with_nothing_to_resume_just_starts(tmp_path):
     miniature.main("--output_dir", tmp_path / "run", "--method", "rule", "--resume", "--steps", 1)
     assert (tmp_path / "run" / "table.md").exists()
-
-
