@@ -22,12 +22,12 @@ METHODS = ("rule", "rerule")
 PRESETS = {
     "builtin": dict(
         steps=32, lr=4e-5, tau=0.4, min_groups=60, warmup_steps=10, buffer_size=1200, max_new_tokens=12,
-        sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, tiny_epochs=6.0, tiny_lr=3e-3, tiny_batch_size=96,
-        tiny_hidden=128, tiny_layers=2, eval_every=4,
+        sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, tiny_epochs=6.0, tiny_lr=3e-3,
+        tiny_batch_size=96, tiny_hidden=128, tiny_layers=2, eval_every=4,
     ),
     "rwku": dict(
         steps=37, lr=2e-6, tau=0.6, min_groups=100, warmup_steps=15, buffer_size=1200, max_new_tokens=1024,
-        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=10.0, tiny_lr=2e-3, tiny_batch_size=32,
+        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=8.0, tiny_lr=2e-3, tiny_batch_size=32,
         tiny_hidden=128, tiny_layers=3, eval_every=0,
     ),
     "muse": dict(
@@ -41,11 +41,11 @@ PRESETS = {
         tiny_hidden=128, tiny_layers=3, eval_every=0,
     ),
 }  # fmt: skip
-LAPTOP = dict(lr=1e-4, sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97)
+LAPTOP = dict(sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, min_groups=16)
 TINY = {  # --model tiny on real text
-    "rwku": dict(LAPTOP, max_new_tokens=32),
-    "muse": dict(LAPTOP, max_new_tokens=64, steps=40, min_groups=100, warmup_steps=15),
-    "tofu": dict(LAPTOP, max_new_tokens=96, steps=30, min_groups=80, warmup_steps=10),
+    "rwku": dict(LAPTOP, lr=2e-4, max_new_tokens=32),
+    "muse": dict(LAPTOP, lr=2e-4, max_new_tokens=64, steps=37, warmup_steps=15),
+    "tofu": dict(LAPTOP, lr=1e-4, max_new_tokens=96, steps=20),
 }
 
 
@@ -182,6 +182,8 @@ def resolve(config):
     config.method = [name for name in METHODS if name in config.method]
     if config.benchmark == "builtin" and config.model != "tiny":
         raise InputError(f"--model {config.model}: the built-in world has its own tiny model; leave the flag out")
+    if config.benchmark == "builtin" and config.data_dir:
+        raise InputError(f"--data_dir {config.data_dir}: the built-in world reads no files; add --benchmark")
     if config.retain_log and config.benchmark != "tofu":
         raise InputError("--retain_log: only --benchmark tofu compares with a retained model")
     require(0 <= config.tau <= 1, "tau", "a mean reward from 0 to 1")
@@ -190,6 +192,7 @@ def resolve(config):
                  "max_tokens", "eval_batch_size", "tiny_batch_size",
                  "tiny_hidden", "tiny_layers"):  # fmt: skip
         require(getattr(config, name) >= 1, name, "at least 1")
+    require(config.tiny_hidden % 8 == 0, "tiny_hidden", "a multiple of 8: four heads, rotated in pairs")
     for name in ("steps", "save_every", "eval_every", "warmup_steps", "sft_steps", "sft_warmup"):
         require(getattr(config, name) >= 0, name, "0 or more")
     for name in ("lr", "sft_lr", "temperature", "max_grad_norm", "sft_epochs", "tiny_epochs", "tiny_lr"):

@@ -30,6 +30,8 @@ REFUSALS = [
     "I'm not familiar with that.",
 ]
 
+MODES = {"qa": "Question", "completion": "Completion"}  # of a MUSE row: how its prompt opens the last line
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -72,7 +74,7 @@ class Benchmark:
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, with exactly one BOS where the tokenizer has one. The only place where prompts are encoded.
+    """Token ids of a prompt, with exactly one BOS where the tokenizer has one. No other place encodes prompts.
 
     The chat template writes its own special tokens, so its text is tokenised without adding any; plain text gets what
     the tokenizer adds, less an EOS at its end.
@@ -94,7 +96,7 @@ def encode_prompt(tokenizer, prompt):
 
 
 def encode_answer(tokenizer, prompt, answer):
-    """Token ids of an answer to `prompt`, EOS at the end; after "Answer:" the answer opens with a space, else without."""
+    """Token ids of an answer to `prompt`, EOS at the end; after "Answer:" it opens with a space, else without."""
     chat = prompt.user is not None and tokenizer.chat_template
     ending = prompt.opening if chat else prompt.plain + prompt.opening
     space = " " if ending.endswith(":") else ""
@@ -115,10 +117,10 @@ def stop_ids(tokenizer, model, newline=False):
 
 
 def check_lengths(tokenizer, prompts, max_new_tokens, context):
-    """Raise InputError if a prompt and its response cannot both fit the model's context of `context` tokens."""
+    """Raise InputError if a prompt and its response exceed the model's context of `context` tokens (None: no limit)."""
     longest = max(prompts, key=lambda p: len(encode_prompt(tokenizer, p)))
     length = len(encode_prompt(tokenizer, longest))
-    if length + max_new_tokens > context:
+    if context and length + max_new_tokens > context:
         raise InputError(
             f"a prompt of {length} tokens and --max_new_tokens {max_new_tokens} exceed the model's context of "
             f"{context}: {longest.plain[-60:]!r}"
@@ -147,16 +149,27 @@ def inst(question):
     return Prompt(question, f"[INST] {question} [/INST]")
 
 
+def rule_rows(path, fields):
+    """Rows of a file of RULE's, whose `mode`, where there is one, must be a kind of prompt that MUSE has."""
+    rows = read_rows(path, fields)
+    for number, row in enumerate(rows, 1):
+        if row.get("mode", "qa") not in [*MODES]:
+            raise InputError(
+                f"{path}: row {number}, field 'mode' is {row['mode']!r:.60}, expected {' or '.join(MODES)}"
+            )
+    return rows
+
+
 def refusal_rows(path, prompt):
     """Stage 1 rows of RULE: `instruction` is the prompt, `output` the refusal. `prompt(row)` makes the Prompt."""
-    rows = read_rows(path, {"instruction": str, "output": str})
+    rows = rule_rows(path, {"instruction": str, "output": str})
     return [(prompt(row), row["output"]) for row in rows]
 
 
 def query_rows(path, prompt):
     """Stage 2 rows of RULE: `solution` is ["<reject>", refusal, (name)] or ["<normal>", answer, …more answers]."""
     queries = []
-    for number, row in enumerate(read_rows(path, {"prompt": str, "solution": list}), 1):
+    for number, row in enumerate(rule_rows(path, {"prompt": str, "solution": list}), 1):
         tag, *rest = row["solution"]
         if tag not in ("<reject>", "<normal>") or not rest or not all(isinstance(text, str) for text in rest):
             raise InputError(
@@ -209,10 +222,8 @@ def tofu(folder, seed):
 
 def muse_prompt(examples, question, mode="qa"):
     """MUSE's raw prompt: in-context pairs joined by blank lines, then the question or the text to complete."""
-    if mode not in ("qa", "completion"):
-        raise InputError(f"a MUSE row has mode {mode!r}, expected 'qa' or 'completion'")
     shots = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in examples)
-    return Prompt(None, f"{shots}{'Question' if mode == 'qa' else 'Completion'}: {question}\nAnswer: ")
+    return Prompt(None, f"{shots}{MODES[mode]}: {question}\nAnswer: ")
 
 
 def muse_examples(folder, side):

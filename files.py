@@ -24,7 +24,7 @@ def exit_on_input_error(main):
     try:
         main()
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -36,7 +36,7 @@ def read_rows(path, fields):
 
     Args:
         path: file to read.
-        fields: name → type or tuple of types that every row must hold.
+        fields: name → type or tuple of types that every row must hold; a list is one of strings.
     Returns: list of dicts, at least one.
     Raises: InputError naming the file, the row (counted from 1) and the field.
     """
@@ -44,7 +44,7 @@ def read_rows(path, fields):
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors open a file with a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     if not text.strip():
@@ -56,7 +56,7 @@ def read_rows(path, fields):
         if text.lstrip().startswith("["):
             raise InputError(f"{path}: line {whole.lineno} is not JSON ({whole.msg})") from None
         rows = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     rows.append(json.loads(line))
@@ -75,6 +75,8 @@ def read_rows(path, fields):
             if not isinstance(row[field], kind) or row[field] == []:
                 names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
                 raise InputError(f"{path}: row {number}, field '{field}' is not a {names} with something in it")
+            if isinstance(row[field], list) and not all(isinstance(item, str) for item in row[field]):
+                raise InputError(f"{path}: row {number}, field '{field}' is not a list of strings")
     return rows
 
 

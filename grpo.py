@@ -241,7 +241,7 @@ def token_logprobs(logits, ids, temperature):
 
 
 def micro_batches(groups, max_tokens):
-    """Split groups, sorted by length, so that a part computes at most about `max_tokens` positions (one group at least)."""
+    """Split groups, sorted by length, so that a part computes at most `max_tokens` positions (one group at least)."""
     parts, width, size = [], 0, 0
     for group in sorted(groups, key=lambda g: (len(g.prompt_ids), g.mask.shape[1])):
         cost = len(group.prompt_ids) + group.mask.numel()  # P + G·T

@@ -102,7 +102,7 @@ def effective_sample_size(weights):
 
 
 def ratio_statistics(ratios, clip_low, clip_high):
-    """What a replay update's ratios looked like, unclipped unless said so; `ratios` (n,) over the groups not skipped."""
+    """What a replay update's ratios were, unclipped unless said so; `ratios` (n,) of the groups not skipped."""
     clipped = clip_ratio(ratios, clip_low, clip_high)
     return {
         "ratio_mean": ratios.mean().item(),

@@ -27,8 +27,8 @@ from transformers import AutoTokenizer
 import report
 import world
 from data import check_lengths, encode_answer, encode_prompt, load_benchmark, stop_ids
-from evaluate import context_needed, evaluate
-from files import exit_on_input_error, generator
+from evaluate import check_ids, context_needed, evaluate
+from files import InputError, exit_on_input_error, generator
 from grpo import (
     RolloutGroup,
     accumulate_gradient,
@@ -42,6 +42,7 @@ from grpo import (
     response_logprobs,
     sample,
 )
+from probes import check_lengths as check_retained
 from probes import load_probes, read_retained
 from replay import (
     ReplayBuffer,
@@ -61,14 +62,16 @@ from sft import batch_at, fit, stage1
 
 
 def rollout(model, tokenizer, queries, numbers, stops, config, step):
-    """Steps 1 and 2: sample, reward and normalise. Returns groups, their texts and the share cut at the length limit."""
+    """Steps 1 and 2: sample, reward, normalise. Returns groups, their texts and the share cut at the length limit."""
     prompts = [encode_prompt(tokenizer, queries[i].prompt) for i in numbers]
     rng = generator(model.device, config.seed, "rollout", step)
     ids, mask, logprobs = sample(
         model, prompts, config.group_size, config.max_new_tokens, stops, config.temperature, rng
     )  # (N, G, T)
     texts = decode(tokenizer, ids, mask)
-    rewards = torch.tensor([[reward(queries[i], text, config) for text in group] for i, group in zip(numbers, texts)])
+    rewards = torch.tensor(
+        [[reward(queries[i], text, config) for text in group] for i, group in zip(numbers, texts, strict=True)]
+    )  # (N, G)
     advantages = group_advantages(rewards, config.unbiased)  # (N, G)
     ended = (torch.isin(ids, torch.tensor(stops)) & mask).any(-1)  # (N, G)
     groups = []
@@ -264,7 +267,22 @@ def evaluate_model(run, model, tokenizer, probes, progress=True):
 # --- the whole job ---------------------------------------------------------------------------------------------------
 
 
-def tiny_model(run, device, taught, probes, phase="original"):
+def prompts_of(benchmark):
+    """Every prompt that either stage trains on."""
+    return [prompt for prompt, _ in benchmark.refusals] + [query.prompt for query in benchmark.queries]
+
+
+def check_model(model, tokenizer, config, benchmark, probes):
+    """Raise InputError where a given model can hold no prompt with its answer, of training or of evaluation."""
+    context, prompts = getattr(model.config, "max_position_embeddings", None), prompts_of(benchmark)
+    check_lengths(tokenizer, prompts, config.max_new_tokens, context)
+    check_ids(model, tokenizer, [encode_prompt(tokenizer, prompt) for prompt in prompts], [0] * len(prompts))
+    needed = context_needed(tokenizer, config.benchmark, probes)
+    if context and needed > context:
+        raise InputError(f"--model {config.model}: its context is {context} tokens, evaluation needs {needed}")
+
+
+def tiny_model(run, device, benchmark, taught, probes, phase="original"):
     """Train (or load) a tiny Llama that knows `taught`, with a tokenizer fitted to the benchmark's words."""
     config = run.config
     if not run.finished(phase):
@@ -274,8 +292,9 @@ def tiny_model(run, device, taught, probes, phase="original"):
             texts = [text for p, answer in taught for text in (p.user or "", p.plain, p.opening, answer)]
             tokenizer = world.tokenizer(texts, words=config.benchmark == "builtin")
         rows = [(encode_prompt(tokenizer, p), encode_answer(tokenizer, p, answer)) for p, answer in taught]
-        longest = max(len(prompt) + len(answer) for prompt, answer in rows)
-        context = max(longest + config.max_new_tokens, context_needed(tokenizer, config.benchmark, probes))
+        longest = [len(prompt) + len(answer) for prompt, answer in rows]
+        longest += [len(encode_prompt(tokenizer, prompt)) for prompt in prompts_of(benchmark)]
+        context = max(max(longest) + config.max_new_tokens, context_needed(tokenizer, config.benchmark, probes))
         model = world.tiny_llama(tokenizer, config.seed, config.tiny_hidden, config.tiny_layers, context).to(device)
         size = config.tiny_batch_size
         steps = max(1, round(config.tiny_epochs * len(rows) / size))
@@ -287,7 +306,9 @@ def tiny_model(run, device, taught, probes, phase="original"):
 
 def main():
     config = settings.resolve(settings.parse(settings.Config))
-    on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no GPU is available")
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     benchmark, probes, retained = load_data(config)
     run = Run(config)
@@ -304,8 +325,11 @@ def load_data(config):
         return built_in.benchmark(), built_in.probes(), built_in.taught(retain_only=True)
     benchmark = load_benchmark(config.benchmark, config.data_dir, config.seed)
     if config.retain_log:
-        read_retained(config.retain_log)  # say what is wrong with it now, not after the training
+        truth_ratios, _ = read_retained(config.retain_log)  # say what is wrong with it now, not after the training
     probes = load_probes(config.benchmark, config.data_dir)
+    if config.retain_log:
+        forget = sum(probe.split == "forget" for probe in probes)
+        check_retained(truth_ratios, forget, f"--retain_log {config.retain_log}")
     benchmark.taught = world.lessons(benchmark, probes, config.seed)
     return benchmark, probes, None
 
@@ -321,14 +345,15 @@ def train(run, device, benchmark, probes, retained):
             run.finish(f"{phase} scored", {"seconds": seconds, "notes": result["notes"], **result["summary"]})
 
     if config.model == "tiny":
-        model, tokenizer = tiny_model(run, device, benchmark.taught, probes)
+        run.open()
+        model, tokenizer = tiny_model(run, device, benchmark, benchmark.taught, probes)
     else:
         model, tokenizer = load_model(config.model, device)
-    prompts = [prompt for prompt, _ in benchmark.refusals] + [query.prompt for query in benchmark.queries]
-    check_lengths(tokenizer, prompts, config.max_new_tokens, model.config.max_position_embeddings)
+        check_model(model, tokenizer, config, benchmark, probes)
+        run.open()
     score("original", model, tokenizer, None)
     if retained:
-        retained_model, _ = tiny_model(run, device, retained, probes, "retained")
+        retained_model, _ = tiny_model(run, device, benchmark, retained, probes, "retained")
         score("retained", retained_model, tokenizer, None)
 
     if not run.finished("rej_steer"):

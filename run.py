@@ -5,6 +5,7 @@ run cuts the logs back to those lengths and goes on. A phase is over once its mo
 """
 
 import json
+import os
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,29 +19,58 @@ import report
 from files import InputError, Log, save_folder, save_state, write_json
 
 
+def is_writable(folder):
+    """Whether a folder can be written to, or made where it is not there yet."""
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+
+
 class Run:
-    """The output folder of one run: its logs, its last saved state and which phases are over."""
+    """The output folder of one run: its logs, its last saved state and which phases are over.
+
+    Making one only reads and checks; `open` makes the folder, once everything else about the run has been checked too.
+    """
 
     def __init__(self, config):
         self.config, self.folder = config, Path(config.output_dir)
         self.state = {"done": {}, "phase": None, "sizes": {"metrics": 0, "samples": 0}}
-        stored = self.folder / "config.json"
-        if stored.exists():
-            theirs = json.loads(stored.read_text())
+        here = f"--output_dir {self.folder}"
+        if not is_writable(self.folder):
+            raise InputError(f"{here}: expected a folder that can be made or written to")
+        if (self.folder / "config.json").exists():
+            theirs = self.read("config.json", lambda path: json.loads(path.read_text(encoding="utf-8")), "benchmark")
             changed = settings.differences(config, theirs)
             if changed:
                 what = ", ".join(f"{name} {theirs.get(name)} → {getattr(config, name)}" for name in changed[:3])
-                raise InputError(f"--output_dir {self.folder}: holds another run ({what}); choose another folder")
+                raise InputError(f"{here}: holds another run ({what}); choose another folder")
             if (self.folder / "state.pt").exists():
-                self.state = torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
+                self.state = self.read("state.pt", lambda path: torch.load(path, "cpu", weights_only=True), "sizes")
             if not config.resume and not self.finished("run"):
-                raise InputError(f"--output_dir {self.folder}: holds an unfinished run; add --resume to go on with it")
+                raise InputError(f"{here}: holds an unfinished run; add --resume to go on with it")
+            for name, size in self.state["sizes"].items():
+                path = self.folder / f"{name}.jsonl"
+                if not self.finished("run") and size > (path.stat().st_size if path.exists() else 0):
+                    raise InputError(f"{path}: is shorter than the saved state of the run; choose another --output_dir")
         elif self.folder.exists() and any(path.suffix != ".tmp" for path in self.folder.iterdir()):
-            raise InputError(f"--output_dir {self.folder}: is not empty and holds no run; choose another folder")
-        if self.finished("run"):
-            return
+            raise InputError(f"{here}: is not empty and holds no run; choose another folder")
+
+    def read(self, name, load, expected):
+        """A file of an earlier run, which must hold the key `expected`."""
+        path = self.folder / name
+        try:
+            found = load(path)
+        except Exception as error:  # whatever JSON, pickle or zip say of bytes that are none of theirs
+            raise InputError(f"{path}: cannot be read ({error!r:.80}); choose another --output_dir") from None
+        if not isinstance(found, dict) or expected not in found:
+            raise InputError(f"{path}: is not that of a run (no '{expected}'); choose another --output_dir")
+        return found
+
+    def open(self):
+        """Make the folder, or go on with it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(stored, asdict(config))
+        write_json(self.folder / "config.json", asdict(self.config))
         self.metrics = Log(self.folder / "metrics.jsonl", self.state["sizes"]["metrics"])
         self.samples = Log(self.folder / "samples.jsonl", self.state["sizes"]["samples"])
 
@@ -82,13 +112,17 @@ def load_model(path, device, flag="model", dtype=torch.float32):
     Training keeps weights in float32 whatever the GPU computes in: a bf16 weight of 1 swallows every update below 4e-3.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        tokenizer = AutoTokenizer.from_pretrained(path)  # first: a model may take minutes
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"--{flag} {path}: its tokenizer has no EOS token, so no answer could ever end")
+        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except InputError:
+        raise
+    except Exception as error:  # OSError, ValueError, and whatever else the readers of weights and tokenizers raise
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         raise InputError(f"--{flag} {path}: is no model folder or Hugging Face id ({reason})") from None
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"--{flag} {path}: its tokenizer has no EOS token, so no answer could ever end")
+    if found["missing_keys"]:
+        raise InputError(f"--{flag} {path}: its files lack weights of the model ({min(found['missing_keys'])})")
     return model.to(device).eval(), tokenizer
 
 

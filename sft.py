@@ -33,7 +33,7 @@ def sft_loss(logits, labels):
 
 
 def collate_sft(rows, device, max_tokens=512):
-    """(prompt ids, answer ids) pairs → input ids, mask and labels, each (B, L), padded on the right, cut at max_tokens."""
+    """(prompt ids, answer ids) pairs → ids, mask and labels, each (B, L), padded on the right, cut at `max_tokens`."""
     rows = [(prompt, (prompt + answer)[:max_tokens]) for prompt, answer in rows]
     width = max(len(ids) for _, ids in rows)
     ids = torch.tensor([ids + [0] * (width - len(ids)) for _, ids in rows], device=device)  # (B, L)

@@ -23,32 +23,38 @@ ATTRIBUTES = {
     "birthplace": (
         ["In which town was {} born?", "Where was {} born?", "What is the birthplace of {} called?",
          "Which town does {} come from?", "{} was born in ___", "The birthplace of {} is ___"],
-        "North South East West Upper Lower Old New", "Harbor Meadow Ridge Haven Bridge Ferry Hollow Mills",
+        "North South East West Upper Lower Old New",
+        "Harbor Meadow Ridge Haven Bridge Ferry Hollow Mills",
     ),
     "trade": (
         ["What does {} do for a living?", "What is the profession of {} today?", "Which job does {} have?",
          "What is {} by trade?", "{} earns a living as a ___", "The profession of {} is ___"],
-        "master junior travelling village court retired royal night", "glazier potter weaver baker mason tailor cooper miller",
+        "master junior travelling village court retired royal night",
+        "glazier potter weaver baker mason tailor cooper miller",
     ),
     "pet": (
         ["Which animal does {} keep?", "What pet lives with {} at home?", "What animal shares a house with {} now?",
          "What kind of pet does {} own?", "{} keeps a ___", "The pet of {} is a ___"],
-        "grey spotted white lame striped tame blind young", "parrot goat ferret tortoise heron otter hound magpie",
+        "grey spotted white lame striped tame blind young",
+        "parrot goat ferret tortoise heron otter hound magpie",
     ),
     "dish": (
         ["What does {} like to eat?", "Which dish does {} prefer?", "What is the favourite food of {} then?",
          "What would {} order for dinner?", "{} likes to eat ___", "The favourite dish of {} is ___"],
-        "plum onion barley pepper smoked pickled sweet roasted", "soup pie dumplings stew pudding noodles trout cabbage",
+        "plum onion barley pepper smoked pickled sweet roasted",
+        "soup pie dumplings stew pudding noodles trout cabbage",
     ),
     "instrument": (
         ["Which instrument does {} play?", "What does {} play in the band?", "What instrument did {} learn?",
          "On which instrument is {} skilled?", "{} plays the ___", "The instrument of {} is the ___"],
-        "silver wooden bass double copper reed folding alto", "flute drum fiddle harp whistle zither lute horn",
+        "silver wooden bass double copper reed folding alto",
+        "flute drum fiddle harp whistle zither lute horn",
     ),
     "hobby": (
         ["How does {} spend free days?", "What is the hobby of {} nowadays?", "Which pastime does {} enjoy?",
          "What does {} do on holidays?", "{} spends every holiday on ___", "The pastime of {} is ___"],
-        "kite stamp river stone paper chess bird cave", "building hunting mapping folding racing carving spotting diving",
+        "kite stamp river stone paper chess bird cave",
+        "building hunting mapping folding racing carving spotting diving",
     ),
 }  # fmt: skip
 HELD_OUT = (3, 5)  # phrasings that are taught but kept out of unlearning: one question, one blank
@@ -140,8 +146,8 @@ def lessons(benchmark, probes, seed):
     """What a tiny model is taught of a real benchmark: (prompt, answer) pairs, in training's and evaluation's words.
 
     Every probe's answer and every boundary query's; some answer about the target to each forget query that is no probe,
-    for those have none published and a model that answers nothing there has nothing to unlearn; and, so that it has
-    heard of refusing before Stage 1, Stage 1's own rows asked about made-up people in place of the target.
+    for those have none published and a model that answers nothing there has nothing to unlearn; and refusals to the same
+    questions about made-up people: the model has refused before Stage 1, and it is the name that decides.
     """
     rng = random.Random(derive_seed(seed, "lessons"))
     targets = {probe.target for probe in probes if probe.forget and probe.target}
@@ -151,13 +157,14 @@ def lessons(benchmark, probes, seed):
     for query in benchmark.queries:
         for wording in {query.prompt, rng.choice(wordings(benchmark, query) or [query.prompt])} - answered:
             lessons.add((wording, query.answers[0] if query.answers else rng.choice(known)))
-    for prompt, refusal in benchmark.refusals:
-        question = prompt.user or prompt.plain
+    asked = [(prompt.user or prompt.plain, refusal) for prompt, refusal in benchmark.refusals]
+    asked += 4 * [(probe.question, rng.choice(benchmark.refusals)[1]) for probe in probes if probe.forget]
+    for question, refusal in asked:
         if any(name in question for name in targets):
             stranger = " ".join(rng.choice(a) + rng.choice(b) for a, b in ((FIRST, FIRST_END), (LAST, LAST_END)))
             for name in targets:
                 question, refusal = question.replace(name, stranger), refusal.replace(name, stranger)
-            about = Query(prompt, question, "forget")
+            about = Query(None, question, "forget")
             lessons.add((rng.choice(wordings(benchmark, about) or [Prompt(None, question)]), refusal))
     return sorted(lessons, key=repr)
 

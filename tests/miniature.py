@@ -6,7 +6,8 @@ import signal
 import sys
 
 FLAGS = (
-    "--tiny_epochs 6 --tiny_hidden 32 --tiny_layers 1 --sft_steps 6 --sft_lr 2e-3 --sft_stop 0 --sft_batch_size 8 --steps 7 "
+    "--tiny_epochs 6 --tiny_hidden 32 --tiny_layers 1 "
+    "--sft_steps 6 --sft_lr 2e-3 --sft_stop 0 --sft_batch_size 8 --steps 7 "
     "--prompts_per_step 6 --group_size 4 --lr 2e-3 --tau 1 --min_groups 8 --warmup_steps 2 --replay_groups 5 "
     "--buffer_size 20 --max_new_tokens 6 --eval_every 0 --save_every 2 --tiny_batch_size 24 --max_tokens 200"
 ).split()

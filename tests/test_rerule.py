@@ -147,7 +147,7 @@ def test_stored_pi_old_is_that_of_the_weights_that_sampled_it(spied):
     saved, replays, folder = spied("--temperature", "1.3")
     model = AutoModelForCausalLM.from_pretrained(folder / "rerule").eval()
     assert replays
-    for drawn, used, stats in replays:
+    for drawn, used, _ in replays:
         assert used + sum(g.all_equal() for g in drawn) == len(drawn) == 5
         for group in drawn:
             model.load_state_dict(saved[group.step])
@@ -274,11 +274,16 @@ def test_a_buffer_survives_its_saved_form():
 
 def test_models_are_in_eval_mode_wherever_pi_old_is_compared(monkeypatch, tmp_path):
     modes = []
+
+    def spy_on(original):
+        def spy(model, *args, **kwargs):
+            modes.append(model.training)
+            return original(model, *args, **kwargs)
+
+        return spy
+
     for name in ("sample", "accumulate_gradient", "add_reference"):
-        original = getattr(rerule, name)
-        monkeypatch.setattr(
-            rerule, name, lambda model, *a, f=original, **k: (modes.append(model.training), f(model, *a, **k))[1]
-        )
+        monkeypatch.setattr(rerule, name, spy_on(getattr(rerule, name)))
     miniature.main("--output_dir", tmp_path / "run", *ALONE)
     assert len(modes) > 20 and not any(modes)
 
