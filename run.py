@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 import config as settings
 import report
@@ -25,6 +26,9 @@ def is_writable(folder):
     while not os.path.lexists(place):
         place = place.parent
     return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+
+
+logging.disable_progress_bar()  # ours are enough
 
 
 class Run:

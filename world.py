@@ -146,8 +146,8 @@ def lessons(benchmark, probes, seed):
     """What a tiny model is taught of a real benchmark: (prompt, answer) pairs, in training's and evaluation's words.
 
     Every probe's answer and every boundary query's; some answer about the target to each forget query that is no probe,
-    for those have none published and a model that answers nothing there has nothing to unlearn; and refusals to the same
-    questions about made-up people: the model has refused before Stage 1, and it is the name that decides.
+    for those have none published and a model that answers nothing there has nothing to unlearn; and refusals to the
+    same questions about made-up people: the model has refused before Stage 1, and it is the name that decides.
     """
     rng = random.Random(derive_seed(seed, "lessons"))
     targets = {probe.target for probe in probes if probe.forget and probe.target}

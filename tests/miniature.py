@@ -13,23 +13,31 @@ FLAGS = (
 ).split()
 
 
-def main(*argv, threads=1):
-    """Run the driver in this process with FLAGS and then `argv`."""
+def driver(*argv):
+    """Run the driver in this process, on one thread."""
     import torch
 
     import rerule
-    import world
 
-    torch.set_num_threads(threads)
-    sizes = dict(N_TARGETS=3, N_HARD=3, N_EASY=3, N_UNKNOWN=2)
-    before = {name: getattr(world, name) for name in sizes}
-    argv_before, sys.argv = sys.argv, ["rerule.py", *FLAGS, *map(str, argv)]
-    vars(world).update(sizes)
+    torch.set_num_threads(1)
+    before, sys.argv = sys.argv, ["rerule.py", *map(str, argv)]
     try:
         rerule.main()
     finally:
+        sys.argv = before
+
+
+def main(*argv):
+    """Run the driver on a small world with FLAGS and then `argv`."""
+    import world
+
+    sizes = dict(N_TARGETS=3, N_HARD=3, N_EASY=3, N_UNKNOWN=2)
+    before = {name: getattr(world, name) for name in sizes}
+    vars(world).update(sizes)
+    try:
+        driver(*FLAGS, *argv)
+    finally:
         vars(world).update(before)
-        sys.argv = argv_before
 
 
 def child(argv, kill_at):
