@@ -40,7 +40,7 @@ def read_rows(path, fields):
     Returns: list of dicts, at least one.
     Raises: InputError naming the file, the row (counted from 1) and the field.
     """
-    path = Path(path)
+    path, wanted = Path(path), f" with {', '.join(fields)}" if fields else ""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
@@ -48,7 +48,7 @@ def read_rows(path, fields):
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     if not text.strip():
-        raise InputError(f"{path}: is empty; expected JSON rows with {', '.join(fields)}")
+        raise InputError(f"{path}: is empty; expected JSON rows{wanted}")
     try:
         rows = json.loads(text)
         rows = rows if isinstance(rows, list) else [rows]
@@ -63,12 +63,10 @@ def read_rows(path, fields):
                 except json.JSONDecodeError as error:
                     raise InputError(f"{path}: row {number} is not JSON ({error.msg})") from None
     if not rows:
-        raise InputError(f"{path}: holds no rows; expected some with {', '.join(fields)}")
+        raise InputError(f"{path}: holds no rows; expected some{wanted}")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise InputError(
-                f"{path}: row {number} is {type(row).__name__}, expected an object with {', '.join(fields)}"
-            )
+            raise InputError(f"{path}: row {number} is {type(row).__name__}, expected an object{wanted}")
         for field, kind in fields.items():
             if field not in row:
                 raise InputError(f"{path}: row {number} has no field '{field}'")

@@ -109,8 +109,10 @@ def on_policy_gradient(model, groups, config, counts):
 
 
 def off_policy_gradient(model, drawn, config, counts):
-    """Step 5: the gradient of Eq. 5 over the drawn groups; those without any are skipped, though every divisor counts
-    them. Returns the number of groups used and statistics of their ratios (over responses)."""
+    """Step 5: the gradient of Eq. 5 over the drawn groups. Those without any are skipped, yet all divisors count them.
+
+    Returns: the number of groups used; statistics of their importance ratios.
+    """
     keep_all = config.replay_kl or config.is_normalize
     used = [group for group in drawn if keep_all or not group.all_equal()]
     if not used:
@@ -315,6 +317,8 @@ def main():
     with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
         if not run.finished("run"):
             train(run, device, benchmark, probes, retained)
+    if not (run.folder / "table.md").exists():
+        report.write(run.folder, config, run.rows())
     report.print_table(run.folder)
 
 

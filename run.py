@@ -19,6 +19,8 @@ import config as settings
 import report
 from files import InputError, Log, save_folder, save_state, write_json
 
+logging.disable_progress_bar()  # ours are enough
+
 
 def is_writable(folder):
     """Whether a folder can be written to, or made where it is not there yet."""
@@ -26,9 +28,6 @@ def is_writable(folder):
     while not os.path.lexists(place):
         place = place.parent
     return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
-
-
-logging.disable_progress_bar()  # ours are enough
 
 
 class Run:
@@ -73,7 +72,10 @@ class Run:
 
     def open(self):
         """Make the folder, or go on with it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output_dir {self.folder}: cannot be made ({error.strerror})") from None
         write_json(self.folder / "config.json", asdict(self.config))
         self.metrics = Log(self.folder / "metrics.jsonl", self.state["sizes"]["metrics"])
         self.samples = Log(self.folder / "samples.jsonl", self.state["sizes"]["samples"])

@@ -6,6 +6,8 @@ The same loop teaches the tiny models their facts before any unlearning starts.
 
 Deviations
 - The sum over t is averaged over all response tokens of a batch, as Hugging Face trainers (and so RULE's code) do.
+- Nothing is cut. RULE cuts prompt and answer at 512 tokens, which could cut the refusal away; here a prompt that leaves
+  no room for its answer in the model's context is an error.
 - RULE takes the checkpoint after a chosen epoch; here Stage 1 may also end once a given share of answers sampled to
   forget prompts are refusals (`sft_stop`), which suits every seed where a fixed count does not.
 """
@@ -32,9 +34,9 @@ def sft_loss(logits, labels):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
 
 
-def collate_sft(rows, device, max_tokens=512):
-    """(prompt ids, answer ids) pairs → ids, mask and labels, each (B, L), padded on the right, cut at `max_tokens`."""
-    rows = [(prompt, (prompt + answer)[:max_tokens]) for prompt, answer in rows]
+def collate_sft(rows, device):
+    """(prompt ids, answer ids) pairs → ids, mask and labels, each (B, L), padded on the right."""
+    rows = [(prompt, prompt + answer) for prompt, answer in rows]
     width = max(len(ids) for _, ids in rows)
     ids = torch.tensor([ids + [0] * (width - len(ids)) for _, ids in rows], device=device)  # (B, L)
     mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for _, ids in rows], device=device)

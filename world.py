@@ -150,13 +150,16 @@ def lessons(benchmark, probes, seed):
     same questions about made-up people: the model has refused before Stage 1, and it is the name that decides.
     """
     rng = random.Random(derive_seed(seed, "lessons"))
-    targets = {probe.target for probe in probes if probe.forget and probe.target}
+    targets = sorted({probe.target for probe in probes if probe.forget and probe.target})
     known = [probe.answer for probe in probes if probe.forget]
     lessons = {(wording, probe.answer) for probe in probes for wording in (probe.prompt, *wordings(benchmark, probe))}
     answered = {wording for wording, _ in lessons}
     for query in benchmark.queries:
-        for wording in {query.prompt, rng.choice(wordings(benchmark, query) or [query.prompt])} - answered:
-            lessons.add((wording, query.answers[0] if query.answers else rng.choice(known)))
+        for wording in (query.prompt, rng.choice(wordings(benchmark, query) or [query.prompt])):
+            answer = query.answers[0] if query.answers else rng.choice(known)
+            if wording not in answered:
+                lessons.add((wording, answer))
+                answered.add(wording)
     asked = [(prompt.user or prompt.plain, refusal) for prompt, refusal in benchmark.refusals]
     asked += 4 * [(probe.question, rng.choice(benchmark.refusals)[1]) for probe in probes if probe.forget]
     for question, refusal in asked:

@@ -1,4 +1,4 @@
-"""RWKU, MUSE-Books and TOFU through the whole driver, on made-up files, and the command's table against the driver's."""
+"""RWKU, MUSE-Books and TOFU through the whole driver, on made-up files; its table against the command's."""
 
 import json
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 import data
 import sft
 import world
-from data import Prompt, Query, encode_answer, encode_prompt, stop_ids
+from data import Prompt, encode_answer, encode_prompt, stop_ids
 from files import InputError, read_rows
 from probes import load_probes
 from refusal import is_refusal
@@ -165,12 +165,18 @@ def test_newline_tokens_end_a_response_if_asked():
     tokenizer = byte_tokenizer(merges=[("Ċ", "Ċ"), ("a", "Ċ")])
     stops = stop_ids(tokenizer, model_with(None), newline=True)
     assert {tokenizer.decode([i]) for i in stops} == {"</s>", "\n", "\n\n", "a\n"}
-    fallback = SimpleNamespace(
-        eos_token_id=0, convert_ids_to_tokens=lambda ids: ["</s>", "a", "<0x0A>", None], __len__=4
-    )
-    fallback = type("T", (), {**vars(fallback), "__len__": lambda self: 4})()
-    fallback.convert_ids_to_tokens = lambda ids: ["</s>", "a", "<0x0A>", None]
-    assert stop_ids(fallback, model_with(None), newline=True) == [0, 2]
+    pieces = ["</s>", "a", "<0x0A>", None]  # of a tokenizer that falls back to bytes
+
+    class Fallback:
+        eos_token_id = 0
+
+        def convert_ids_to_tokens(self, ids):
+            return [pieces[i] for i in ids]
+
+        def __len__(self):
+            return len(pieces)
+
+    assert stop_ids(Fallback(), model_with(None), newline=True) == [0, 2]
 
 
 def test_no_eos_anywhere_is_an_error():
@@ -192,12 +198,13 @@ def test_lengths_are_checked_at_the_very_token():
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 ROWS = [{"q": "a\u2028b\x85c", "n": ["x"]}, {"q": "é", "n": ["y", "z"]}]
+BOM = "\ufeff"
 LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
 
 
 @pytest.mark.parametrize(
     "text",
-    [json.dumps(ROWS), json.dumps(ROWS, indent=4), LINES, LINES + "\n", LINES.replace("\n", "\r\n\r\n"), "\ufeff" + LINES],
+    [json.dumps(ROWS), json.dumps(ROWS, indent=4), LINES, LINES + "\n", LINES.replace("\n", "\r\n\r\n"), BOM + LINES],
     ids=["list", "indented", "lines", "ended lines", "windows lines", "byte-order mark"],
 )  # fmt: skip
 def test_rows_are_read_from_a_list_or_from_lines(tmp_path, text):
@@ -303,12 +310,6 @@ def test_eos_is_trained_where_it_is_also_the_padding():
     _, mask, labels = sft.collate_sft([([1], [5, 0]), ([1, 0], [0, 6, 0])], "cpu")
     assert labels.tolist() == [[-100, 5, 0, -100, -100], [-100, -100, 0, 6, 0]]
     assert mask.sum(-1).tolist() == [3, 5]
-
-
-def test_rows_are_cut_at_512_tokens():
-    ids, mask, labels = sft.collate_sft([([1] * 500, [7] * 20), ([1], [7, 2])], "cpu")
-    assert ids.shape == (2, 512) and (labels[0] == 7).sum() == 12 and mask[1].sum() == 3
-    assert sft.collate_sft([([1] * 3, [7] * 3)], "cpu", max_tokens=5)[2].tolist() == [[-100, -100, -100, 7, 7]]
 
 
 def test_sft_loss_is_the_mean_over_all_answer_tokens():
@@ -454,16 +455,11 @@ def test_lessons_are_the_same_in_every_process(tmp_path):
     write(folder / "rl_rejection_with_fb_neighbor.json", rows)
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\nimport data, probes, world\n"
-        "taught = world.lessons(data.load_benchmark('rwku', sys.argv[2], 0), probes.load_probes('rwku', sys.argv[2]), 0)\n"
-        "print(repr(taught), end='')"
+        "read, asked = data.load_benchmark('rwku', sys.argv[2], 0), probes.load_probes('rwku', sys.argv[2])\n"
+        "print(repr(world.lessons(read, asked, 0)), end='')"
     )
     found = subprocess.run(
         [sys.executable, "-c", script, str(ROOT), str(folder)], capture_output=True, text=True, check=True,
         encoding="utf-8", env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONIOENCODING": "utf-8"},
     )  # fmt: skip
     assert found.stdout == repr(world.lessons(data.load_benchmark("rwku", folder, 0), load_probes("rwku", folder), 0))
-
-
-def test_a_query_keeps_what_logs_and_rewards_need():
-    query = Query(data.chat("Who?"), "Who?", "boundary", ("Ada", "Ada Pole"))
-    assert (query.question, query.target, query.group) == ("Who?", "", "")

@@ -1,0 +1,570 @@
+"""What a user can get wrong: one line that names the culprit, exit code 2, nothing written and nothing trained."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_data import byte_tokenizer, train_muse, train_rwku, train_tofu
+from test_evaluate import make_model
+
+import config as settings
+import evaluate
+import rerule
+import world
+from files import InputError
+from run import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = {"rwku": train_rwku, "tofu": train_tofu, "muse": train_muse}
+
+torch.set_num_threads(1)
+
+
+# --- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def tree(folder):
+    """Every file and folder below, with the files' bytes."""
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def forbid(monkeypatch):
+    """Make functions of the driver fail the test when they are called."""
+
+    def forbid(*names):
+        for name in names:
+
+            def called(*args, name=name, **kwargs):
+                pytest.fail(f"{name} ran before the mistake was told")
+
+            monkeypatch.setattr(rerule, name, called)
+
+    return forbid
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, forbid):
+    """Run the driver on a mistake; returns its line once it is sure that nothing was written and nothing trained."""
+    forbid("fit", "stage1", "stage2", "evaluate_model")
+
+    def refused(*argv, output="run"):
+        where = ["--output_dir", tmp_path / output] if output else []
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["rerule.py", *map(str, [*argv, *where])])
+        before = tree(tmp_path)
+        with pytest.raises(InputError) as error:
+            rerule.main()
+        assert tree(tmp_path) == before
+        message = str(error.value)
+        assert message.strip() == message and len(message.splitlines()) == 1 and len(message) < 400
+        return message
+
+    return refused
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """The files of each benchmark."""
+    return {name: make(tmp_path / name) for name, make in TRAIN.items()}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Models in folders: a good one, one of 16 positions, some broken ones."""
+    place = tmp_path_factory.mktemp("models")
+    make_model(context=2048).save_pretrained(place / "good")
+    byte_tokenizer().save_pretrained(place / "good")
+    words = world.word_tokenizer(["[INST] What did Orla do? [/INST] Question: Answer: " + " ".join("abcdefghij")])
+    world.tiny_llama(words, 0, 16, 1, 16).save_pretrained(place / "short")
+    words.save_pretrained(place / "short")
+
+    def broken(name, change):
+        shutil.copytree(place / "good", place / name)
+        change(place / name)
+
+    def edit(file, **changes):
+        def change(folder):
+            stored = json.loads((folder / file).read_text())
+            stored = {key: value for key, value in (stored | changes).items() if value is not None}
+            (folder / file).write_text(json.dumps(stored))
+
+        return change
+
+    broken("no eos", edit("tokenizer_config.json", eos_token=None))
+    broken("no weights", lambda folder: (folder / "model.safetensors").unlink())
+    broken("half the weights", lambda folder: os.truncate(folder / "model.safetensors", 5000))
+    broken("a layer short", edit("config.json", num_hidden_layers=3))
+    broken("another width", edit("config.json", hidden_size=64))
+    broken("no type", edit("config.json", model_type=None, architectures=None))
+    broken("no decoder", edit("config.json", model_type="vit"))
+    broken("bad config", lambda folder: (folder / "config.json").write_text("{"))
+    broken("bad tokenizer", lambda folder: (folder / "tokenizer.json").write_text("{}"))
+    broken("small vocabulary", lambda folder: make_model(context=2048, vocab=200).save_pretrained(folder))
+    (place / "empty").mkdir()
+    (place / "file").write_text("no folder")
+    return place
+
+
+def tofu(folders, *more):
+    return ["--benchmark", "tofu", "--data_dir", folders["tofu"], *more]
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+FLAGS = [
+    ("--tua 0.5", "unknown flag --tua"),
+    ("--temp 1", "unknown flag --temp"),
+    ("rwku", "unknown flag rwku"),
+    ("--benchmark tofo", "--benchmark builtin"),
+    ("--device gpu", "--device auto"),
+    ("--is_level sentence", "--is_level sequence token geometric"),
+    ("--replay_store all", "--replay_store hard random recent"),
+    ("--method ppo", "--method ppo rule, rerule"),
+    ("--method rule ppo", "--method ppo rule, rerule"),
+    ("--method rule,rerule", "--method rule,rerule rule, rerule"),
+    ("--method", "--method"),
+    ("--steps", "--steps"),
+    ("--steps 1.5", "--steps 1.5"),
+    ("--seed x", "--seed x"),
+    ("--group_size 8.0", "--group_size 8.0"),
+    ("--lr fast", "--lr fast"),
+    ("--tau 0,4", "--tau 0,4"),
+    ("--resume maybe", "--resume maybe"),
+    ("--tau 1.01", "--tau 1.01 from 0 to 1"),
+    ("--tau -0.1", "--tau -0.1 from 0 to 1"),
+    ("--tau nan", "--tau nan from 0 to 1"),
+    ("--lr nan", "--lr nan above 0"),
+    ("--lr inf", "--lr inf above 0"),
+    ("--lr 0", "--lr 0.0 above 0"),
+    ("--lr=-1e-5", "--lr -1e-05 above 0"),
+    ("--sft_lr nan", "--sft_lr nan above 0"),
+    ("--tiny_lr 0", "--tiny_lr 0.0 above 0"),
+    ("--temperature 0", "--temperature 0.0 above 0"),
+    ("--max_grad_norm 0", "--max_grad_norm above 0"),
+    ("--sft_epochs 0", "--sft_epochs 0.0 above 0"),
+    ("--kl_coef -1", "--kl_coef -1.0 0 or more"),
+    ("--kl_coef nan", "--kl_coef nan 0 or more"),
+    ("--weight_decay inf", "--weight_decay inf 0 or more"),
+    ("--clip_low 1.5", "--clip_low 1.5 at most 1"),
+    ("--clip_high nan", "--clip_high nan 0 or more"),
+    ("--sft_stop 97", "--sft_stop 97.0 from 0 to 1"),
+    ("--group_size 1", "--group_size 1 at least 2"),
+    ("--prompts_per_step 0", "--prompts_per_step 0 at least 1"),
+    ("--max_new_tokens 0", "--max_new_tokens 0 at least 1"),
+    ("--steps -1", "--steps -1 0 or more"),
+    ("--save_every -1", "--save_every -1 0 or more"),
+    ("--min_groups 0", "--min_groups 0 at least 1"),
+    ("--replay_groups 0", "--replay_groups 0 at least 1"),
+    ("--replay_groups 21 --buffer_size 20 --min_groups 5", "--replay_groups 21 --buffer_size 20"),
+    ("--replay_groups 1201", "--replay_groups 1201 --buffer_size 1200"),
+    ("--min_groups 21 --buffer_size 20 --replay_groups 5", "--min_groups 21 --buffer_size 20"),
+    ("--is_normalize True --is_objective surrogate", "--is_objective surrogate weight"),
+    ("--tiny_hidden 100", "--tiny_hidden 100 multiple of 8"),
+    ("--tiny_layers 0", "--tiny_layers 0 at least 1"),
+    ("--model gpt2", "--model gpt2 built-in"),
+    ("--data_dir data", "--data_dir data --benchmark"),
+    ("--retain_log log.json", "--retain_log tofu"),
+    ("--benchmark rwku --retain_log log.json", "--retain_log tofu"),
+]
+
+
+@pytest.mark.parametrize(("argv", "said"), FLAGS, ids=[argv for argv, _ in FLAGS])
+def test_a_bad_flag_is_told_before_any_work(refused, forbid, argv, said):
+    forbid("load_data", "load_model", "Run")
+    flag, *words = said.split()
+    message = refused(*argv.split())
+    assert all(word in message for word in [flag, *words])
+
+
+def test_the_default_folder_is_not_made_either(refused):
+    assert "--tau" in refused("--tau", 2, output=None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu(refused, forbid):
+    forbid("load_data", "Run")
+    assert refused("--device", "cuda") == "--device cuda: no GPU is available"
+
+
+def test_help_names_every_flag_and_its_preset(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rerule.py", "--help"])
+    with pytest.raises(SystemExit) as over:
+        rerule.main()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert over.value.code == 0
+    assert all(f"--{field.name}" in shown for field in dataclasses.fields(settings.Config))
+    assert "[builtin 0.4, rwku 0.6, muse 0.4, tofu 0.6]" in shown
+
+
+# --- data folders and files ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("benchmark", TRAIN)
+def test_a_benchmark_needs_its_folder(refused, tmp_path, benchmark):
+    assert refused("--benchmark", benchmark) == f"--benchmark {benchmark} needs --data_dir, the folder with its files"
+    (tmp_path / "file").write_text("x")
+    for wrong in (tmp_path / "nowhere", tmp_path / "file"):
+        assert refused("--benchmark", benchmark, "--data_dir", wrong) == f"--data_dir {wrong}: no such folder"
+
+
+FILES = {
+    "rwku": "intro reject_target rl_rejection_with_fb_neighbor forget_level1 forget_level2 forget_level3 "
+    "neighbor_level1 neighbor_level2",
+    "tofu": "forget01 retain99 forget01_perturbed retain_perturbed real_authors_perturbed world_facts_perturbed",
+    "muse": "reject_target_0.5 rl_rejection_with_neighbor knowmem/forget_qa knowmem/forget_qa_icl knowmem/retain_qa "
+    "knowmem/retain_qa_icl verbmem/forget",
+}
+
+
+@pytest.mark.parametrize(("benchmark", "name"), [(b, name) for b, names in FILES.items() for name in names.split()])
+def test_every_file_must_be_there_hold_rows_and_all_their_fields(refused, tmp_path, benchmark, name):
+    folder = TRAIN[benchmark](tmp_path / benchmark)
+    argv, path = ["--benchmark", benchmark, "--data_dir", folder], folder / f"{name}.json"
+    text = path.read_text(encoding="utf-8")
+    rows = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.splitlines()]
+
+    def told(text, *said):
+        path.write_text(text, encoding="utf-8")
+        message = refused(*argv)
+        assert all(word in message for word in (str(path), *said)), message
+
+    told("", "is empty")
+    told("[]", "no rows")
+    told("[1]", "row 1 is int, expected an object")
+    told(text.rstrip()[:-3], "is not JSON")
+    told(json.dumps(rows[0]) + "\n" + "{'question': 'single quotes'}\n", "row 2 is not JSON")
+    read = {"forget_level1": {"query", "answer", "type", "subject"}}.get(name, set(rows[0]))
+    free = {"input", "subject", "mode", "intro", "level"} - ({"subject"} if "level" in name else set())
+    if name in ("retain_perturbed", "intro"):
+        free |= {"paraphrased_question"}
+    for field in sorted(read - free):
+        told(json.dumps([rows[0], {k: v for k, v in rows[-1].items() if k != field}]), "row 2", f"'{field}'")
+        told(json.dumps([rows[0], rows[-1] | {field: 7}]), "row 2", f"'{field}'")
+        told(json.dumps([rows[0], rows[-1] | {field: None}]), "row 2", f"'{field}'")
+        if isinstance(rows[0][field], list):
+            told(json.dumps([rows[0], rows[-1] | {field: []}]), "row 2", f"'{field}'")
+            told(json.dumps([rows[0], rows[-1] | {field: ["<normal>", 3]}]), "row 2", f"'{field}'")
+    path.unlink()
+    assert refused(*argv).startswith(
+        (f"{path}: no such file", f"--data_dir {folder}: neither", f"{path.parent / 'reject'}")
+    )
+
+
+def test_a_file_that_is_no_utf8_text(refused, folders):
+    path = folders["tofu"] / "forget01.json"
+    path.write_bytes('{"question": "Where?", "answer": "Málaga"}'.encode("latin-1"))
+    assert f"{path}: cannot be read as UTF-8" in refused(*tofu(folders))
+
+
+@pytest.mark.parametrize("benchmark", ["rwku", "muse"])
+def test_a_solution_says_reject_or_normal_and_a_text(refused, folders, benchmark):
+    name = {"rwku": "rl_rejection_with_fb_neighbor", "muse": "rl_rejection_with_neighbor"}[benchmark]
+    path, argv = folders[benchmark] / f"{name}.json", ["--benchmark", benchmark, "--data_dir", folders[benchmark]]
+    rows = json.loads(path.read_text())
+    for wrong in (["reject", "No idea."], ["<normal>"], ["<reject>"], ["a", "b"]):
+        path.write_text(json.dumps([*rows, {"prompt": "Who?", "solution": wrong}]))
+        message = refused(*argv)
+        assert all(part in message for part in (str(path), f"row {len(rows) + 1}", "'solution'", "<normal>")), message
+    for tag in ("<reject>", "<normal>"):
+        path.write_text(json.dumps([row for row in rows if row["solution"][0] == tag]))
+        message = refused(*argv)
+        assert str(path) in message and "expected both <reject> and <normal>" in message
+
+
+@pytest.mark.parametrize("name", ["reject_target_0.5", "rl_rejection_with_neighbor"])
+@pytest.mark.parametrize("mode", ["chat", None, ["qa"]])
+def test_a_muse_row_has_a_known_mode(refused, folders, name, mode):
+    path = folders["muse"] / f"{name}.json"
+    rows = json.loads(path.read_text())
+    rows[1]["mode"] = mode
+    path.write_text(json.dumps(rows))
+    message = refused("--benchmark", "muse", "--data_dir", folders["muse"])
+    assert message.startswith(f"{path}: row 2, field 'mode'") and message.endswith("expected qa or completion")
+
+
+def test_tofu_needs_a_boundary_row_for_every_forget_row(refused, folders):
+    train_tofu(folders["tofu"], retain_rows=10)  # seven of them are asked in evaluation
+    assert "retain99.json: fewer than 4 rows" in refused(*tofu(folders))
+
+
+def test_a_folder_of_targets_is_not_one_target(refused, tmp_path):
+    train_rwku(tmp_path / "rwku" / "1_Ada_Pole")
+    assert "intro.json: no such file" in refused("--benchmark", "rwku", "--data_dir", tmp_path / "rwku")
+
+
+def test_another_benchmarks_folder(refused, folders):
+    assert "forget01.json: no such file" in refused("--benchmark", "tofu", "--data_dir", folders["rwku"])
+
+
+# --- the retained model's log ----------------------------------------------------------------------------------------
+
+
+def log_rows(n):
+    fields = ["target", "rouge_l_recall", "rouge_l_f1", "refusal", "leak", "named", "truncated"]
+    losses = {"answer_loss": 1.0, "paraphrased_loss": 1.0, "perturbed_losses": [2.0, 3.0]}
+    return [dict.fromkeys(fields, 0) | losses | {"split": "forget", "forget": True} for _ in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "no such file"),
+        ("", "is empty"),
+        ("nonsense", "not JSON"),
+        ('{"a": 1}', "is no result"),
+        (json.dumps({"benchmark": "rwku", "per_example": log_rows(6)}), "results of rwku, expected tofu"),
+        (json.dumps({"per_example": [{"split": "forget"}]}), "row 1 has no field"),
+        (json.dumps({"eval_log_forget.json": {"avg_gt_loss": {}}}), "'avg_gt_loss'"),
+        (json.dumps({"benchmark": "tofu", "per_example": log_rows(5)}), "5 forget rows, the evaluated model has 6"),
+    ],
+)  # fmt: skip
+def test_a_bad_retain_log_is_told_before_the_training(refused, folders, tmp_path, text, said):
+    path = tmp_path / "log.json"
+    if text is not None:
+        path.write_text(text)
+    message = refused(*tofu(folders, "--retain_log", path))
+    assert str(path) in message and said in message
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no eos", "no EOS token"),
+        ("empty", "is no model folder or Hugging Face id"),
+        ("file", "is no model folder or Hugging Face id"),
+        ("nowhere", "is no model folder or Hugging Face id"),
+        ("bad config", "is no model folder or Hugging Face id"),
+        ("no type", "is no model folder or Hugging Face id"),
+        ("no decoder", "is no model folder or Hugging Face id"),
+        ("bad tokenizer", "is no model folder or Hugging Face id"),
+        ("no weights", "is no model folder or Hugging Face id"),
+        ("half the weights", "is no model folder or Hugging Face id"),
+        ("another width", "is no model folder or Hugging Face id"),
+        ("a layer short", "lack weights of the model"),
+        ("small vocabulary", "do not belong together"),
+    ],
+)
+def test_a_model_folder_that_is_none(refused, folders, saved, name, said):
+    message = refused(*tofu(folders, "--model", saved / name))
+    assert said in message and (str(saved / name) in message or name == "small vocabulary")
+
+
+def test_an_id_that_nobody_has(refused, folders):
+    assert refused(*tofu(folders, "--model", "no-such/model")).startswith("--model no-such/model: is no model folder")
+
+
+@pytest.mark.parametrize("benchmark", TRAIN)
+def test_prompts_longer_than_the_context(refused, folders, saved, benchmark):
+    argv = ["--benchmark", benchmark, "--data_dir", folders[benchmark], "--model", saved / "short"]
+    message = refused(*argv, "--max_new_tokens", 14)
+    assert "--max_new_tokens 14" in message and "context of 16" in message
+
+
+def test_answers_longer_than_the_context(refused, folders, saved):
+    """The preset of TOFU: 256 new tokens."""
+    assert "--max_new_tokens 256 exceed the model's context of 16" in refused(
+        *tofu(folders, "--model", saved / "short")
+    )
+
+
+def test_evaluation_longer_than_the_context(refused, folders, saved):
+    """Training fits 16 positions, TOFU's evaluation of 200 tokens does not."""
+    message = refused(*tofu(folders, "--model", saved / "short", "--max_new_tokens", 2))
+    assert message.startswith(f"--model {saved / 'short'}: its context is 16 tokens, evaluation needs ")
+
+
+# --- the output folder -----------------------------------------------------------------------------------------------
+
+
+def began(folder, *argv):
+    """The folder of a run that was stopped after its first phase."""
+    flags = settings.parse(settings.Config, [*map(str, argv), "--output_dir", str(folder)])
+    run = Run(settings.resolve(flags))
+    run.open()
+    run.metrics.write({"method": "original", "step": 1})
+    run.finish("original", {"seconds": 1.0})
+    return run
+
+
+def test_another_run(refused, tmp_path):
+    began(tmp_path / "run")
+    for flags in (["--seed", 1], ["--seed", 1, "--resume"], ["--method", "rule"], ["--tau", 0.5, "--lr", 1e-3]):
+        message = refused(*flags)
+        assert f"--output_dir {tmp_path / 'run'}: holds another run" in message and flags[0][2:] in message
+    assert "(seed 0 → 1)" in refused("--seed", 1)
+
+
+def test_an_unfinished_run_wants_resume(refused, tmp_path):
+    began(tmp_path / "run")
+    assert "add --resume" in refused()
+    (tmp_path / "run" / "state.pt").unlink()  # stopped before its first state
+    assert "add --resume" in refused()
+
+
+def test_where_to_run_and_how_often_to_save_may_change(tmp_path):
+    config = began(tmp_path / "run").config
+    again = dataclasses.replace(config, resume=True, save_every=3, device="cpu")
+    assert Run(again).finished("original")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "{}", '{"model_type": "llama"}', "\xff"])
+def test_a_config_that_is_none(refused, tmp_path, text):
+    began(tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(text, encoding="latin-1")
+    for flags in ([], ["--resume"]):
+        assert str(tmp_path / "run" / "config.json") in refused(*flags)
+
+
+def test_a_model_folder_is_no_output_folder(refused, saved, tmp_path):
+    shutil.copytree(saved / "good", tmp_path / "run")
+    assert "config.json: is not that of a run" in refused()
+
+
+@pytest.mark.parametrize("damage", ["empty", "nonsense", "half", "list", "other"])
+def test_a_state_that_is_none(refused, tmp_path, damage):
+    began(tmp_path / "run")
+    path = tmp_path / "run" / "state.pt"
+    if damage in ("list", "other"):
+        torch.save([1] if damage == "list" else {"model": 1}, path)
+    else:
+        path.write_bytes({"empty": b"", "nonsense": b"nonsense", "half": path.read_bytes()[:-200]}[damage])
+    assert str(path) in refused("--resume")
+
+
+def test_a_log_that_was_cut_or_deleted(refused, tmp_path):
+    """Cutting it back to where the state left it would fill it up with zeros."""
+    began(tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text("{")
+    assert f"{path}: is shorter than" in refused("--resume")
+    path.unlink()
+    assert f"{path}: is shorter than" in refused("--resume")
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_a_folder_with_other_files(refused, tmp_path, flags):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    (tmp_path / "run" / "metrics.jsonl").write_text("mine")
+    assert "is not empty and holds no run" in refused(*flags)
+
+
+def test_a_file_in_the_folders_place(refused, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    for output in ("run", "run/deeper", "run/deeper/still"):
+        assert refused(output=output).startswith(f"--output_dir {tmp_path / output}: expected a folder")
+
+
+def test_a_link_to_nowhere_in_the_folders_place(refused, tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "nowhere")
+    assert "expected a folder" in refused()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc, where nobody may make a folder")
+def test_a_folder_that_cannot_be_made(refused):
+    assert refused("--output_dir", "/proc/rerule", output=None) == (
+        "--output_dir /proc/rerule: cannot be made (No such file or directory)"
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(refused, tmp_path):
+    (tmp_path / "run").mkdir(mode=0o500)
+    assert "expected a folder" in refused()
+
+
+# --- the order of checks ---------------------------------------------------------------------------------------------
+
+
+def test_cheap_checks_come_first(refused, forbid, folders, tmp_path, saved):
+    """Flags, then files, then the output folder, then the model."""
+    bad_file, bad_model = folders["tofu"] / "retain99.json", ["--model", saved / "no eos"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    text = bad_file.read_text()
+    bad_file.write_text("{")
+    assert "--tau" in refused(*tofu(folders, *bad_model, "--tau", 2))
+    assert "retain99.json" in refused(*tofu(folders, *bad_model))
+    bad_file.write_text(text)
+    assert "thesis" not in refused(*tofu(folders, *bad_model)) and "is not empty" in refused(*tofu(folders, *bad_model))
+    (tmp_path / "run" / "thesis.tex").unlink()
+    (tmp_path / "run").rmdir()
+    assert "no EOS" in refused(*tofu(folders, *bad_model))
+
+
+@pytest.mark.parametrize("model", ["good", "tiny"])
+def test_a_good_run_makes_its_folder_just_before_it_starts(folders, saved, tmp_path, monkeypatch, model):
+    """With a given model the first work is to score it, with a tiny one to train it."""
+
+    class Started(Exception):
+        pass
+
+    def start(run, *rest, **flags):
+        assert json.loads((run.folder / "config.json").read_text())["benchmark"] == "tofu"
+        raise Started
+
+    monkeypatch.setattr(rerule, "evaluate_model" if model == "good" else "fit", start)
+    where = model if model == "tiny" else saved / model
+    argv = tofu(folders, "--model", where, "--output_dir", tmp_path / "a" / "b", "--max_new_tokens", 8)
+    monkeypatch.setattr(sys, "argv", ["rerule.py", *map(str, argv)])
+    with pytest.raises(Started):
+        rerule.main()
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl"}
+
+
+@pytest.mark.parametrize("benchmark", TRAIN)
+def test_a_tiny_model_has_room_for_every_prompt(folders, tmp_path, monkeypatch, benchmark):
+    """Also for a Stage 1 prompt longer than all it is taught."""
+    stage1 = {"rwku": "reject_target", "muse": "reject_target_0.5"}.get(benchmark)
+    if stage1:
+        path = folders[benchmark] / f"{stage1}.json"
+        rows = json.loads(path.read_text())
+        rows[0]["instruction"] = "Who kept the lamp ? " * 100
+        path.write_text(json.dumps(rows))
+    seen = []
+
+    class Started(Exception):
+        pass
+
+    def fit(run, phase, stage, model, rows, **flags):
+        seen.append(model.config.max_position_embeddings)
+        raise Started
+
+    monkeypatch.setattr(rerule, "fit", fit)
+    argv = ["--benchmark", benchmark, "--data_dir", folders[benchmark], "--output_dir", tmp_path / "run"]
+    monkeypatch.setattr(sys, "argv", ["rerule.py", *map(str, argv)])
+    with pytest.raises(Started):
+        rerule.main()
+    config = settings.resolve(settings.parse(settings.Config, list(map(str, argv))))
+    read, probes, _ = rerule.load_data(config)
+    texts = [text for p, answer in read.taught for text in (p.user or "", p.plain, p.opening, answer)]
+    tokenizer = world.tokenizer(texts, words=False)
+    longest = max(len(evaluate.encode_prompt(tokenizer, prompt)) for prompt in rerule.prompts_of(read))
+    assert seen[0] >= longest + config.max_new_tokens
+
+
+# --- the command itself ----------------------------------------------------------------------------------------------
+
+
+def test_a_mistake_ends_with_code_2_and_one_line(folders, saved, tmp_path):
+    """In a process of its own, from another folder and with a path that holds spaces."""
+    before = tree(tmp_path)
+    argv = [*tofu(folders, "--model", saved / "no eos"), "--output_dir", "made"]
+    ended = subprocess.run(
+        [sys.executable, ROOT / "rerule.py", *map(str, argv)], capture_output=True, text=True, cwd=tmp_path,
+        encoding="utf-8", env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert ended.returncode == 2 and ended.stdout == "" and "Traceback" not in ended.stderr
+    expected = f"rerule.py: error: --model {saved / 'no eos'}: its tokenizer has no EOS token"
+    assert ended.stderr.startswith(expected) and len(ended.stderr.splitlines()) == 1
+    assert tree(tmp_path) == before
