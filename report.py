@@ -178,8 +178,10 @@ def draw_curves(folder):
                     axis.plot(x, smooth(y), dash, color=colour, linewidth=2, label=text)
         if starts:
             axis.axvline(first_replay - 0.5, color="#666666", linewidth=1, linestyle=":")
-            axis.annotate("replay starts", (first_replay - 0.5, 0.02), xycoords=("data", "axes fraction"), fontsize=9,
-                          color="#444444", xytext=(3, 0), textcoords="offset points")  # fmt: skip
+            axis.annotate(
+                "replay starts", (first_replay - 0.5, 0.78), xycoords=("data", "axes fraction"), xytext=(-3, 0),
+                textcoords="offset points", rotation=90, ha="right", va="center", fontsize=9, color="#444444",
+            )  # fmt: skip
         axis.set(title=title, xlabel="Stage 2 step", ylabel=label)
         axis.title.set_fontsize(10.5)
         axis.grid(alpha=0.25)
