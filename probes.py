@@ -159,17 +159,20 @@ def read_log(path, benchmark, sets=tuple(TOFU_LOG)):
         raise InputError(f"{path}: holds results of {log['benchmark']}, expected {benchmark}")
     fields = ["split", "target", "forget", "rouge_l_recall", "rouge_l_f1", "refusal", "leak", "named", "truncated"]
     losses = ["answer_loss", "paraphrased_loss", "perturbed_losses"]
-    rows = []
-    for number, row in enumerate(log.get("per_example", stored), 1):
+    rows, examples = [], log.get("per_example", stored)
+    if not isinstance(examples, list) or not all(isinstance(row, dict) for row in examples):
+        raise InputError(f"{path}: 'per_example' is not a list of objects")
+    for number, row in enumerate(examples, 1):
         scored = benchmark == "tofu" and row.get("split") in TOFU_LOG
         for name in fields + (losses if scored else []):
             if name not in row:
                 raise InputError(f"{path}: per_example row {number} has no field '{name}'")
         if scored:  # null stands for a loss that was not a number
-            gold, paraphrased, *perturbed = (
-                float("nan") if loss is None else loss
-                for loss in (row["answer_loss"], row["paraphrased_loss"], *row["perturbed_losses"])
-            )
+            wrong = row["perturbed_losses"]
+            given = [row["answer_loss"], row["paraphrased_loss"], *(wrong if isinstance(wrong, list) else [])]
+            if len(given) < 3 or not all(loss is None or isinstance(loss, float | int) for loss in given):
+                raise InputError(f"{path}: per_example row {number} holds a loss that is not a number")
+            gold, paraphrased, *perturbed = (float("nan") if loss is None else loss for loss in given)
             row = row | metrics.tofu_scores(row["split"], gold, paraphrased, perturbed)
         rows.append(row)
     return rows, False
