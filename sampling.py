@@ -34,7 +34,7 @@ def packed_sample(model, prompts, group_size, max_new_tokens, stop_ids, temperat
         y²_2    all         ·    1      ·    1          every position is P + t, though the columns run on
 
     Whose response sits where is in `owner` (N, W); that of a finished one is `spare`, an extra row that nobody reads.
-    Once a quarter of the places is spare, those left move together into fewer or narrower rows.
+    Once a third of the places is spare, those left move together into fewer or narrower rows.
     """
     device, spare = model.device, len(prompts) * group_size
     ids, prompt_mask = left_pad(prompts, device)
@@ -58,7 +58,7 @@ def packed_sample(model, prompts, group_size, max_new_tokens, stop_ids, temperat
         n_open = int((owner < spare).sum())
         if t + 1 == max_new_tokens or not n_open:
             break
-        if n_open <= 0.75 * owner.numel():
+        if n_open <= 0.67 * owner.numel():
             width = owner.shape[1]
             rows, places, owner = closer(owner, spare)
             past = torch.arange(t, device=device)[:, None] * width + ids.shape[1]  # (t, 1): where a step's keys begin
