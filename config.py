@@ -141,7 +141,7 @@ class Config:
     tiny_layers: int | None = setting("--model tiny: layers.", preset="tiny_layers")
 
     device: Literal["auto", "cpu", "cuda"] = setting("Where to run.", "auto")
-    max_tokens: int = setting("Token positions in a micro-batch of the update.", 4096)
+    max_tokens: int = setting("Token positions in a micro-batch of the update.", 2048)
     eval_batch_size: int = setting("Prompts in a batch of the evaluation.", 256)
 
 

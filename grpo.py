@@ -15,9 +15,17 @@ Deviations
 """
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sampling import agree, left_pad, positions
+from sampling import sample as sample  # so that callers need this module alone
+
+CHUNK = 256  # tokens whose logits are held at a time
+CHECKED = WeakKeyDictionary()  # model → what `shares` found
 
 
 @dataclass
@@ -105,63 +113,7 @@ def token_weights(mask, loss_norm, n_responses, n_tokens):
     return mask / lengths / n_responses
 
 
-# --- sampling --------------------------------------------------------------------------------------------------------
-
-
-def left_pad(prompts, device):
-    """Token id lists → ids (N, P) and mask (N, P), True on real tokens. Pad ids are 0 and are never attended to."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)  # (N, P)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    return ids, torch.arange(width, device=device) >= width - lengths[:, None]
-
-
-@torch.no_grad()
-def sample(model, prompts, group_size, max_new_tokens, stop_ids, temperature, generator=None):
-    """Sample `group_size` responses to each prompt; greedy where the temperature is 0.
-
-    Each prompt is run once and its keys and values repeated for its G responses; rows that have stopped are dropped.
-    Args: model in eval mode; prompts: N lists of token ids; generator: on the model's device, None if greedy.
-    Returns (on the CPU): ids (N, G, T); mask (N, G, T), True up to and with the stop token; logprobs (N, G, T), the
-        sampler's own log π_old(y_t) at this temperature.
-    """
-    device = model.device
-    ids, prompt_mask = left_pad(prompts, device)
-    out = model(
-        input_ids=ids, attention_mask=prompt_mask.long(), position_ids=positions(prompt_mask), use_cache=True,
-        logits_to_keep=1,
-    )  # fmt: skip
-    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(group_size, 0)  # (B, V)
-    cache.batch_repeat_interleave(group_size)
-    attention = prompt_mask.long().repeat_interleave(group_size, 0)  # (B, P)
-    position = attention.sum(-1, keepdim=True)  # (B, 1)
-    stops = torch.tensor(stop_ids, device=device)
-
-    rows = torch.arange(len(attention), device=device)  # rows still being written
-    response = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)  # (B, T)
-    mask = torch.zeros(len(rows), max_new_tokens, dtype=torch.bool, device=device)
-    logprobs = torch.zeros(len(rows), max_new_tokens, device=device)
-    for t in range(max_new_tokens):
-        log_p = F.log_softmax(logits.float() / (temperature or 1.0), -1)  # (rows, V)
-        token = (
-            torch.multinomial(log_p.exp(), 1, generator=generator) if temperature else log_p.argmax(-1, keepdim=True)
-        )
-        response[rows, t], mask[rows, t] = token[:, 0], True
-        logprobs[rows, t] = log_p.gather(-1, token)[:, 0]
-        going = ~torch.isin(token[:, 0], stops)
-        if t + 1 == max_new_tokens or not going.any():
-            break
-        if not going.all():
-            keep = going.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            rows, token, attention, position = rows[keep], token[keep], attention[keep], position[keep]
-        attention = F.pad(attention, (0, 1), value=1)
-        out = model(
-            input_ids=token, attention_mask=attention, position_ids=position, past_key_values=cache, use_cache=True
-        )
-        logits, position = out.logits[:, -1], position + 1
-    parts = (response[:, : t + 1], mask[:, : t + 1], logprobs[:, : t + 1])
-    return tuple(part.unflatten(0, (len(prompts), group_size)).cpu() for part in parts)  # (B, T) → (N, G, T)
+# --- log-probabilities and gradients ---------------------------------------------------------------------------------
 
 
 def decode(tokenizer, ids, mask):
@@ -170,14 +122,6 @@ def decode(tokenizer, ids, mask):
         [tokenizer.decode(row[keep], skip_special_tokens=True).strip() for row, keep in zip(*group, strict=True)]
         for group in zip(ids, mask, strict=True)
     ]
-
-
-def positions(mask):
-    """Position ids (N, P) under left padding: the first real token is 0."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-# --- log-probabilities and gradients ---------------------------------------------------------------------------------
 
 
 def collate(groups, device):
@@ -197,21 +141,28 @@ def collate(groups, device):
 
 
 def response_logprobs(model, batch, temperature):
-    """log π(y_i,t | x, y_i,<t) at the sampling temperature, (B, T); what padding holds is meaningless.
+    """log π(y_i,t | x, y_i,<t) at the sampling temperature, (B, T); what padding holds is meaningless."""
+    way = shared_response_logprobs if shares(model) else plain_response_logprobs
+    return way(model, batch, temperature)
 
-    The prompt runs once per group. Its last position predicts y_1; the G responses then attend to its repeated keys and
-    values, through which gradients flow back into the one prompt pass:
+
+def shared_response_logprobs(model, batch, temperature):
+    """The prompt runs once per group. Its last position predicts y_1; the G responses then attend to its repeated keys
+    and values, through which gradients flow back into the one prompt pass:
 
                 x_1 … x_P  y_1 … y_T-1          (columns: keys)
         x_1…P   causal     ·                    N rows
         y_1…T-1 all        causal               B = N·G rows
+
+    The head then turns hidden states into log-probabilities CHUNK tokens at a time and, when gradients flow, computes
+    each chunk again on the way back: logits (B, T, V) never exist.
     """
     group_size = len(batch.response_ids) // len(batch.prompt_ids)
     out = model(
         input_ids=batch.prompt_ids, attention_mask=batch.prompt_mask.long(), position_ids=positions(batch.prompt_mask),
-        use_cache=True, logits_to_keep=1,
+        use_cache=True, logits_to_keep=1, output_hidden_states=True,
     )  # fmt: skip
-    logits = out.logits.repeat_interleave(group_size, 0)  # (B, 1, V)
+    hidden = out.hidden_states[-1][:, -1:].repeat_interleave(group_size, 0)  # (B, 1, H)
     if batch.response_ids.shape[1] > 1:
         cache = out.past_key_values
         cache.batch_repeat_interleave(group_size)
@@ -220,9 +171,19 @@ def response_logprobs(model, batch, temperature):
         rest = model(
             input_ids=batch.response_ids[:, :-1], attention_mask=mask.long(),
             position_ids=positions(mask)[:, prompt_mask.shape[1] :], past_key_values=cache, use_cache=True,
+            logits_to_keep=1, output_hidden_states=True,
         )  # fmt: skip
-        logits = torch.cat([logits, rest.logits], 1)  # (B, T, V)
-    return token_logprobs(logits, batch.response_ids, temperature)
+        hidden = torch.cat([hidden, rest.hidden_states[-1]], 1)  # (B, T, H)
+    head = model.get_output_embeddings()
+
+    def chunk_logprobs(hidden, ids):  # (CHUNK, H), (CHUNK,)
+        return -F.cross_entropy(head(hidden).float() / temperature, ids, reduction="none")
+
+    parts = [
+        checkpoint(chunk_logprobs, *part, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(hidden[batch.mask].split(CHUNK), batch.response_ids[batch.mask].split(CHUNK), strict=True)
+    ]
+    return torch.zeros_like(batch.old_logprobs).masked_scatter(batch.mask, torch.cat(parts))  # (B, T)
 
 
 def plain_response_logprobs(model, batch, temperature):
@@ -238,6 +199,27 @@ def plain_response_logprobs(model, batch, temperature):
 def token_logprobs(logits, ids, temperature):
     """log softmax(logits / temperature) at `ids`: (B, T, V), (B, T) → (B, T)."""
     return F.log_softmax(logits.float() / temperature, -1).gather(-1, ids[..., None])[..., 0]
+
+
+def shares(model):
+    """Whether `shared_response_logprobs` gives this model's own log-probabilities: tried once on a few tokens.
+
+    It would not where a model scales or caps its logits after the head, or where its cache cannot be repeated.
+    """
+    if model not in CHECKED:
+        rng, vocabulary = torch.Generator().manual_seed(0), model.get_input_embeddings().num_embeddings
+        ids = torch.randint(vocabulary, (4, 5), generator=rng)
+        prompts = [torch.randint(vocabulary, (n,), generator=rng).tolist() for n in (3, 7)]
+        mask = torch.arange(5) < torch.tensor([[5], [3], [1], [4]])
+        tensors = (x.to(model.device) for x in (ids, mask, torch.zeros(4, 5)))
+        batch = Batch(*left_pad(prompts, model.device), *tensors, None, None)
+        try:
+            with torch.no_grad():
+                shared, plain = (f(model, batch, 1.0) for f in (shared_response_logprobs, plain_response_logprobs))
+            CHECKED[model] = agree(model, shared[batch.mask], plain[batch.mask])
+        except Exception:  # whatever an architecture answers to arguments that it does not know
+            CHECKED[model] = False
+    return CHECKED[model]
 
 
 def micro_batches(groups, max_tokens):

@@ -5,9 +5,21 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny
+from conftest import SIZES, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import grpo
+import sampling
 
 
 def make_groups(model, prompts=((3, 4), (5, 6, 7, 8, 9)), temperature=1.0, seed=0, group_size=3, max_new=6, stops=(2,)):
@@ -118,6 +130,42 @@ def test_shared_prompt_gradients_equal_plain_ones(any_model):
         assert torch.allclose(a.grad, b.grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_chunked_logprobs_and_gradients_equal_plain_ones(any_model, monkeypatch, chunk):
+    monkeypatch.setattr(grpo, "CHUNK", chunk)
+    assert grpo.shares(any_model)
+    test_shared_prompt_gradients_equal_plain_ones(any_model)
+
+
+class LongestLogits(TorchDispatchMode):
+    """The largest number of positions for which a tensor of the vocabulary's width exists at once."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.positions = vocabulary, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[-1] == self.vocabulary:
+                self.positions = max(self.positions, tensor.numel() // self.vocabulary)
+        return out
+
+
+def test_logits_of_all_positions_never_exist_at_once(model, monkeypatch):
+    monkeypatch.setattr(grpo, "CHUNK", 8)
+    batch = grpo.collate(make_groups(model, max_new=20, stops=(39,)), "cpu")
+    n_rows, longest = batch.mask.shape
+    seen = {}
+    for logprobs_of in (grpo.response_logprobs, grpo.plain_response_logprobs):
+        grpo.shares(model)
+        with LongestLogits(40) as watch:
+            (logprobs_of(model, batch, 1.0) * batch.mask).sum().backward()
+        seen[logprobs_of] = watch.positions
+    assert seen[grpo.response_logprobs] == max(8, n_rows, model.config.hidden_size)  # the last: the head, transposed
+    assert seen[grpo.plain_response_logprobs] >= n_rows * longest
+
+
 def test_a_row_does_not_depend_on_its_batch(any_model):
     groups = make_groups(any_model)
     with torch.no_grad():
@@ -193,6 +241,57 @@ def test_greedy_equals_generate_and_ignores_padding(any_model):
             torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=0
         )
         assert ids[n, 0][mask[n, 0]].tolist() == out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("group_size", [1, 3, 8])
+def test_the_packed_sampler_draws_what_the_plain_one_draws(any_model, group_size, temperature):
+    """Also when responses end early and those left are moved together, on prompts of mixed length."""
+    prompts = [[3, 4], [5, 6, 7, 8, 9], [8], [4, 4, 4], [9, 9], [3, 3, 3, 3, 3, 3]]
+    for stops in ([], [2], list(range(2, 12)), list(range(2, 30))):
+        packed, plain = (
+            sample(any_model, prompts, group_size, 20, stops, temperature, torch.Generator().manual_seed(1))
+            for sample in (sampling.packed_sample, sampling.plain_sample)
+        )
+        assert torch.equal(packed[0], plain[0]) and torch.equal(packed[1], plain[1])
+        assert torch.allclose(packed[2], plain[2], atol=1e-5)
+
+
+def test_moving_together_keeps_every_open_response_once_beside_its_prompt():
+    rng = torch.Generator().manual_seed(0)
+    for share in (0.1, 0.3, 0.6):
+        owner = torch.arange(40).view(5, 8).masked_fill(torch.rand(5, 8, generator=rng) > share, 40)
+        rows, places, new = sampling.closer(owner, 40)
+        left = new[new < 40]
+        assert sorted(left.tolist()) == sorted(owner[owner < 40].tolist())
+        assert new.numel() <= 1.25 * len(left)
+        assert torch.equal(owner[rows[:, None], places][new < 40], left)
+        assert (new // 8 == rows[:, None])[new < 40].all()  # 8 responses to a prompt
+
+
+TINY = dict(
+    vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, **SIZES,
+)  # fmt: skip
+BLOOM = dict(vocab_size=40, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.3, **SIZES)
+ODD = {  # architecture → (what makes it, whether it packs, whether it shares)
+    "window": (lambda: MistralForCausalLM(MistralConfig(**TINY, sliding_window=4)), False, True),
+    "no position_ids": (lambda: BloomForCausalLM(BloomConfig(**BLOOM)), False, True),
+    "logit_scale": (lambda: CohereForCausalLM(CohereConfig(**TINY, logit_scale=0.25)), True, False),
+    "logits_scaling": (lambda: GraniteForCausalLM(GraniteConfig(**TINY, logits_scaling=4.0)), True, False),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_model_that_cannot_takes_the_plain_way(kind):
+    make, packs, shares = ODD[kind]
+    torch.manual_seed(0)
+    model = make().eval()
+    before = torch.get_rng_state()
+    assert (sampling.packs(model), grpo.shares(model)) == (packs, shares)
+    assert torch.equal(torch.get_rng_state(), before)  # trying takes nothing from the global generator
+    test_logprobs_equal_a_naive_forward(model, 0.7)
+    test_shared_prompt_gradients_equal_plain_ones(model)
 
 
 def test_sampling_follows_the_models_distribution(model):
