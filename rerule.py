@@ -4,7 +4,7 @@ Covers Section 3.1 (both stages of RULE), Section 3.3 (the pipeline of ReRULE) a
 equations are in `grpo.py`, `replay.py`, `reward.py` and `sft.py`; the loop, models, optimisers and files are here.
 
 One step of Stage 2:
-    1. sample G responses to each of 32 prompts                        grpo.sample
+    1. sample G responses to each of 32 prompts                        sampling.sample
     2. reward them; normalise within each group                        reward.py, grpo.group_advantages
     3. log π_ref of the frozen reference                               grpo.add_reference
     4. on-policy update, Eq. 3 and the KL term                         grpo.policy_gradient_loss, grpo.k3
