@@ -27,11 +27,11 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from resource import RUSAGE_SELF, getrusage
 from statistics import median
 from types import SimpleNamespace
 from typing import Literal
@@ -49,6 +49,7 @@ from run import clock
 VOCABULARY, N_PROMPTS, PROMPTS_PER_STEP, GROUP, LR = 1000, 320, 32, 8, 2e-6
 SHAPES = {"short": (12, 24), "rwku": (64, 32)}  # prompt tokens, longest response
 REWARDED = re.compile(r"\bw[1-6]77\b")
+peak_rss_mb = lambda: round(getrusage(RUSAGE_SELF).ru_maxrss / 1024)  # noqa: E731
 
 
 @dataclass
@@ -68,14 +69,11 @@ class Options:
 
 
 def build_tokenizer():
-    """1,000 whole words; neither BOS nor EOS is put around a text."""
     words = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 4))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
-        padding_side="left",
-    )  # fmt: skip
+    names = {name: f"<{name[:3]}>" for name in ("pad_token", "bos_token", "eos_token", "unk_token")}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **names)
 
 
 def build_model(hidden, layers):
@@ -112,29 +110,24 @@ def time_stage2(o, model, reference, tokenizer, peer_step):
         peer_step()
         started[0] = time.perf_counter()
 
-    run = SimpleNamespace(
-        config=stage2_config(o), saved=lambda phase: (0, None), metrics=SimpleNamespace(write=write),
-        samples=SimpleNamespace(write=lambda row: None),
-    )  # fmt: skip
+    logs = {"metrics": SimpleNamespace(write=write), "samples": SimpleNamespace(write=lambda row: None)}
+    run = SimpleNamespace(config=stage2_config(o), saved=lambda phase: (0, None), **logs)
     queries = [Query(Prompt(None, text), text, "boundary") for text in build_prompts(o.shape)]
     rerule.reward = lambda query, text, config: float(bool(REWARDED.search(text)))
     rerule.is_refusal = lambda text: False  # a log's column; the peer has no such log
-    started[0] = time.perf_counter()
+    method, started[0] = "rerule" if o.replay else "rule", time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
-        rerule.stage2(
-            run, "rerule" if o.replay else "rule", model, reference, tokenizer, Benchmark("builtin", [], queries), []
-        )
+        rerule.stage2(run, method, model, reference, tokenizer, Benchmark("builtin", [], queries), probes=[])
     return rows[o.warmup :]
 
 
 def matmul_rate():
     """Floating-point operations a second in products of 1024 × 1024 float32 matrices: the best of 20."""
-    a, best = torch.randn(1024, 1024), float("inf")
-    for _ in range(20):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best
+    a, seconds = torch.randn(1024, 1024), [{} for _ in range(20)]
+    for each in seconds:
+        with clock(each, "product"):
+            a @ a
+    return 2 * 1024**3 / min(each["product"] for each in seconds)
 
 
 def step_operations(model, shape, tokens):
@@ -142,10 +135,6 @@ def step_operations(model, shape, tokens):
     head = model.lm_head.weight.numel()
     body = sum(p.numel() for p in model.parameters()) - head - model.get_input_embeddings().weight.numel()
     return (1 + 1 + 3) * 2 * (body * (PROMPTS_PER_STEP * SHAPES[shape][0] + tokens) + head * tokens)
-
-
-def peak_rss_mb():
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # Linux counts it in KiB
 
 
 def trl_process(pipe, o, folder):
@@ -177,7 +166,8 @@ def trl_process(pipe, o, folder):
 
         def on_step_end(self, *args, **kwargs):
             seconds = time.perf_counter() - started[0]
-            pipe.send({"step_s": seconds, **spent, "tokens_per_step": sum(lengths), "peak_rss_mb": peak_rss_mb()})
+            row = {"step_s": seconds, **spent, "tokens_per_step": sum(lengths), "peak_rss_mb": peak_rss_mb()}
+            pipe.send(row)
 
     def reward(completions, completion_ids, **_):
         lengths.extend(map(len, completion_ids))
@@ -201,10 +191,10 @@ def trl_process(pipe, o, folder):
 @contextlib.contextmanager
 def trl_beside(o, model, rows):
     """Start TRL's process; yields a function that lets it take one step and puts the times into `rows`."""
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        context = multiprocessing.get_context("spawn")
-        pipe, theirs = context.Pipe()
         process = context.Process(target=trl_process, args=(theirs, o, folder), daemon=True)
         process.start()
         theirs.close()
@@ -228,7 +218,7 @@ def main(argv=None):
     if o.peer and importlib.util.find_spec(o.peer) is None:
         raise InputError("--peer trl: is not installed; pip install trl datasets accelerate")
     torch.set_num_threads(o.threads)
-    model, reference, peer_rows = build_model(o.hidden, o.layers), build_model(o.hidden, o.layers), []
+    model, reference, peer_rows = *(build_model(o.hidden, o.layers) for _ in range(2)), []
     rate = matmul_rate()
     with trl_beside(o, model, peer_rows) if o.peer else contextlib.nullcontext(lambda: None) as peer_step:
         rows = time_stage2(o, model, reference.requires_grad_(False), build_tokenizer(), peer_step)
@@ -239,13 +229,13 @@ def main(argv=None):
         row |= {name: row.get(f"seconds_{phase}", 0.0) for name, phase in names.items()}
         row |= {"update_group_s": row["update_s"] / PROMPTS_PER_STEP, "tokens_per_step": row["response_tokens"]}
         row["tokens_per_s"] = row["tokens_per_step"] / row["step_s"]
-        seconds = row["gen_s"] + row["ref_s"] + row["update_s"]
-        row["matmul_peak_share"] = step_operations(model, o.shape, row["tokens_per_step"]) / seconds / rate
+        needed = step_operations(model, o.shape, row["tokens_per_step"]) / rate  # seconds at the peak
+        row["matmul_peak_share"] = needed / (row["gen_s"] + row["ref_s"] + row["update_s"])
         if "replay_groups" in row:
             row["replay_group_s"] = row["replay_s"] / max(1, row["replay_groups"] - row["replay_skipped"])
             row["replay_skipped"] /= row["replay_groups"]
     more = ["update_group_s", "tokens_per_step", "tokens_per_s", "matmul_peak_share"]
-    more += ["replay_group_s", "replay_skipped"] if all("replay_group_s" in row for row in rows) else []
+    more += ["replay_group_s", "replay_skipped"] * all("replay_group_s" in row for row in rows)
     medians = lambda rows, names: {name: round(median(row[name] for row in rows), 4) for name in names}  # noqa: E731
     result |= medians(rows, ["step_s", *names, *more]) | {"peak_rss_mb": peak_rss_mb()}
     if o.peer:
