@@ -193,8 +193,8 @@ def stage2(run, method, model, reference, tokenizer, benchmark, probes):
             if method == "rerule":
                 with clock(seconds, "replay"):
                     if replaying:
-                        pool = previous if config.replay_store == "recent" else list(buffer.ring)
-                        drawn = draw(pool, config.replay_groups, generator("cpu", config.seed, "replay", step))
+                        rng, n = generator("cpu", config.seed, "replay", step), config.replay_groups
+                        drawn = draw(previous, n, rng) if config.replay_store == "recent" else buffer.sample(n, rng)
                         used, ratios = off_policy_gradient(model, drawn, config, counts_of(drawn, config))
                         age = sum(step - group.step for group in drawn) / len(drawn)
                         row |= {"replay_groups": len(drawn), "replay_skipped": len(drawn) - used, "replay_age": age}
