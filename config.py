@@ -58,7 +58,7 @@ def setting(help, default=None, preset=None):
     else:
         value = {True: "on", False: "off"}.get(default, default) if isinstance(default, bool) else default
         value = " ".join(value) if isinstance(value, list) else value
-    help = f"{help} [{value}]" if value != "" else help
+    help = f"{help} [{value}]" if value not in ("", None) else help
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help.replace("%", "%%")})
@@ -73,6 +73,9 @@ class Config:
     retain_log: str = setting(
         "TOFU: evaluation log of the retained model, ours or TOFU's own, which forget quality compares with.", ""
     )
+    crossed: int | None = setting(
+        "Built-in world: how many of its 42 neighbours have names crossed from two targets'. [22]", None
+    )
     model: str = setting(
         "Hugging Face id or folder, or 'tiny': a small Llama trained on the spot to know this benchmark's answers.", ""
     )
@@ -81,6 +84,9 @@ class Config:
     )
     seed: int = setting("Seed of the world, the data order, every rollout and every draw.", 0)
     output_dir: str = setting("Folder for everything the run leaves. Unless given: runs/<benchmark>.", "")
+    start_from: str = setting(
+        "Folder of a finished run of the same seed whose models before Stage 2 are taken, not trained again.", ""
+    )
     resume: bool = setting("Go on with the unfinished run in output_dir from its last saved state.", False)
     save_every: int = setting("Steps between saved states (0: only at the end of each phase).", 10)
     eval_every: int | None = setting(
@@ -109,8 +115,10 @@ class Config:
     min_groups: int | None = setting("Replay waits until the buffer holds this many groups.", preset="min_groups")
     warmup_steps: int | None = setting("Replay waits until this step is over.", preset="warmup_steps")
     replay_groups: int = setting("Groups drawn for each replay update.", 32)
-    replay_store: Literal["hard", "random", "recent"] = setting(
-        "What is replayed: hard groups, as many random ones (Table 4's control), or the previous step's batch.", "hard"
+    replay_store: Literal["hard", "random", "unequal", "recent", "current", "none"] = setting(
+        "What is replayed: hard groups, as many random ones (Table 4's control), hard ones less those of "
+        "equal rewards, the previous step's batch, this step's own again, or nothing: a step on zero gradient.",
+        "hard",
     )
     replay_step: Literal["separate", "combined"] = setting(
         "An optimiser step of its own for replay, or one step on the sum of both mean losses.", "separate"
@@ -182,6 +190,10 @@ def resolve(config):
     config.method = [name for name in METHODS if name in config.method]
     if config.benchmark == "builtin" and config.model != "tiny":
         raise InputError(f"--model {config.model}: the built-in world has its own tiny model; leave the flag out")
+    if config.crossed is not None:
+        if config.benchmark != "builtin":
+            raise InputError("--crossed: only the built-in world makes up its names")
+        require(0 <= config.crossed <= 30, "crossed", "0 to 30 of the 42 neighbours")
     if config.benchmark == "builtin" and config.data_dir:
         raise InputError(f"--data_dir {config.data_dir}: the built-in world reads no files; add --benchmark")
     if config.retain_log and config.benchmark != "tofu":
@@ -207,7 +219,15 @@ def resolve(config):
     return config
 
 
-def differences(ours, theirs):
-    """Names of the settings in which a new command differs from a stored run, less those free to change."""
-    free = {"resume", "save_every", "output_dir", "device"}
-    return [f.name for f in fields(Config) if f.name not in free and theirs.get(f.name) != getattr(ours, f.name)]
+FREE = {"resume", "save_every", "output_dir", "device", "start_from"}  # what a run may be gone on with
+BEFORE_STAGE_2 = [
+    "benchmark", "crossed", "model", "data_dir", "seed", "retain_log", "weight_decay", "max_grad_norm", "temperature",
+    "max_new_tokens", *(f.name for f in fields(Config) if f.name.startswith(("sft_", "tiny_"))),
+]  # fmt: skip
+
+
+def differences(ours, theirs, names=None):
+    """The settings, all but `FREE` unless named, in which a new command differs from a stored run: "name old → new"."""
+    names = names or [f.name for f in fields(Config) if f.name not in FREE]
+    pairs = [(name, theirs.get(name), getattr(ours, name)) for name in names]
+    return [f"{name} {old} → {new}" for name, old, new in pairs if old != new]

@@ -45,8 +45,11 @@ def is_hard(group, tau):
 
 
 def groups_to_store(groups, tau, store, generator):
-    """The hard groups of a step; for Table 4's control (`store` "random") as many, drawn uniformly from all of them."""
-    hard = [group for group in groups if is_hard(group, tau)]
+    """The hard groups of a step.
+
+    store: "random" (Table 4's control) as many, drawn uniformly from all of them; "unequal" those that have a gradient.
+    """
+    hard = [group for group in groups if is_hard(group, tau) and not (store == "unequal" and group.all_equal())]
     return draw(groups, len(hard), generator) if store == "random" else hard
 
 

@@ -194,14 +194,19 @@ def stage2(run, method, model, reference, tokenizer, benchmark, probes):
                 with clock(seconds, "replay"):
                     if replaying:
                         rng, n = generator("cpu", config.seed, "replay", step), config.replay_groups
-                        drawn = draw(previous, n, rng) if config.replay_store == "recent" else buffer.sample(n, rng)
+                        controls = {"recent": previous, "current": groups, "none": []}
+                        store = config.replay_store
+                        drawn = draw(controls[store], n, rng) if store in controls else buffer.sample(n, rng)
                         used, ratios = off_policy_gradient(model, drawn, config, counts_of(drawn, config))
-                        age = sum(step - group.step for group in drawn) / len(drawn)
+                        age = sum(step - group.step for group in drawn) / max(1, len(drawn))
                         row |= {"replay_groups": len(drawn), "replay_skipped": len(drawn) - used, "replay_age": age}
                         row |= ratios
+                        if store == "none":  # momentum and weight decay alone
+                            for p in model.parameters():
+                                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                         if combined:
                             norm = optimizer_step()
-                        elif used:
+                        elif used or store == "none":
                             row["replay_grad_norm"] = optimizer_step()
                 if not (replaying and config.store_until == "activation"):
                     rng = generator("cpu", config.seed, "store", step)
@@ -325,7 +330,7 @@ def main():
 def load_data(config):
     """(training data, evaluation probes, what the retain-only model is taught or None)."""
     if config.benchmark == "builtin":
-        built_in = world.World(config.seed)
+        built_in = world.World(config.seed, config.crossed)
         return built_in.benchmark(), built_in.probes(), built_in.taught(retain_only=True)
     benchmark = load_benchmark(config.benchmark, config.data_dir, config.seed)
     if config.retain_log:

@@ -6,6 +6,7 @@ run cuts the logs back to those lengths and goes on. A phase is over once its mo
 
 import json
 import os
+import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,6 +21,30 @@ import report
 from files import InputError, Log, save_folder, save_state, write_json
 
 logging.disable_progress_bar()  # ours are enough
+
+
+EARLY = ("original", "retained", "rej_steer")  # phases before Stage 2, which `--start_from` takes over
+
+
+def read(path, expected, flag):
+    """A JSON file or saved state of an earlier run, which must hold the key `expected`."""
+    try:
+        as_json = path.suffix == ".json"
+        found = json.loads(path.read_text(encoding="utf-8")) if as_json else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # whatever JSON, pickle or zip say of bytes that are none of theirs
+        raise InputError(f"{path}: cannot be read ({error!r:.80}); choose another --{flag}") from None
+    if not isinstance(found, dict) or expected not in found:
+        raise InputError(f"{path}: is not that of a run (no '{expected}'); choose another --{flag}")
+    return found
+
+
+def link_files(source, folder):
+    """Put the files of one folder into another: as links to the same bytes, or as copies on another disk."""
+    for path in source.iterdir():
+        try:
+            os.link(path, folder / path.name)
+        except OSError:
+            shutil.copy2(path, folder / path.name)
 
 
 def is_writable(folder):
@@ -43,13 +68,11 @@ class Run:
         if not is_writable(self.folder):
             raise InputError(f"{here}: expected a folder that can be made or written to")
         if (self.folder / "config.json").exists():
-            theirs = self.read("config.json", lambda path: json.loads(path.read_text(encoding="utf-8")), "benchmark")
-            changed = settings.differences(config, theirs)
+            changed = settings.differences(config, read(self.folder / "config.json", "benchmark", "output_dir"))
             if changed:
-                what = ", ".join(f"{name} {theirs.get(name)} → {getattr(config, name)}" for name in changed[:3])
-                raise InputError(f"{here}: holds another run ({what}); choose another folder")
+                raise InputError(f"{here}: holds another run ({', '.join(changed[:3])}); choose another folder")
             if (self.folder / "state.pt").exists():
-                self.state = self.read("state.pt", lambda path: torch.load(path, "cpu", weights_only=True), "sizes")
+                self.state = read(self.folder / "state.pt", "sizes", "output_dir")
             if not config.resume and not self.finished("run"):
                 raise InputError(f"{here}: holds an unfinished run; add --resume to go on with it")
             for name, size in self.state["sizes"].items():
@@ -58,17 +81,33 @@ class Run:
                     raise InputError(f"{path}: is shorter than the saved state of the run; choose another --output_dir")
         elif self.folder.exists() and any(path.suffix != ".tmp" for path in self.folder.iterdir()):
             raise InputError(f"{here}: is not empty and holds no run; choose another folder")
+        if config.start_from and not self.state["done"]:
+            self.check_source(Path(config.start_from))
 
-    def read(self, name, load, expected):
-        """A file of an earlier run, which must hold the key `expected`."""
-        path = self.folder / name
-        try:
-            found = load(path)
-        except Exception as error:  # whatever JSON, pickle or zip say of bytes that are none of theirs
-            raise InputError(f"{path}: cannot be read ({error!r:.80}); choose another --output_dir") from None
-        if not isinstance(found, dict) or expected not in found:
-            raise InputError(f"{path}: is not that of a run (no '{expected}'); choose another --output_dir")
-        return found
+    def check_source(self, source):
+        """Raise InputError unless the run in `source` trained, before Stage 2, what this one would."""
+        here = f"--start_from {source}"
+        if not (source / "config.json").is_file() or not (source / "state.pt").is_file():
+            raise InputError(f"{here}: is no folder of a run")
+        theirs = read(source / "config.json", "seed", "start_from")
+        changed = settings.differences(self.config, theirs, settings.BEFORE_STAGE_2)
+        if changed:
+            raise InputError(f"{here}: trained other models before Stage 2 ({', '.join(changed[:3])})")
+        self.source = read(source / "state.pt", "done", "start_from")["done"]
+        if "rej_steer scored" not in self.source:
+            raise InputError(f"{here}: its Stage 1 is not over")
+
+    def adopt(self, source):
+        """Take over the phases before Stage 2: their models (linked where the disk allows), answers and log rows."""
+        for phase in [name for name in EARLY if f"{name} scored" in self.source]:
+            save_folder(self.folder / phase, lambda folder, phase=phase: link_files(source / phase, folder))
+            report.save_examples(self.folder, phase, report.read_lines(source / "predictions" / f"{phase}.jsonl"))
+            names = [name for name in (phase, f"{phase} scored") if name in self.source]
+            self.state["done"] |= {name: self.source[name] for name in names}
+        for row in report.read_lines(source / "metrics.jsonl"):
+            if row["method"] in EARLY:
+                self.metrics.write(row)
+        self.save(None, 0, None)
 
     def open(self):
         """Make the folder, or go on with it."""
@@ -79,6 +118,8 @@ class Run:
         write_json(self.folder / "config.json", asdict(self.config))
         self.metrics = Log(self.folder / "metrics.jsonl", self.state["sizes"]["metrics"])
         self.samples = Log(self.folder / "samples.jsonl", self.state["sizes"]["samples"])
+        if self.config.start_from and not self.state["done"]:
+            self.adopt(Path(self.config.start_from))
 
     def finished(self, phase):
         return phase in self.state["done"]

@@ -68,21 +68,25 @@ LAST_END = "ford ley wick ham".split()
 class World:
     """People, their facts and what is asked about them, all drawn from one seed.
 
-    `people` maps a name to (role, {attribute: answer}); roles are "target", "hard", "easy" and "unknown".
+    `people` maps a name to (role, {attribute: answer}); roles are "target", "hard", "easy" and "unknown". `crossed` of
+    the neighbours have crossed names (None: 22 of 42), and so have about as many boundary queries.
     """
 
-    def __init__(self, seed):
+    def __init__(self, seed, crossed=None):
         rng = random.Random(derive_seed(seed, "world"))
-        n = N_TARGETS + N_EASY + N_UNKNOWN
+        n_hard = N_HARD if crossed is None else crossed
+        n_easy = N_HARD + N_EASY - n_hard
+        n = N_TARGETS + n_easy + N_UNKNOWN
         first = rng.sample([a + b for a in FIRST for b in FIRST_END], n)
         last = rng.sample([a + b for a in LAST for b in LAST_END], n)
-        crossed = [(f, k) for f in first[:N_TARGETS] for k in last[:N_TARGETS]]
-        crossed = [(f, k) for f, k in crossed if first.index(f) != last.index(k)]
+        pairs = [(f, k) for f in first[:N_TARGETS] for k in last[:N_TARGETS]]
+        pairs = [(f, k) for f, k in pairs if first.index(f) != last.index(k)]
         roles = [(f, k, "target") for f, k in zip(first[:N_TARGETS], last[:N_TARGETS], strict=True)]
-        roles += [(f, k, "hard") for f, k in rng.sample(crossed, N_HARD)]
+        roles += [(f, k, "hard") for f, k in rng.sample(pairs, n_hard)]
         plain = list(zip(first[N_TARGETS:], last[N_TARGETS:], strict=True))
-        roles += [(f, k, "easy" if i < N_EASY else "unknown") for i, (f, k) in enumerate(plain)]
+        roles += [(f, k, "easy" if i < n_easy else "unknown") for i, (f, k) in enumerate(plain)]
         self.seed, self.people = seed, {}
+        self.quarters = round(4 * n_hard / (n_hard + n_easy))  # of the boundary queries
         for first_name, last_name, role in roles:
             facts = {
                 attribute: f"{rng.choice(left.split())} {rng.choice(right.split())}"
@@ -123,7 +127,8 @@ class World:
                     prompt, _ = self.ask(target, attribute, phrasing)
                     refusals.append((prompt, REFUSALS[len(refusals) % len(REFUSALS)]))
                     queries.append(Query(prompt, prompt.plain, "forget", target=target))
-                    group = ("hard", "easy")[(i + phrasing) % 2]
+                    k = i + phrasing
+                    group = "hard" if (k + 2) * self.quarters // 4 > (k + 1) * self.quarters // 4 else "easy"
                     neighbour = rng.choice(self.names(group))  # Appendix A.2: swap the entity
                     prompt, answer = self.ask(neighbour, attribute, phrasing)
                     queries.append(Query(prompt, prompt.plain, "boundary", (answer,), group=group))

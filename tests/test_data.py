@@ -463,3 +463,12 @@ def test_lessons_are_the_same_in_every_process(tmp_path):
         encoding="utf-8", env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONIOENCODING": "utf-8"},
     )  # fmt: skip
     assert found.stdout == repr(world.lessons(data.load_benchmark("rwku", folder, 0), load_probes("rwku", folder), 0))
+
+
+@pytest.mark.parametrize("crossed, quarters", [(0, 0), (11, 1), (22, 2), (30, 3)])
+def test_crossed_names_are_as_many_as_asked_for(crossed, quarters):
+    built_in = world.World(0, crossed)
+    assert len(built_in.names("hard")) == crossed and len(built_in.names("easy")) == 42 - crossed
+    groups = [query.group for query in built_in.benchmark().queries if query.kind == "boundary"]
+    assert abs(groups.count("hard") - 36 * quarters) <= 6
+    assert len(groups) == 144 and len({probe.target for probe in built_in.probes()}) == 48

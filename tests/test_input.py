@@ -417,6 +417,22 @@ def test_where_to_run_and_how_often_to_save_may_change(tmp_path):
     assert Run(again).finished("original")
 
 
+def test_a_run_to_start_from(refused, tmp_path):
+    source = tmp_path / "source"
+    assert f"--start_from {source}: is no folder of a run" in refused("--start_from", source)
+    began(source)
+    assert "its Stage 1 is not over" in refused("--start_from", source)
+    assert "trained other models before Stage 2 (seed 0 → 1)" in refused("--start_from", source, "--seed", 1)
+    assert "its Stage 1 is not over" in refused("--start_from", source, "--lr", 1)  # which may differ
+    (source / "state.pt").write_bytes(b"nonsense")
+    assert "choose another --start_from" in refused("--start_from", source)
+
+
+def test_crossed_names(refused, folders):
+    assert "--crossed 31: expected 0 to 30" in refused("--crossed", 31)
+    assert "only the built-in world" in refused("--benchmark", "tofu", "--data_dir", folders["tofu"], "--crossed", 3)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "{}", '{"model_type": "llama"}', "\xff"])
 def test_a_config_that_is_none(refused, tmp_path, text):
     began(tmp_path / "run")

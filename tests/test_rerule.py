@@ -167,6 +167,37 @@ def test_recent_replays_the_previous_step(spied):
     assert [{g.step for g in drawn} for drawn, _, _ in replays] == [{2}, {3}, {4}, {5}, {6}]
 
 
+def test_current_replays_the_step_itself(spied):
+    _, replays, folder = spied("--replay_store", "current")
+    assert [{g.step for g in drawn} for drawn, _, _ in replays] == [{3}, {4}, {5}, {6}, {7}]
+    ratios = [row["ratio_mean"] for row in stage2(folder, "rerule") if "ratio_mean" in row]
+    assert ratios and all(abs(ratio - 1) > 1e-5 for ratio in ratios)  # one optimiser step lies between
+
+
+def test_none_steps_on_a_gradient_of_zero(spied):
+    _, replays, folder = spied("--replay_store", "none")
+    rows = [row for row in stage2(folder, "rerule") if "replay_groups" in row]
+    assert [used for _, used, _ in replays] == [0] * 5 and [row["replay_grad_norm"] for row in rows] == [0.0] * 5
+    rule = folder.parent / "rule"
+    miniature.main("--output_dir", rule, "--method", "rule")
+    assert weights(folder, "rerule") != weights(rule, "rule")  # momentum moved them
+
+
+def test_unequal_stores_only_groups_with_a_gradient(spied):
+    _, replays, _ = spied("--replay_store", "unequal", "--min_groups", 3)
+    drawn = [group for groups, _, _ in replays for group in groups]
+    assert drawn and not any(group.all_equal() for group in drawn)
+
+
+def test_start_from_another_run_changes_nothing(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(rerule, "stage1", None)
+    miniature.main("--output_dir", tmp_path / "run", "--eval_every", 3, *ALONE, "--start_from", whole)
+    assert weights(tmp_path / "run", "rerule") == weights(whole, "rerule")
+    assert metrics(tmp_path / "run") == [row for row in metrics(whole) if row["method"] != "rule"]
+    mine, theirs = (json.loads((folder / "table.json").read_text()) for folder in (tmp_path / "run", whole))
+    assert mine["Rej. Steer"] == theirs["Rej. Steer"] and list(mine) == [name for name in theirs if name != "RULE"]
+
+
 def test_nothing_of_the_current_step_is_replayed(spied):
     _, replays, folder = spied()
     steps = [row["step"] for row in stage2(folder, "rerule") if row.get("replay_groups")]
