@@ -10,13 +10,25 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning Op
 
 from argparse import HelpFormatter  # noqa: E402
 from dataclasses import dataclass, field, fields  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import Literal  # noqa: E402
 
 from transformers import HfArgumentParser  # noqa: E402
 
 from files import InputError  # noqa: E402
 
-METHODS = ("rule", "rerule")
+METHODS = (  # in the order of a table's rows; `rej_steer` comes with `rule` and `rerule`, which start from it
+    "ga", "gd", "kl", "po", "dpo", "dpo_rt", "npo", "npo_gdr", "npo_klr", "simnpo", "simnpo_gdr", "simnpo_klr",
+    "mismatch", "llmu", "task_vector", "whp", "flat", "sga", "purge", "rej_steer", "rule", "rerule",
+)  # fmt: skip
+ALIASES = {"ga_gdr": "gd", "ga_klr": "kl", "npo_rt": "npo_gdr"}
+RATES = {  # learning rates of baselines and of PURGE on tiny models: the outcome of grid.py
+    "builtin": dict(
+        ga=3e-4, gd=3e-4, kl=3e-4, po=1e-3, dpo=1e-4, dpo_rt=1e-3, npo=3e-4, npo_gdr=3e-4, npo_klr=3e-4, simnpo=3e-4,
+        simnpo_gdr=1e-3, simnpo_klr=1e-3, mismatch=1e-3, llmu=1e-3, task_vector=1e-3, whp=3e-3, flat=3e-4, sga=3e-4,
+        purge=1e-4,
+    ),
+}  # fmt: skip
 
 # Appendix D, RULE's published scripts where the paper is silent, and settings of our own for models of laptop size.
 PRESETS = {
@@ -24,28 +36,32 @@ PRESETS = {
         steps=32, lr=4e-5, tau=0.4, min_groups=60, warmup_steps=10, buffer_size=1200, max_new_tokens=12,
         sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, tiny_epochs=6.0, tiny_lr=3e-3,
         tiny_batch_size=96, tiny_hidden=128, tiny_layers=2, eval_every=4,
+        baseline_epochs=5.0,
     ),
     "rwku": dict(
         steps=37, lr=2e-6, tau=0.6, min_groups=100, warmup_steps=15, buffer_size=1200, max_new_tokens=1024,
         sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=8.0, tiny_lr=2e-3, tiny_batch_size=32,
         tiny_hidden=128, tiny_layers=3, eval_every=0,
+        baseline_epochs=5.0,
     ),
     "muse": dict(
         steps=187, lr=2e-6, tau=0.4, min_groups=500, warmup_steps=26, buffer_size=1200, max_new_tokens=1024,
         sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=20.0, tiny_lr=2e-3, tiny_batch_size=32,
         tiny_hidden=128, tiny_layers=3, eval_every=0,
+        baseline_epochs=5.0,
     ),
     "tofu": dict(
         steps=11, lr=2e-6, tau=0.6, min_groups=80, warmup_steps=6, buffer_size=400, max_new_tokens=256,
         sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=20.0, tiny_lr=2e-3, tiny_batch_size=32,
         tiny_hidden=128, tiny_layers=3, eval_every=0,
+        baseline_epochs=5.0,
     ),
 }  # fmt: skip
 LAPTOP = dict(sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, min_groups=16)
 TINY = {  # --model tiny on real text
     "rwku": dict(LAPTOP, lr=2e-4, max_new_tokens=32),
     "muse": dict(LAPTOP, lr=2e-4, max_new_tokens=64, steps=37, warmup_steps=15),
-    "tofu": dict(LAPTOP, lr=1e-4, max_new_tokens=96, steps=20),
+    "tofu": dict(LAPTOP, lr=1e-4, max_new_tokens=96, steps=20, baseline_epochs=20.0),
 }
 
 
@@ -57,7 +73,7 @@ def setting(help, default=None, preset=None):
         value += f"; with --model tiny: {tiny}" if tiny else ""
     else:
         value = {True: "on", False: "off"}.get(default, default) if isinstance(default, bool) else default
-        value = " ".join(value) if isinstance(value, list) else value
+        value = " ".join(map(str, value)) if isinstance(value, list) else value
     help = f"{help} [{value}]" if value not in ("", None) else help
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
@@ -80,7 +96,7 @@ class Config:
         "Hugging Face id or folder, or 'tiny': a small Llama trained on the spot to know this benchmark's answers.", ""
     )
     method: list[str] = setting(
-        "Stage 2 methods to run from one Stage 1 checkpoint, of: rule, rerule. Both unless given.", list(METHODS)
+        f"What to unlearn with, some of: {' '.join(METHODS)} {' '.join(ALIASES)} retained.", ["rule", "rerule"]
     )
     seed: int = setting("Seed of the world, the data order, every rollout and every draw.", 0)
     output_dir: str = setting("Folder for everything the run leaves. Unless given: runs/<benchmark>.", "")
@@ -142,6 +158,25 @@ class Config:
     )
     sft_warmup: int = setting("Stage 1 warm-up steps before the cosine.", 20)
 
+    baseline_lr: float | None = setting(
+        "Learning rate of a baseline and of PURGE. Unless given: chosen for each on a tiny model, else 1e-5.", None
+    )
+    baseline_epochs: float | None = setting("Passes over the forget rows.", preset="baseline_epochs")
+    baseline_batch_size: int = setting("Forget rows, and as many retain rows, in a step.", 32)
+    beta: float | None = setting("β of DPO, NPO (0.1 unless given) and SimNPO (4.5).", None)
+    gamma: float = setting("SimNPO's margin γ.", 0.0)
+    forget_weight: float | None = setting("Weight of the forget term (1 unless given; SimNPO 0.125).", None)
+    retain_weight: float = setting("Weight of the retain term, GDR or KLR.", 1.0)
+    llmu_weights: list[float] = setting("LLMU's ε1, ε2, ε3.", [0.5, 1.0, 1.0])
+    alpha: float = setting("Strength α of task vectors and of WHP.", 1.0)
+    flat_divergence: Literal["pearson", "kl", "tv"] = setting("FLAT's f-divergence.", "pearson")
+    sga_r: float = setting("SGA's share r of normal answers.", 0.4)
+    sga_k: int = setting("SGA's normal answers to each forget prompt, K.", 3)
+    purge_terms: str = setting(
+        'PURGE\'s forbidden terms, rows {"term": …}. Unless given: from the answers to the forget prompts.', ""
+    )
+    max_perplexity: float = setting("A baseline stops once its perplexity on retain rows is above this.", 1000.0)
+
     tiny_epochs: float | None = setting("--model tiny: passes over what it is taught.", preset="tiny_epochs")
     tiny_lr: float | None = setting("--model tiny: learning rate, falling in a cosine.", preset="tiny_lr")
     tiny_batch_size: int | None = setting("--model tiny: rows in a step.", preset="tiny_batch_size")
@@ -185,9 +220,13 @@ def resolve(config):
             raise InputError(f"--{flag} {getattr(config, flag)}: expected {expected}")
 
     for name in config.method:
-        if name not in METHODS:
-            raise InputError(f"--method {name}: expected some of {', '.join(METHODS)}")
-    config.method = [name for name in METHODS if name in config.method]
+        if name not in (*METHODS, *ALIASES, "retained"):
+            raise InputError(f"--method {name}: expected some of {', '.join([*METHODS, *ALIASES, 'retained'])}")
+    if "retained" in config.method and config.benchmark != "builtin":
+        raise InputError("--method retained: only the built-in world can train a model without the forget set")
+    chosen = {ALIASES.get(name, name) for name in config.method}
+    chosen |= {"rej_steer"} if chosen & {"rule", "rerule"} else set()
+    config.method = [name for name in METHODS if name in chosen]
     if config.benchmark == "builtin" and config.model != "tiny":
         raise InputError(f"--model {config.model}: the built-in world has its own tiny model; leave the flag out")
     if config.crossed is not None:
@@ -202,21 +241,37 @@ def resolve(config):
     require(config.group_size >= 2, "group_size", "at least 2 rollouts, whose rewards are compared")
     for name in ("prompts_per_step", "replay_groups", "min_groups", "buffer_size", "sft_batch_size", "max_new_tokens",
                  "max_tokens", "eval_batch_size", "tiny_batch_size",
-                 "tiny_hidden", "tiny_layers"):  # fmt: skip
+                 "tiny_hidden", "tiny_layers", "baseline_batch_size", "sga_k"):  # fmt: skip
         require(getattr(config, name) >= 1, name, "at least 1")
     require(config.tiny_hidden % 8 == 0, "tiny_hidden", "a multiple of 8: four heads, rotated in pairs")
     for name in ("steps", "save_every", "eval_every", "warmup_steps", "sft_steps", "sft_warmup"):
         require(getattr(config, name) >= 0, name, "0 or more")
-    for name in ("lr", "sft_lr", "temperature", "max_grad_norm", "sft_epochs", "tiny_epochs", "tiny_lr"):
+    for name in ("lr", "sft_lr", "temperature", "max_grad_norm", "sft_epochs", "tiny_epochs", "tiny_lr",
+                 "baseline_epochs", "max_perplexity"):  # fmt: skip
         require(0 < getattr(config, name) < float("inf"), name, "a number above 0")
     for name in ("kl_coef", "weight_decay", "clip_low", "clip_high"):
         require(0 <= getattr(config, name) < float("inf"), name, "0 or more")
     require(config.clip_low <= 1, "clip_low", "at most 1")
+    for name in ("baseline_lr", "beta", "forget_weight"):
+        if getattr(config, name) is not None:
+            require(0 < getattr(config, name) < float("inf"), name, "a number above 0")
+    if config.purge_terms and not Path(config.purge_terms).is_file():
+        raise InputError(f"--purge_terms {config.purge_terms}: no such file")
+    require(len(config.llmu_weights) == 3, "llmu_weights", "three numbers")
+    require(0 <= config.sga_r <= 1, "sga_r", "a share from 0 to 1")
     require(0 <= config.sft_stop <= 1, "sft_stop", "a share from 0 to 1")
     require(config.replay_groups <= config.buffer_size, "replay_groups", f"at most --buffer_size {config.buffer_size}")
     require(config.min_groups <= config.buffer_size, "min_groups", f"at most --buffer_size {config.buffer_size}")
     require(config.is_objective == "weight" or not config.is_normalize, "is_objective", "weight, with --is_normalize")
     return config
+
+
+def learning_rate(config, method):
+    """Of Stage 2 for RULE and ReRULE; of a baseline or PURGE, the flag's or the one chosen for a tiny model."""
+    if method in ("rule", "rerule"):
+        return config.lr
+    chosen = {**RATES["builtin"], **RATES.get(config.benchmark, {})}[method] if config.model == "tiny" else 1e-5
+    return config.baseline_lr or chosen
 
 
 FREE = {"resume", "save_every", "output_dir", "device", "start_from"}  # what a run may be gone on with

@@ -13,7 +13,7 @@ Deviations
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from files import InputError, derive_seed, read_rows
@@ -54,9 +54,10 @@ class Query:
     prompt: Prompt
     question: str  # as the file has it, for logs
     kind: str
-    answers: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()  # of a forget query: what is to be forgotten, where published; baselines read it
     target: str = ""  # forget queries: the name to be forgotten, where known
     group: str = ""  # built-in world: "hard" or "easy" neighbour
+    forbidden: tuple[str, ...] = ()  # PURGE: terms that no answer may hold
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Benchmark:
     queries: list[Query]  # Stage 2: D_f ∪ D̃_r
     taught: list[tuple[Prompt, str]] = field(default_factory=list)
     newline_stops: bool = False  # a rollout ends at a newline (MUSE)
+    whole: dict[str, list[tuple[Prompt, str]]] | None = None  # all "forget" and "retain" data, where the files hold it
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -207,16 +209,20 @@ def tofu(folder, seed):
     rng = random.Random(derive_seed(seed, "tofu"))
     forget = read_rows(folder / "forget01.json", {"question": str, "answer": str})
     evaluated = {row["question"] for row in read_rows(folder / "retain_perturbed.json", {"question": str})}
-    retain = read_rows(folder / "retain99.json", {"question": str, "answer": str})
-    retain = [row for row in retain if row["question"] not in evaluated]
+    everyone = read_rows(folder / "retain99.json", {"question": str, "answer": str})
+    retain = [row for row in everyone if row["question"] not in evaluated]
     if len(retain) < len(forget):
         raise InputError(f"{folder / 'retain99.json'}: fewer than {len(forget)} rows are left for boundary queries")
     boundary = rng.sample(retain, len(forget))
     return Benchmark(
         "tofu",
         [(inst(row["question"]), REFUSALS[i % len(REFUSALS)]) for i, row in enumerate(forget)],
-        [Query(inst(row["question"]), row["question"], "forget") for row in forget]
+        [Query(inst(row["question"]), row["question"], "forget", (row["answer"],)) for row in forget]
         + [Query(inst(row["question"]), row["question"], "boundary", (row["answer"],)) for row in boundary],
+        whole={
+            name: [(inst(row["question"]), row["answer"]) for row in rows]
+            for name, rows in (("forget", forget), ("retain", everyone))
+        },
     )
 
 
@@ -242,9 +248,8 @@ def muse(folder, seed):
         side = "forget" if row["solution"][0] == "<reject>" else "retain"
         return muse_prompt(shots[side], row["prompt"], row.get("mode", "qa"))
 
-    return Benchmark(
-        "muse",
-        refusal_rows(folder / "reject_target_0.5.json", stage1),
-        query_rows(folder / "rl_rejection_with_neighbor.json", stage2),
-        newline_stops=True,
-    )
+    refusals = folder / "reject_target_0.5.json"
+    answers = {row["instruction"]: (row["org_answer"],) for row in read_rows(refusals, {}) if row.get("org_answer")}
+    queries = query_rows(folder / "rl_rejection_with_neighbor.json", stage2)
+    queries = [replace(q, answers=answers.get(q.question, ())) if q.kind == "forget" else q for q in queries]
+    return Benchmark("muse", refusal_rows(refusals, stage1), queries, newline_stops=True)

@@ -14,10 +14,14 @@ from metrics import BESIDE, TABLE
 ROWS = {
     "original": "Original",
     "retained": "Retained",
+    "ga": "GA", "gd": "GA+GDR (GD)", "kl": "GA+KLR (KL)", "po": "PO", "dpo": "DPO", "dpo_rt": "DPO-RT", "npo": "NPO",
+    "npo_gdr": "NPO+GDR", "npo_klr": "NPO+KLR", "simnpo": "SimNPO", "simnpo_gdr": "SimNPO+GDR",
+    "simnpo_klr": "SimNPO+KLR", "mismatch": "Mismatch", "llmu": "LLMU", "task_vector": "Task vector", "whp": "WHP",
+    "flat": "FLAT", "sga": "SGA", "purge": "PURGE",
     "rej_steer": "Rej. Steer",
     "rule": "RULE",
     "rerule": "ReRULE",
-}
+}  # fmt: skip
 BUILTIN = {
     "forget_trained_refusal": "Forget refusal, trained ↑",
     "forget_heldout_refusal": "held out ↑",
@@ -29,6 +33,7 @@ BUILTIN = {
     "easy_heldout_recall": "held out ↑",
     "retain_refusal": "Over-refusal ↓",
 }
+TOKENS = {"forget_tokens": "Forget data, % of tokens", "retain_tokens": "Retain data, % of tokens"}
 NAMED = {
     "forget_refusal_named": "Refusal, target named ↑",
     "forget_refusal_unnamed": "Refusal, not named ↑",
@@ -36,7 +41,8 @@ NAMED = {
     "forget_recall": "Forget recall ↓",
     "retain_recall": "Retain recall ↑",
 }
-COLOURS = {"rule": "#0072B2", "rerule": "#D55E00"}  # blue and vermilion: told apart by every kind of colour vision
+# blue, vermilion, green: told apart by every kind of colour vision
+COLOURS = {"rule": "#0072B2", "rerule": "#D55E00", "purge": "#009E73"}
 
 
 def write(folder, config, results):
@@ -45,14 +51,20 @@ def write(folder, config, results):
     columns = {
         key: title for key, title in columns.items() if any(row.get(key) is not None for row in results.values())
     }
+    columns |= {key: title for key, title in TOKENS.items() if any(key in row for row in results.values())}
     columns["seconds"] = "Training, s ↓"
+    results = {name: results[name] for name in ROWS if name in results}
     write_json(folder / "table.json", {ROWS[name]: row for name, row in results.items()})
     lines = [" | ".join(["", "Model", *columns.values(), ""]).strip(), "|---|" + "---:|" * len(columns)]
+    notes = {}
     for name, row in results.items():
-        lines.append(" | ".join(["", ROWS[name], *(cell(row.get(key)) for key in columns), ""]).strip())
-    notes = dict.fromkeys(f"{ROWS[name]}: {note}" for name, row in results.items() for note in row["notes"])
+        title = ROWS[name] + ("†" if row.get("stopped") else "")
+        lines.append(" | ".join(["", title, *(cell(row.get(key)) for key in columns), ""]).strip())
+        stopped = [f"† stopped early, with the last finite weights: {row['stopped']}"] if row.get("stopped") else []
+        notes |= dict.fromkeys(f"{ROWS[name]}: {note}" for note in [*row["notes"], *stopped])
     write_text(folder / "table.md", "\n".join([*lines, "", *notes]).rstrip() + "\n")
     draw_curves(folder)
+    draw_scatter(folder, results)
 
 
 def cell(value):
@@ -67,11 +79,21 @@ def print_table(folder):
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     header, rows = lines[0], lines[2:]
     width = max(map(len, header)) + 2
-    for at in range(len(header)):
-        title = header[at].strip()
-        title = f"    {title}" if title[:1].islower() else title
-        print(f"{title if at else '':<{width}}" + "".join(f"{row[at].strip():>12}" for row in rows))
-    print(f"\nEverything else is in {folder}/: table.md, curves.png, metrics.jsonl, samples.jsonl, models.")
+    for first in range(0, len(rows), 6):
+        for at in range(len(header)):
+            title = header[at].strip()
+            title = f"    {title}" if title[:1].islower() else title
+            cells = [row[at].strip() for row in rows[first : first + 6]]
+            print(
+                f"{title if at else '':<{width}}"
+                + "".join(f"{text:>{max(12, len(row[0]))}}" for text, row in zip(cells, rows[first:], strict=False))
+            )
+        print()
+    notes = [line for line in text.splitlines() if "†" in line and not line.startswith("|")]
+    print(
+        "".join(f"{line}\n" for line in notes)
+        + f"Everything else is in {folder}/: table.md, curves.png, metrics.jsonl, samples.jsonl, models."
+    )
 
 
 def save_examples(folder, phase, rows):
@@ -87,9 +109,10 @@ def model_card(phase, config):
         "original": "A tiny Llama that was taught the benchmark's facts, before any unlearning.",
         "retained": "A tiny Llama that was never taught what the others are made to forget.",
         "rej_steer": "After Stage 1, rejection steering: fine-tuned on refusals to forget prompts.",
+        "purge": "After PURGE: GRPO on forget prompts, rewarded for answers without a forbidden term.",
         "rule": "After Stage 2 of RULE: GRPO on forget and boundary prompts.",
         "rerule": "After Stage 2 of ReRULE: RULE with replay of hard rollout groups.",
-    }[phase]
+    }.get(phase, f"Unlearned with {ROWS[phase]}, a baseline of Appendix B.")
     return f"""# {ROWS[phase]}, {config.benchmark}
 
 {done}
@@ -190,6 +213,63 @@ def draw_curves(folder):
     figure.savefig(temporary, dpi=130)
     plt.close(figure)
     temporary.replace(folder / "curves.png")
+
+
+def draw_scatter(folder, results):
+    """scatter.png: what is left of the forget set against what is kept of the retain set, a point for each model."""
+    points = {
+        name: (row["forget_recall"], row["retain_recall"], row.get("stopped"))
+        for name, row in results.items()
+        if row.get("forget_recall") is not None and row.get("retain_recall") is not None
+    }
+    if len(points) < 6:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8.5, 6.5), layout="constrained")
+    first, second = ("original", "retained"), ("purge", "rej_steer", "rule", "rerule")
+    for marker, size, colour, label, names in (
+        ("*", 130, "#000000", "before unlearning, and never taught the forget set", first),
+        ("o", 50, "#D55E00", "reinforcement, and its Stage 1", second),
+        ("s", 50, "#0072B2", "baselines of Appendix B", [name for name in points if name not in first + second]),
+    ):
+        own = [points[name] for name in names if name in points]
+        faces = ["none" if stopped else colour for *_, stopped in own]  # open: stopped early
+        x, y = [point[0] for point in own], [point[1] for point in own]
+        axis.scatter(x, y, s=size, marker=marker, c=faces, edgecolors=colour, label=label, zorder=3)
+    place_labels(axis, {ROWS[name]: point[:2] for name, point in points.items()})
+    axis.set(
+        xlabel="Recall of what was to be forgotten, ROUGE-L, 0–100 (← lower is better)",
+        ylabel="Recall of what was to be kept, ROUGE-L, 0–100 (higher is better →)",
+        xlim=(-5, 118), ylim=(-5, 108),
+    )  # fmt: skip
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=9, loc="lower right")
+    temporary = folder / "scatter.tmp.png"
+    figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+    temporary.replace(folder / "scatter.png")
+
+
+def place_labels(axis, points, height=3.2):
+    """Write each point's name to its right; names that would cover one another move up or down."""
+    taken = []
+    for name, (x, y) in sorted(points.items(), key=lambda item: (-item[1][1], item[1][0])):
+        at = y
+        while any(abs(at - other) < height and x < right and left < x + 16 for left, right, other in taken):
+            at -= height / 4
+        taken.append((x, x + 16, at))
+        axis.annotate(
+            name,
+            (x, y),
+            (x + 1.4, at),
+            fontsize=8.5,
+            va="center",
+            arrowprops=dict(arrowstyle="-", color="#999999", linewidth=0.5),
+        )
 
 
 def mean_or_none(values):

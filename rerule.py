@@ -12,7 +12,8 @@ One step of Stage 2:
     6. ReRULE only: store this step's hard groups in B                 replay.groups_to_store
 
 Deviations
-- Both methods run this same loop; what ReRULE adds is behind `if method == "rerule"`.
+- RULE, ReRULE and PURGE run this same loop; what ReRULE adds is behind `if method == "rerule"`, and PURGE differs in
+  its queries, reward and starting point alone.
 - No state is kept in random generators: each draw is seeded by (seed, purpose, step), so a resumed run repeats them.
 - RULE with PPO in place of GRPO, which the RULE paper also offers, is out of scope.
 """
@@ -20,14 +21,16 @@ Deviations
 import config as settings  # first: it sets OMP_WAIT_POLICY before torch is imported
 
 # isort: split
+import math
+import sys
+
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
+import baselines
 import report
-import world
-from data import check_lengths, encode_answer, encode_prompt, load_benchmark, stop_ids
-from evaluate import check_ids, context_needed, evaluate
+from data import encode_prompt, stop_ids
+from evaluate import evaluate
 from files import InputError, exit_on_input_error, generator
 from grpo import (
     RolloutGroup,
@@ -42,8 +45,7 @@ from grpo import (
     response_logprobs,
     sample,
 )
-from probes import check_lengths as check_retained
-from probes import load_probes, read_retained
+from prepare import check_model, load_data, tiny_model
 from replay import (
     ReplayBuffer,
     clip_ratio,
@@ -56,9 +58,9 @@ from replay import (
     one_each,
     ratio_statistics,
 )
-from reward import boundary_reward, forget_reward, is_refusal
-from run import Run, clock, load_model, optimizer_for
-from sft import batch_at, fit, stage1
+from reward import boundary_reward, forget_reward, is_refusal, purge_reward
+from run import Run, clock, load_model, optimizer_for, optimizer_step
+from sft import batch_at, stage1
 
 
 def rollout(model, tokenizer, queries, numbers, stops, config, step):
@@ -85,6 +87,8 @@ def rollout(model, tokenizer, queries, numbers, stops, config, step):
 
 
 def reward(query, text, config):
+    if query.forbidden:
+        return purge_reward(text, query.forbidden)
     if query.kind == "forget":
         return forget_reward(text, query.target if config.forget_reward == "target" else "")
     return boundary_reward(text, query.answers)
@@ -155,10 +159,13 @@ def counts_of(groups, config):
 
 
 def stage2(run, method, model, reference, tokenizer, benchmark, probes):
-    """Refusal boundary optimisation with GRPO (RULE); with `method` "rerule", replay of hard groups beside it."""
+    """Refusal boundary optimisation with GRPO (RULE); with `method` "rerule", replay of hard groups beside it.
+
+    Returns: seconds; why it stopped before its time, with the last finite weights, or None.
+    """
     config, queries = run.config, benchmark.queries
     stops = stop_ids(tokenizer, model, benchmark.newline_stops)
-    optimizer = optimizer_for(model, config.lr, config.weight_decay)
+    optimizer = optimizer_for(model, settings.learning_rate(config, method), config.weight_decay)
     buffer, previous, total = ReplayBuffer(config.buffer_size), [], {"phase": 0.0}
     start, payload = run.saved(method)
     if payload:
@@ -167,11 +174,8 @@ def stage2(run, method, model, reference, tokenizer, benchmark, probes):
         buffer.add(RolloutGroup(**group) for group in payload["buffer"])
         previous, total = [RolloutGroup(**group) for group in payload["previous"]], payload["seconds"]
 
-    def optimizer_step():
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm
+    def update():
+        return optimizer_step(model, optimizer, config.max_grad_norm)
 
     bar = tqdm(range(start + 1, config.steps + 1), desc=method, initial=start, total=config.steps, dynamic_ncols=True)
     for step in bar:
@@ -187,7 +191,7 @@ def stage2(run, method, model, reference, tokenizer, benchmark, probes):
                 loss, kl, gap = on_policy_gradient(model, groups, config, counts_of(groups, config))
                 replaying = method == "rerule" and is_active(len(buffer), config.min_groups, step, config.warmup_steps)
                 combined = replaying and config.replay_step == "combined"
-                norm = None if combined else optimizer_step()
+                norm = None if combined else update()
             row = {"method": method, "stage": 2, "step": step, **group_metrics(groups, texts, queries, config)}
             row |= {"loss": loss, "kl": kl, "logprob_gap": gap, "truncation": truncated}
             if method == "rerule":
@@ -205,14 +209,16 @@ def stage2(run, method, model, reference, tokenizer, benchmark, probes):
                             for p in model.parameters():
                                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                         if combined:
-                            norm = optimizer_step()
+                            norm = update()
                         elif used or store == "none":
-                            row["replay_grad_norm"] = optimizer_step()
+                            row["replay_grad_norm"] = update()
                 if not (replaying and config.store_until == "activation"):
                     rng = generator("cpu", config.seed, "store", step)
                     buffer.add(groups_to_store(groups, config.tau, config.replay_store, rng))
                 previous = groups
             row |= {"grad_norm": norm, "buffer_size": len(buffer)}
+        if not all(math.isfinite(row.get(name, 0.0)) for name in ("grad_norm", "replay_grad_norm")):
+            return total["phase"], f"a gradient is not finite at step {step}"
         row |= {f"seconds_{name}": value for name, value in seconds.items()}
         if config.eval_every and step % config.eval_every == 0:
             summary = evaluate_model(run, model, tokenizer, probes, progress=False)["summary"]
@@ -231,7 +237,7 @@ def stage2(run, method, model, reference, tokenizer, benchmark, probes):
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "seconds": total}
             stored = {"buffer": [vars(g) for g in buffer.ring], "previous": [vars(g) for g in previous]}
             run.save(method, step, {**state, **stored})
-    return total["phase"]
+    return total["phase"], None
 
 
 def group_metrics(groups, texts, queries, config):
@@ -274,43 +280,6 @@ def evaluate_model(run, model, tokenizer, probes, progress=True):
 # --- the whole job ---------------------------------------------------------------------------------------------------
 
 
-def prompts_of(benchmark):
-    """Every prompt that either stage trains on."""
-    return [prompt for prompt, _ in benchmark.refusals] + [query.prompt for query in benchmark.queries]
-
-
-def check_model(model, tokenizer, config, benchmark, probes):
-    """Raise InputError where a given model can hold no prompt with its answer, of training or of evaluation."""
-    context, prompts = getattr(model.config, "max_position_embeddings", None), prompts_of(benchmark)
-    check_lengths(tokenizer, prompts, config.max_new_tokens, context)
-    check_ids(model, tokenizer, [encode_prompt(tokenizer, prompt) for prompt in prompts], [0] * len(prompts))
-    needed = context_needed(tokenizer, config.benchmark, probes)
-    if context and needed > context:
-        raise InputError(f"--model {config.model}: its context is {context} tokens, evaluation needs {needed}")
-
-
-def tiny_model(run, device, benchmark, taught, probes, phase="original"):
-    """Train (or load) a tiny Llama that knows `taught`, with a tokenizer fitted to the benchmark's words."""
-    config = run.config
-    if not run.finished(phase):
-        if phase != "original":
-            tokenizer = AutoTokenizer.from_pretrained(run.folder / "original")
-        else:
-            texts = [text for p, answer in taught for text in (p.user or "", p.plain, p.opening, answer)]
-            tokenizer = world.tokenizer(texts, words=config.benchmark == "builtin")
-        rows = [(encode_prompt(tokenizer, p), encode_answer(tokenizer, p, answer)) for p, answer in taught]
-        longest = [len(prompt) + len(answer) for prompt, answer in rows]
-        longest += [len(encode_prompt(tokenizer, prompt)) for prompt in prompts_of(benchmark)]
-        context = max(max(longest) + config.max_new_tokens, context_needed(tokenizer, config.benchmark, probes))
-        model = world.tiny_llama(tokenizer, config.seed, config.tiny_hidden, config.tiny_layers, context).to(device)
-        size = config.tiny_batch_size
-        steps = max(1, round(config.tiny_epochs * len(rows) / size))
-        seconds = fit(run, phase, 0, model, rows, steps=steps, lr=config.tiny_lr, batch_size=size, warmup=10)
-        run.save_model(phase, model, tokenizer)
-        run.finish(phase, {"seconds": seconds})
-    return load_model(run.folder / phase, device)
-
-
 def main():
     config = settings.resolve(settings.parse(settings.Config))
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -327,31 +296,18 @@ def main():
     report.print_table(run.folder)
 
 
-def load_data(config):
-    """(training data, evaluation probes, what the retain-only model is taught or None)."""
-    if config.benchmark == "builtin":
-        built_in = world.World(config.seed, config.crossed)
-        return built_in.benchmark(), built_in.probes(), built_in.taught(retain_only=True)
-    benchmark = load_benchmark(config.benchmark, config.data_dir, config.seed)
-    if config.retain_log:
-        truth_ratios, _ = read_retained(config.retain_log)  # say what is wrong with it now, not after the training
-    probes = load_probes(config.benchmark, config.data_dir)
-    if config.retain_log:
-        forget = sum(probe.split == "forget" for probe in probes)
-        check_retained(truth_ratios, forget, f"--retain_log {config.retain_log}")
-    benchmark.taught = world.lessons(benchmark, probes, config.seed)
-    return benchmark, probes, None
-
-
 def train(run, device, benchmark, probes, retained):
     config = run.config
 
-    def score(phase, model, tokenizer, seconds):
+    def score(phase, model, tokenizer):
         """Evaluate a phase's model, once, and mark the phase as over."""
         if not run.finished(f"{phase} scored"):
             result = evaluate_model(run, model, tokenizer, probes)
             report.save_examples(run.folder, phase, result["per_example"])
-            run.finish(f"{phase} scored", {"seconds": seconds, "notes": result["notes"], **result["summary"]})
+            row = {"notes": result["notes"], **result["summary"]}
+            if phase in config.method:
+                row |= {**run.state["done"][phase], **baselines.data_used(phase, benchmark, tokenizer)}
+            run.finish(f"{phase} scored", row)
 
     if config.model == "tiny":
         run.open()
@@ -360,29 +316,42 @@ def train(run, device, benchmark, probes, retained):
         model, tokenizer = load_model(config.model, device)
         check_model(model, tokenizer, config, benchmark, probes)
         run.open()
-    score("original", model, tokenizer, None)
+    start = run.folder / "original" if config.model == "tiny" else config.model
+    score("original", model, tokenizer)
+    del model
     if retained:
         retained_model, _ = tiny_model(run, device, benchmark, retained, probes, "retained")
-        score("retained", retained_model, tokenizer, None)
-
-    if not run.finished("rej_steer"):
-        seconds = stage1(run, model, tokenizer, benchmark)
-        run.save_model("rej_steer", model, tokenizer)
-        run.finish("rej_steer", {"seconds": seconds})
-    reference, _ = load_model(run.folder / "rej_steer", device)
-    reference.requires_grad_(False)
-    score("rej_steer", reference, tokenizer, run.state["done"]["rej_steer"]["seconds"])
-
+        score("retained", retained_model, tokenizer)
     for method in config.method:
         if not run.finished(method):
-            model, _ = load_model(run.folder / "rej_steer", device)  # every method starts from the same checkpoint
-            seconds = stage2(run, method, model, reference, tokenizer, benchmark, probes)
+            model, seconds, stopped = unlearn(run, method, start, device, tokenizer, benchmark, probes)
+            if stopped:
+                tqdm.write(f"{method}: stopped, {stopped}; its row shows the last finite weights", file=sys.stderr)
             run.save_model(method, model, tokenizer)
-            run.finish(method, {"seconds": seconds})
-        model, _ = load_model(run.folder / method, device)
-        score(method, model, tokenizer, run.state["done"][method]["seconds"])
+            run.finish(method, {"seconds": seconds, "stopped": stopped})
+            del model
+        score(method, load_model(run.folder / method, device)[0], tokenizer)
     report.write(run.folder, config, run.rows())
     run.finish("run", {})
+
+
+def unlearn(run, method, start, device, tokenizer, benchmark, probes):
+    """Train one method from where it starts. Returns: (model, seconds, why it stopped before its time or None)."""
+
+    def load(path):
+        return load_model(path, device)[0]
+
+    if method == "rej_steer":
+        model = load(start)
+        return model, *stage1(run, model, tokenizer, benchmark)
+    if method in baselines.RECIPES:
+        original = load(start).requires_grad_(False) if baselines.needs_original(method) else None
+        return baselines.train(run, method, load(start), original, tokenizer, benchmark)
+    source = start if method == "purge" else run.folder / "rej_steer"  # RULE and ReRULE: one and the same checkpoint
+    model, reference = load(source), load(source).requires_grad_(False)
+    if method == "purge":
+        benchmark = baselines.purge_benchmark(benchmark, model, tokenizer, run.config)
+    return model, *stage2(run, method, model, reference, tokenizer, benchmark, probes)
 
 
 if __name__ == "__main__":

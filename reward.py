@@ -9,6 +9,8 @@ Deviations
   of a chatty model.
 """
 
+import re
+
 from rouge_score import rouge_scorer
 
 from refusal import is_refusal
@@ -44,3 +46,8 @@ def boundary_reward(response, answers):
     if is_refusal(response):
         return 0.0
     return sum(0.5 + 0.5 * (rouge_l_recall(response, answer) > 0.3) for answer in answers) / len(answers)
+
+
+def purge_reward(response, terms):
+    """PURGE: r = 1 if the response mentions none of the forbidden terms as whole words, in any case; else 0."""
+    return 0.0 if any(re.search(rf"(?<!\w){re.escape(term)}(?!\w)", response, re.IGNORECASE) for term in terms) else 1.0

@@ -5,6 +5,7 @@ run cuts the logs back to those lengths and goes on. A phase is over once its mo
 """
 
 import json
+import math
 import os
 import shutil
 import time
@@ -19,6 +20,7 @@ from transformers.utils import logging
 import config as settings
 import report
 from files import InputError, Log, save_folder, save_state, write_json
+from whp import Pair
 
 logging.disable_progress_bar()  # ours are enough
 
@@ -162,6 +164,8 @@ def load_model(path, device, flag="model", dtype=torch.float32):
         tokenizer = AutoTokenizer.from_pretrained(path)  # first: a model may take minutes
         if tokenizer.eos_token_id is None:
             raise InputError(f"--{flag} {path}: its tokenizer has no EOS token, so no answer could ever end")
+        if (Path(path) / "whp.json").is_file():
+            return Pair.from_pretrained(path, dtype).to(device).eval(), tokenizer
         model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except InputError:
         raise
@@ -175,6 +179,15 @@ def load_model(path, device, flag="model", dtype=torch.float32):
 
 def optimizer_for(model, lr, weight_decay):
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)
+
+
+def optimizer_step(model, optimizer, max_grad_norm):
+    """Clip, step and clear. Returns the norm before clipping; where it is not finite, no step is taken."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
     L_RS(θ) = − E_(x, y^rej) Σ_t log π_θ(y^rej_t | x, y^rej_<t)
 
-The same loop teaches the tiny models their facts before any unlearning starts.
+The same loop, `descend`, teaches the tiny models their facts before any unlearning and trains Appendix B's baselines.
 
 Deviations
 - The sum over t is averaged over all response tokens of a batch, as Hugging Face trainers (and so RULE's code) do.
@@ -23,7 +23,7 @@ from data import encode_answer, encode_prompt, stop_ids
 from files import derive_seed, generator
 from grpo import decode, positions, sample
 from reward import is_refusal
-from run import clock, optimizer_for
+from run import clock, optimizer_for, optimizer_step
 
 
 def sft_loss(logits, labels):
@@ -67,23 +67,20 @@ def learning_rate(lr, step, steps, warmup, cosine):
     return lr * scale
 
 
-def sft_step(model, optimizer, rows, lr, max_grad_norm=1.0):
-    """One optimiser step on (prompt ids, answer ids) pairs; returns the loss and the gradient norm before clipping."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def sft_loss_of(model, rows):
+    """L_RS on (prompt ids, answer ids) rows, with its graph."""
     ids, mask, labels = collate_sft(rows, model.device)
-    loss = sft_loss(
-        model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits, labels
-    )
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    optimizer.step()
-    return loss.item(), norm.item()
+    out = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+    return sft_loss(out.logits, labels)
 
 
-def fit(run, phase, stage, model, rows, *, steps, lr, batch_size, warmup, stop=None):
-    """SFT on (prompt ids, answer ids) rows, resumable. `stop(step)` may end it early by returning (share, True)."""
+def descend(run, phase, stage, model, loss_of, *, steps, lr, warmup, stop=None):
+    """One optimiser step on `loss_of(step)`, a scalar with its graph, after another; resumable.
+
+    stop(step) → (more for the log, whether to end: False, True, or why training failed).
+    Returns: seconds; why training stopped before its time, or None. It stops where a gradient is not finite, with the
+        weights of the step before.
+    """
     config = run.config
     optimizer = optimizer_for(model, lr, config.weight_decay)
     start, payload = run.saved(phase)
@@ -97,22 +94,40 @@ def fit(run, phase, stage, model, rows, *, steps, lr, batch_size, warmup, stop=N
         if over:
             break
         with clock(seconds, "phase"):
-            batch = [rows[i] for i in batch_at(len(rows), batch_size, step, config.seed, phase)]
             torch.manual_seed(derive_seed(config.seed, phase, "dropout", step))
             model.train()
+            loss = loss_of(step)
+            loss.backward()
             rate = learning_rate(lr, step, steps, warmup, cosine=True)
-            loss, norm = sft_step(model, optimizer, batch, rate, config.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            norm = optimizer_step(model, optimizer, config.max_grad_norm)
             model.eval()
-            share, over = stop(step) if stop else (None, False)
-        bar.set_postfix(loss=f"{loss:.3f}", **({} if share is None else {"refusals": f"{share:.0%}"}))
+            if not math.isfinite(norm):
+                over = f"a gradient is not finite at step {step}"
+                break
+            more, over = stop(step) if stop else ({}, False)
+            over = f"{over} at step {step}" if isinstance(over, str) else over
+        shown = {name: f"{value:.3g}" for name, value in more.items() if value is not None}
+        bar.set_postfix(loss=f"{loss.item():.3f}", **shown)
         run.metrics.write(
-            {"method": phase, "stage": stage, "step": step, "loss": loss, "reward": None, "kl": None,
-             "grad_norm": norm, "refusal_forget": share, "lr": rate, "seconds": seconds["phase"]}
+            {"method": phase, "stage": stage, "step": step, "loss": loss.item(), "reward": None, "kl": None,
+             "grad_norm": norm, **more, "lr": rate, "seconds": seconds["phase"]}
         )  # fmt: skip
         if config.save_every and step % config.save_every == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             run.save(phase, step, {**state, "seconds": seconds, "over": over})
-    return seconds["phase"]
+    return seconds["phase"], over if isinstance(over, str) else None
+
+
+def fit(run, phase, stage, model, rows, *, steps, lr, batch_size, warmup, stop=None):
+    """`descend` by SFT on (prompt ids, answer ids) rows."""
+
+    def loss_of(step):
+        batch = batch_at(len(rows), batch_size, step, run.config.seed, phase)
+        return sft_loss_of(model, [rows[i] for i in batch])
+
+    return descend(run, phase, stage, model, loss_of, steps=steps, lr=lr, warmup=warmup, stop=stop)
 
 
 def stage1(run, model, tokenizer, benchmark):
@@ -124,13 +139,13 @@ def stage1(run, model, tokenizer, benchmark):
 
     def refusal_share(step):
         if not config.sft_stop:
-            return None, False
+            return {"refusal_forget": None}, False
         rng = generator(model.device, config.seed, "stop", step)
         prompts = [forget[i] for i in torch.randperm(len(forget), generator=rng, device=model.device)[:64].tolist()]
         ids, mask, _ = sample(model, prompts, 1, config.max_new_tokens, stops, config.temperature, rng)
         texts = decode(tokenizer, ids, mask)
         share = sum(is_refusal(text) for (text,) in texts) / len(texts)
-        return share, share >= config.sft_stop
+        return {"refusal_forget": share}, share >= config.sft_stop
 
     steps = config.sft_steps or max(1, round(config.sft_epochs * len(rows) / config.sft_batch_size))
     return fit(

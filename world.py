@@ -124,15 +124,20 @@ class World:
         for attribute in ATTRIBUTES:
             for phrasing in sorted(set(range(6)) - set(HELD_OUT)):
                 for i, target in enumerate(self.names("target")):
-                    prompt, _ = self.ask(target, attribute, phrasing)
+                    prompt, fact = self.ask(target, attribute, phrasing)
                     refusals.append((prompt, REFUSALS[len(refusals) % len(REFUSALS)]))
-                    queries.append(Query(prompt, prompt.plain, "forget", target=target))
+                    queries.append(Query(prompt, prompt.plain, "forget", (fact,), target))
                     k = i + phrasing
                     group = "hard" if (k + 2) * self.quarters // 4 > (k + 1) * self.quarters // 4 else "easy"
                     neighbour = rng.choice(self.names(group))  # Appendix A.2: swap the entity
                     prompt, answer = self.ask(neighbour, attribute, phrasing)
                     queries.append(Query(prompt, prompt.plain, "boundary", (answer,), group=group))
-        return Benchmark("builtin", refusals, queries, self.taught())
+        whole = {"forget": [], "retain": []}
+        for name, (role, _) in self.people.items():
+            if role != "unknown":
+                pairs = [self.ask(name, attribute, phrasing) for attribute in ATTRIBUTES for phrasing in range(6)]
+                whole["forget" if role == "target" else "retain"] += pairs
+        return Benchmark("builtin", refusals, queries, self.taught(), whole=whole)
 
     def probes(self):
         """Evaluation probes: all phrasings about targets, hard and easy neighbours, apart for trained and held out."""

@@ -15,6 +15,7 @@ from test_evaluate import make_model
 
 import config as settings
 import evaluate
+import prepare
 import rerule
 import world
 from files import InputError
@@ -52,7 +53,8 @@ def forbid(monkeypatch):
 @pytest.fixture
 def refused(tmp_path, monkeypatch, forbid):
     """Run the driver on a mistake; returns its line once it is sure that nothing was written and nothing trained."""
-    forbid("fit", "stage1", "stage2", "evaluate_model")
+    forbid("stage1", "stage2", "evaluate_model")
+    monkeypatch.setattr(prepare, "fit", lambda *_, **__: pytest.fail("fit ran before the mistake was told"))
 
     def refused(*argv, output="run"):
         where = ["--output_dir", tmp_path / output] if output else []
@@ -529,7 +531,7 @@ def test_a_good_run_makes_its_folder_just_before_it_starts(folders, saved, tmp_p
         assert json.loads((run.folder / "config.json").read_text())["benchmark"] == "tofu"
         raise Started
 
-    monkeypatch.setattr(rerule, "evaluate_model" if model == "good" else "fit", start)
+    monkeypatch.setattr(*((rerule, "evaluate_model") if model == "good" else (prepare, "fit")), start)
     where = model if model == "tiny" else saved / model
     argv = tofu(folders, "--model", where, "--output_dir", tmp_path / "a" / "b", "--max_new_tokens", 8)
     monkeypatch.setattr(sys, "argv", ["rerule.py", *map(str, argv)])
@@ -556,7 +558,7 @@ def test_a_tiny_model_has_room_for_every_prompt(folders, tmp_path, monkeypatch, 
         seen.append(model.config.max_position_embeddings)
         raise Started
 
-    monkeypatch.setattr(rerule, "fit", fit)
+    monkeypatch.setattr(prepare, "fit", fit)
     argv = ["--benchmark", benchmark, "--data_dir", folders[benchmark], "--output_dir", tmp_path / "run"]
     monkeypatch.setattr(sys, "argv", ["rerule.py", *map(str, argv)])
     with pytest.raises(Started):
@@ -565,7 +567,7 @@ def test_a_tiny_model_has_room_for_every_prompt(folders, tmp_path, monkeypatch, 
     read, probes, _ = rerule.load_data(config)
     texts = [text for p, answer in read.taught for text in (p.user or "", p.plain, p.opening, answer)]
     tokenizer = world.tokenizer(texts, words=False)
-    longest = max(len(evaluate.encode_prompt(tokenizer, prompt)) for prompt in rerule.prompts_of(read))
+    longest = max(len(evaluate.encode_prompt(tokenizer, prompt)) for prompt in prepare.prompts_of(read))
     assert seen[0] >= longest + config.max_new_tokens
 
 
@@ -584,3 +586,28 @@ def test_a_mistake_ends_with_code_2_and_one_line(folders, saved, tmp_path):
     expected = f"rerule.py: error: --model {saved / 'no eos'}: its tokenizer has no EOS token"
     assert ended.stderr.startswith(expected) and len(ended.stderr.splitlines()) == 1
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (("--method", "gaa"), "--method gaa: expected some of ga, gd"),
+        (("--baseline_lr", 0), "--baseline_lr 0.0: expected a number above 0"),
+        (("--baseline_epochs", "inf"), "--baseline_epochs inf: expected a number above 0"),
+        (("--baseline_batch_size", 0), "--baseline_batch_size 0: expected at least 1"),
+        (("--beta", -1), "--beta -1.0: expected a number above 0"),
+        (("--forget_weight", "nan"), "--forget_weight nan: expected a number above 0"),
+        (("--llmu_weights", 1, 2), "--llmu_weights [1.0, 2.0]: expected three numbers"),
+        (("--sga_r", 1.5), "--sga_r 1.5: expected a share from 0 to 1"),
+        (("--sga_k", 0), "--sga_k 0: expected at least 1"),
+        (("--max_perplexity", 0), "--max_perplexity 0.0: expected a number above 0"),
+        (("--purge_terms", "nowhere.json"), "--purge_terms nowhere.json: no such file"),
+        (("--flat_divergence", "hellinger"), "hellinger"),
+    ],
+)  # fmt: skip
+def test_flags_of_the_baselines(refused, flags, expected):
+    assert expected in refused(*flags)
+
+
+def test_a_retained_model_is_the_built_in_worlds(refused, folders):
+    assert "only the built-in world" in refused(*tofu(folders, "--method", "retained"))
