@@ -13,6 +13,7 @@ import numpy as np
 
 import analysis
 import claims
+from report import place_labels
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 COLOURS = {"rule": BLUE, "rerule": VERMILION}
@@ -290,8 +291,6 @@ def hardest(r, path):
 
 def methods(rows, path):
     """Tables 1, 2 and 5 at a glance: what is left of the forget set against what is kept. rows: {name: [(forget, retain)]}."""
-    import report
-
     figure, axis = plt.subplots(figsize=(9, 6.2), layout="constrained")
     own, looks = ("RULE", "ReRULE", "Rej. Steer", "PURGE"), {}
     for name, points in rows.items():
@@ -303,7 +302,7 @@ def methods(rows, path):
         axis.scatter([x], [y], s=150 if marker == "*" else 60, marker=marker, color=colour, zorder=3,
                      label=None if marker in looks else label)  # fmt: skip
         looks[marker] = True
-    report.place_labels(axis, {name: tuple(np.mean(points, 0)) for name, points in rows.items()})
+    place_labels(axis, {name: tuple(np.mean(points, 0)) for name, points in rows.items()})
     axis.set(xlabel="Recall of what was to be forgotten, % (← better)", ylabel="Retain quality: recall on all neighbours, % (↑ better)",
              xlim=(-4, 118), ylim=(-4, 106))  # fmt: skip
     axis.legend(loc="lower right", fontsize=10)
