@@ -2,7 +2,8 @@
 
 A record holds the rows of the run's table and, for each Stage 2 method, every rollout group's mean reward: a string a
 step, one character a group, LEVELS[16 r̄] (rewards of 8 rollouts are multiples of 1/16), and "=" for a group whose
-rewards are all 0.5. A group of LEVELS' first or last character has equal rewards too.
+rewards are all 0.5. A group of LEVELS' first or last character has equal rewards too. Which prompts these were stands in
+`queries`, two digits of base 36 each.
 
 Hard and easy prompts are told apart at τ by RULE's mean rewards before the step at which ReRULE first replays, where
 both methods are the same run, once a seed and for every variant of it: prompts picked by how they turned out would
@@ -48,7 +49,7 @@ def record(folder):
                 groups.setdefault(row["step"], []).append(row)
         methods[method] = {
             "rewards": ["".join(level(row["rewards"]) for row in groups[step]) for step in sorted(groups)],
-            "queries": [[row["query"] for row in groups[step]] for step in sorted(groups)],
+            "queries": ["".join(np.base_repr(row["query"], 36).zfill(2) for row in groups[step]) for step in sorted(groups)],
             **totals(own),
             "evaluations": [
                 {"step": row["step"]} | {k[5:]: short(v) for k, v in row.items() if k.startswith("eval_") and k[5:] in KEPT}
@@ -57,7 +58,12 @@ def record(folder):
             ],
         }  # fmt: skip
     found = {"tau": config["tau"], "lr": config["lr"], "steps": config["steps"], "group_size": config["group_size"]}
-    rows = {name: {k: short(row[k]) for k in KEPT if row.get(k) is not None} for name, row in table.items()}
+    early = ("Original", "Retained", "Rej. Steer") if config["start_from"] else ()  # the base run's own
+    rows = {
+        name: {k: short(row[k]) for k in KEPT if row.get(k) is not None}
+        for name, row in table.items()
+        if name not in early
+    }
     queries = [m.pop("queries") for m in methods.values()]  # RULE's and ReRULE's are the same
     found |= {"rows": rows, "methods": methods, "queries": queries[-1] if queries else []}
     if {"rule", "rerule"} <= set(methods):  # a base run: what its variants are read with
@@ -136,9 +142,9 @@ def regions(base):
 def before_replay(base):
     """{query: its groups' mean rewards before ReRULE first replays}."""
     first, seen = base["methods"]["rerule"]["first_replay"] or base["steps"] + 1, {}
-    for queries, characters in list(zip(base["queries"], base["methods"]["rule"]["rewards"], strict=True))[: first - 1]:
-        for query, character in zip(queries, characters, strict=True):
-            seen.setdefault(query, []).append(mean_reward(character))
+    for step, query, reward, _ in groups_of(base, "rule"):
+        if step < first:
+            seen.setdefault(query, []).append(reward)
     return seen
 
 
@@ -161,7 +167,9 @@ def groups_of(record, method, last=None):
     steps, found = len(record["methods"][method]["rewards"]), []
     first = steps - steps // WINDOW if last else 0
     for at in range(first, steps):
-        for query, character in zip(record["queries"][at], record["methods"][method]["rewards"][at], strict=True):
+        queries, characters = record["queries"][at], record["methods"][method]["rewards"][at]
+        for place, character in enumerate(characters):
+            query = int(queries[2 * place : 2 * place + 2], 36)
             found.append((at + 1, query, mean_reward(character), all_equal(character)))
     return found
 
@@ -309,7 +317,7 @@ def choose(records, seeds, rates):
     Returns: {"rule": rate, "rerule": rate, "steps": int, "ratio": float}, or None until all selection runs are there.
     """
     scores = rate_scores(records, seeds, rates)
-    if any(len(values) < len(seeds) for by_rate in scores.values() for values in by_rate.values()):
+    if not seeds or any(len(values) < len(seeds) for by_rate in scores.values() for values in by_rate.values()):
         return None
     best = {method: max(by_rate, key=lambda rate: sum(by_rate[rate])) for method, by_rate in scores.items()}
     runs = [records[f"select_{seed}"] for seed in seeds]
@@ -333,5 +341,9 @@ def bound(record, base, method="rerule"):
     found = {"p_hard": p_hard, "n_on": n_on, "n_re": n_re, "clipped_share": ran["clipped_share"]}
     for name, kappa in (("clipped", ran["ess"]), ("unclipped", ran["ess_unclipped"])):
         n_eff = n_on + (kappa or 0.0) * n_re  # Eq. 29
-        found |= {f"kappa_{name}": kappa, f"n_eff_{name}": n_eff, f"bound_{name}": sqrt(n_on / n_eff) if n_eff else None}
+        found |= {
+            f"kappa_{name}": kappa,
+            f"n_eff_{name}": n_eff,
+            f"bound_{name}": sqrt(n_on / n_eff) if n_eff else None,
+        }
     return found

@@ -64,9 +64,7 @@ def figure(stat, unit=""):
         return "–"
     digits = 1 if max(abs(stat["mean"]), abs(stat["low"]), abs(stat["high"])) >= 1 else 2
     low, high = (f"{stat[end]:+.{digits}f}" for end in ("low", "high"))
-    return (
-        f"{stat['mean']:+.{digits}f}{unit} [{low}, {high}], {stat['up']} up {stat['down']} down, p = {stat['p']:.2g}"
-    )
+    return f"{stat['mean']:+.{digits}f}{unit} [{low}, {high}], {stat['up']} up {stat['down']} down, p = {stat['p']:.2g}"
 
 
 def claims(r):
@@ -84,12 +82,14 @@ def claims(r):
     def each(values):
         return analysis.statistic(values)
 
-    probes = [run["models"] for run in r.runs("probe").values() if "hard" in run["models"]["RULE"]]
+    probes = [run["models"] for run in r.runs("probe").values() if len(run["models"]["RULE"]) == 2]  # both regions
     stays = [stays_low(base) for base in bases.values()]
     kinds = [[analysis.hard_share(base, base["tau"], kind) for kind in "bf"] for base in bases.values()]
     by_world = {family: {s: d for s, d in gains(r, family).items()} for family in ("world0", "base", "world30")}
     both = [seed for seed in by_world["world0"] if seed in by_world["world30"]]
-    steady = [[analysis.instability(b["methods"][m]["evaluations"])[0] for m in ("rule", "rerule")] for b in bases.values()]
+    steady = [
+        [analysis.instability(b["methods"][m]["evaluations"])[0] for m in ("rule", "rerule")] for b in bases.values()
+    ]
     extra = {f: extra_time(r, f) for f in ("base", "tofu")}
     purge = r.of("baselines", "PURGE")
     original = {seed: run["rows"]["Original"]["retain_recall"] for seed, run in bases.items()}

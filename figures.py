@@ -10,10 +10,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.patches import FancyBboxPatch
 
 import analysis
 import claims
-from report import place_labels
+
+try:
+    from report import place_labels
+except ImportError:
+    place_labels = lambda *_: None  # noqa: E731
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 COLOURS = {"rule": BLUE, "rerule": VERMILION}
@@ -71,13 +76,13 @@ def trajectories(r, path, parts=5):
             for line in values:
                 axis.plot(steps, line, color=shades[part], alpha=0.25, linewidth=0.8)
             name = {0: "hardest fifth", parts - 1: "easiest fifth"}.get(part, f"{part + 1}")
-            axis.plot(steps, np.nanmean(values, 0), color=shades[part], linewidth=2.6, marker="osD^v"[part % 5],
+            axis.plot(steps, middle(values), color=shades[part], linewidth=2.6, marker="osD^v"[part % 5],
                       markersize=6, label=name)  # fmt: skip
         starts = [base["methods"]["rerule"]["first_replay"] for base in bases.values()]
         mark_start(axis, starts, "sorted by reward\nbefore this step")
         axis.set(title=title, xlabel="Stage 2 step (middle of a pass through all prompts)", ylim=(-0.03, 1.03))
     axes[0].set_ylabel("Mean reward, 0–1 (↑ better)")
-    axes[0].legend(title="hard → easy", loc="lower right", fontsize=9.5)
+    axes[0].legend(title="RULE, prompts from hard to easy", loc="lower left", bbox_to_anchor=(0.02, 0.12), fontsize=9.5)
     save(figure, path)
 
 
@@ -86,7 +91,7 @@ def passes(base, kind, parts):
     means = {query: np.mean(values) for query, values in analysis.before_replay(base).items()}
     order = sorted((q for q in means if base["kinds"][q] == kind), key=lambda q: (means[q], q))
     part_of = {query: at * parts // len(order) for at, query in enumerate(order)}
-    length = -(-len(base["kinds"]) // len(base["queries"][0]))  # steps of one pass
+    length = -(-len(base["kinds"]) // len(base["methods"]["rule"]["rewards"][0]))  # steps of one pass
     rows = {}
     for step, query, reward, _ in analysis.groups_of(base, "rule"):
         if query in part_of:
@@ -109,42 +114,47 @@ def mark_start(axis, starts, text="replay starts"):
 
 
 BOXES = [  # Figure 2: (column, row, functions by module, what it does)
-    (0, 1, "sft.stage1", "Stage 1: refusals\nby SFT"),
-    (1, 1, "rerule.rollout", "1–2  sample G responses,\nreward, normalise"),
+    (0, 1, "sft.stage1", "Stage 1: learn to\nrefuse, by SFT"),
+    (1, 1, "rerule.rollout", "1–2  sample G responses;\nrewards, advantages"),
     (2, 1, "grpo.add_reference", "3  log π_ref of the\nfrozen Stage 1 model"),
     (3, 1, "rerule.on_policy_gradient", "4  on-policy update,\nEq. 3 and β KL"),
-    (1, 0, "replay.groups_to_store", "6  groups with r̄ < τ\n(after step 5)"),
-    (2, 0, "replay.ReplayBuffer", "ring buffer B"),
-    (3, 0, "rerule.off_policy_gradient", "5  replay update, Eq. 5,\nonce replay.is_active"),
+    (1, 0, "replay.groups_to_store", "6  store groups with\nmean reward below τ"),
+    (2, 0, "replay.ReplayBuffer", "B: a ring, the oldest\ngroup leaves"),
+    (3, 0, "rerule.off_policy_gradient", "5  once B is full enough:\nreplay update, Eq. 5"),
 ]
-ARROWS = [(0, 1, ""), (1, 2, ""), (2, 3, ""), (1, 4, "r̄"), (4, 5, ""), (5, 6, "32 groups"), (3, 6, "π_θ")]
+ARROWS = [(0, 1, ""), (1, 2, ""), (2, 3, ""), (1, 4, " hard groups"), (4, 5, ""), (5, 6, "32"), (3, 6, " then")]
 
 
 def pipeline(path):
     """Figure 2: one step of Stage 2, each box a function of ours; the lower row is what ReRULE adds."""
-    figure, axis = plt.subplots(figsize=(11, 3.9), layout="constrained")
+    figure, axis = plt.subplots(figsize=(11, 4.1), layout="constrained")
     axis.axis("off")
-    place = lambda column, row: (3.0 * column, 1.9 * row)  # noqa: E731
+    place = lambda column, row: (3.1 * column, 2.0 * row)  # noqa: E731
     for column, row, name, text in BOXES:
-        x, y = place(column, row)
-        own = row == 0
-        axis.text(x, y, f"{text}\n", ha="center", va="center", fontsize=11, linespacing=1.35,
-                  bbox=dict(boxstyle="round,pad=0.55", facecolor="#FBE6DA" if own else "#DDEBF5",
-                            edgecolor=VERMILION if own else BLUE, linewidth=1.8, linestyle="-" if own else "--"))  # fmt: skip
-        axis.text(x, y - 0.3, name, ha="center", va="center", fontsize=9.5, family="monospace")
+        (x, y), face, edge, dash = (
+            place(column, row),
+            *(("#FBE6DA", VERMILION, "-") if row == 0 else ("#DDEBF5", BLUE, "--")),
+        )
+        box = FancyBboxPatch((x - 1.28, y - 0.55), 2.56, 1.1, "round,pad=0,rounding_size=0.12", facecolor=face,
+                             edgecolor=edge, linewidth=1.8, linestyle=dash)  # fmt: skip
+        axis.add_patch(box)
+        axis.text(x, y + 0.14, text, ha="center", va="center", fontsize=10.5, linespacing=1.3)
+        axis.text(x, y - 0.36, name, ha="center", va="center", fontsize=8.8, family="monospace")
     for a, b, label in ARROWS:
         (xa, ya), (xb, yb) = place(*BOXES[a][:2]), place(*BOXES[b][:2])
         flat = ya == yb
-        start, end = ((xa + 1.17, ya), (xb - 1.17, yb)) if flat else ((xa, ya - 0.55), (xb, yb + 0.55))
-        axis.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color="black", linewidth=1.4))
-        axis.text((start[0] + end[0]) / 2 + (0 if flat else 0.12), (start[1] + end[1]) / 2 + (0.14 if flat else 0), label,
+        start, end = ((xa + 1.28, ya), (xb - 1.28, yb)) if flat else ((xa, ya - 0.55), (xb, yb + 0.55))
+        axis.annotate(
+            "", end, start, arrowprops=dict(arrowstyle="-|>", color="black", linewidth=1.4, shrinkA=1, shrinkB=1)
+        )
+        axis.text((start[0] + end[0]) / 2 + (0 if flat else 0.1), (start[1] + end[1]) / 2 + (0.17 if flat else 0), label,
                   fontsize=9.5, ha="center" if flat else "left", va="center")  # fmt: skip
     (x3, y), (x1, _) = place(3, 1), place(1, 1)
     axis.annotate("", (x1, y + 0.55), (x3, y + 0.55),
-                  arrowprops=dict(arrowstyle="-|>", color="black", linewidth=1.4, connectionstyle="arc3,rad=0.16"))  # fmt: skip
-    axis.text((x1 + x3) / 2, y + 1.0, "next step, from the updated model", ha="center", fontsize=9.5)
-    axis.text(-1.3, -0.05, "dashed blue: RULE\nsolid orange: what\nReRULE adds", fontsize=10, va="center")
-    axis.set(xlim=(-1.4, 10.4), ylim=(-0.75, 3.2))
+                  arrowprops=dict(arrowstyle="-|>", color="black", linewidth=1.4, connectionstyle="arc3,rad=0.14"))  # fmt: skip
+    axis.text((x1 + x3) / 2, y + 1.2, "next step, from the updated model", ha="center", fontsize=10)
+    axis.text(-1.28, 0, "Dashed, blue: RULE.\nSolid, orange: what\nReRULE adds.", fontsize=10.5, va="center")
+    axis.set(xlim=(-1.4, 10.75), ylim=(-0.7, 3.6))
     save(figure, path)
 
 
@@ -161,9 +171,19 @@ def over_steps(r, path):
         lines = [hard_rewards(base, method) for base in bases.values()]
         spread(axes[2], list(range(1, len(lines[0]) + 1)), lines, method)
     sds = {m: [analysis.instability(b["methods"][m]["evaluations"])[0] for b in bases.values()] for m in COLOURS}
-    told = ", ".join(f"{analysis.NAMES[m]} {analysis.mean(v):.1f}" for m, v in sds.items() if analysis.mean(v) is not None)
-    titles = (f"Retain quality\n(sd over the last third: {told})", "Forget quality", "Hard prompts, as training sees them")
-    labels = ("Recall on all neighbours, % (↑ better)", "Refusals of forget probes, % (↑ better)", "Mean reward, 0–1 (↑ better)")
+    told = ", ".join(
+        f"{analysis.NAMES[m]} {analysis.mean(v):.1f}" for m, v in sds.items() if analysis.mean(v) is not None
+    )
+    titles = (
+        f"Retain quality\n(sd over the last third: {told})",
+        "Forget quality",
+        "Hard prompts, as training sees them",
+    )
+    labels = (
+        "Recall on all neighbours, % (↑ better)",
+        "Refusals of forget probes, % (↑ better)",
+        "Mean reward, 0–1 (↑ better)",
+    )
     for axis, title, label in zip(axes, titles, labels, strict=True):
         mark_start(axis, starts)
         axis.set(title=title, xlabel="Stage 2 step", ylabel=label)
@@ -172,12 +192,17 @@ def over_steps(r, path):
     save(figure, path)
 
 
+def middle(lines):
+    """Mean over lines at each place, of those that have a value there."""
+    return np.array([analysis.mean(v for v in column if v == v) for column in np.transpose(lines)], float)
+
+
 def spread(axis, steps, lines, method):
     """Each seed thin, their mean thick."""
-    lines = np.array(lines, float)
+    lines = np.array(lines, float)  # None: NaN
     for line in lines:
         axis.plot(steps, line, DASH[method], color=COLOURS[method], alpha=0.28, linewidth=0.8)
-    axis.plot(steps, np.nanmean(lines, 0), DASH[method], color=COLOURS[method], linewidth=2.8,
+    axis.plot(steps, middle(lines), DASH[method], color=COLOURS[method], linewidth=2.8,
               label=f"{analysis.NAMES[method]}, mean of {len(lines)} seeds")  # fmt: skip
 
 
@@ -187,9 +212,9 @@ def hard_rewards(base, method, width=5):
     for step, query, reward, _ in analysis.groups_of(base, method):
         if place.get(query) == "hard":
             by_step.setdefault(step, []).append(reward)
-    means = [np.mean(by_step.get(step, [np.nan])) for step in range(1, base["steps"] + 1)]
+    means = [analysis.mean(by_step.get(step, [])) for step in range(1, base["steps"] + 1)]
     half = width // 2
-    return [np.nanmean(means[max(0, i - half) : i + half + 1]) for i in range(len(means))]
+    return [analysis.mean(means[max(0, i - half) : i + half + 1]) for i in range(len(means))]
 
 
 def conditions(r, path):
@@ -210,16 +235,17 @@ def conditions(r, path):
                 xlabel="Groups with mean reward below τ before replay, %",
                 ylabel="Retain quality, ReRULE − RULE,\npoints of recall (↑ better)")  # fmt: skip
     axes[0].legend(fontsize=9.5)
-    rows = [("RULE", r.of("base", "rule")), ("0.4", r.of("base")), *((t, r.of(f"tau{t}")) for t in ("0.6", "0.8", "1.0"))]
-    for at, (name, outcomes) in enumerate(rows):
-        values = [o["retain_recall"] for o in outcomes.values()]
-        if len(values) > 1:
-            stat, colour = analysis.statistic(values), BLUE if name == "RULE" else VERMILION
-            axes[1].scatter(at + np.linspace(-0.12, 0.12, len(values)), values, s=18, color=GREY, alpha=0.6)
-            axes[1].errorbar(at, stat["mean"], [[stat["mean"] - stat["low"]], [stat["high"] - stat["mean"]]],
-                             fmt="s" if name == "RULE" else "o", color=colour, markersize=10, capsize=4, linewidth=2.2)  # fmt: skip
-    axes[1].set_xticks(range(len(rows)), [name if name == "RULE" else f"τ = {name}" for name, _ in rows])
-    axes[1].set(title="Is a lower τ better?", xlabel="Groups stored have mean reward below τ", ylabel="Retain quality, % (↑ better)")
+    rule = r.of("base", "rule")
+    for at, tau in enumerate(("0.4", "0.6", "0.8", "1.0")):
+        stat = analysis.paired(r.of("base" if tau == "0.4" else f"tau{tau}"), rule, "retain_recall")
+        if stat:
+            axes[1].scatter(at + np.linspace(-0.12, 0.12, stat["n"]), stat["values"], s=22, color=GREY, alpha=0.6)
+            axes[1].errorbar(at, stat["mean"], [[stat["mean"] - stat["low"]], [stat["high"] - stat["mean"]]], fmt="o",
+                             color=VERMILION, markersize=10, capsize=4, linewidth=2.2)  # fmt: skip
+    axes[1].axhline(0, color="black", linewidth=1)
+    axes[1].set_xticks(range(4), ["0.4", "0.6", "0.8", "1.0"])
+    axes[1].set(title="Is a lower threshold better?", xlabel="τ: groups with mean reward below it are stored",
+                ylabel="Retain quality, ReRULE − RULE,\npoints of recall (↑ better)", xlim=(-0.5, 3.5))  # fmt: skip
     save(figure, path)
 
 
@@ -263,7 +289,16 @@ def bars(axis, models, series, probes, scale=1):
             x = place - 0.4 + width * (at + 0.5)
             if values:
                 values = scale * np.array(values)
-                axis.bar(x, values.mean(), width * 0.92, color=colour, alpha=0.75, hatch=hatch, edgecolor="white", label=label)
+                axis.bar(
+                    x,
+                    values.mean(),
+                    width * 0.92,
+                    color=colour,
+                    alpha=0.75,
+                    hatch=hatch,
+                    edgecolor="white",
+                    label=label,
+                )
                 axis.scatter(np.full(len(values), x), values, s=9, color="black", alpha=0.55, zorder=3)
                 label = None
 
@@ -273,10 +308,10 @@ def hardest(r, path):
     base = r.runs("base")[min(r.runs("base"))]
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.2), sharex=True, sharey=True, layout="constrained")
     for axis, (query, kind, prompt, answer) in zip(axes.flat, base["cases"], strict=False):
-        for method, marker in (("rule", "s"), ("rerule", "o")):
+        for method, marker, size in (("rule", "s", 11), ("rerule", "o", 6)):
             points = [(step, reward) for step, q, reward, _ in analysis.groups_of(base, method) if q == query]
             axis.plot(*zip(*points, strict=True), DASH[method], marker=marker, color=COLOURS[method], linewidth=2,
-                      markersize=7, label=analysis.NAMES[method])  # fmt: skip
+                      markersize=size, label=analysis.NAMES[method])  # fmt: skip
         mark_start(axis, [base["methods"]["rerule"]["first_replay"]])
         wanted = "a refusal" if kind == "forget" else answer
         axis.set_title(f"{kind}: {prompt}\nwanted: {wanted}", fontsize=10)
@@ -298,7 +333,11 @@ def methods(rows, path):
         marker = "*" if colour == "black" else "o" if colour == VERMILION else "s"
         x, y = np.mean(points, 0)
         axis.scatter(*zip(*points, strict=True), s=10, color=colour, alpha=0.35, linewidths=0)
-        label = {"*": "never unlearned, never taught", "o": "reinforcement and its Stage 1", "s": "fine-tuning baselines"}[marker]
+        label = {
+            "*": "never unlearned, never taught",
+            "o": "reinforcement and its Stage 1",
+            "s": "fine-tuning baselines",
+        }[marker]
         axis.scatter([x], [y], s=150 if marker == "*" else 60, marker=marker, color=colour, zorder=3,
                      label=None if marker in looks else label)  # fmt: skip
         looks[marker] = True

@@ -110,7 +110,10 @@ def head(r, o, records, jobs):
         "the number of comparisons: of twenty without any effect one would seem to have one.",
     ]  # fmt: skip
     if o.quick:
-        lines += ["", "**This is a quick run: few seeds, few steps. It shows that everything works, and nothing else.**"]
+        lines += [
+            "",
+            "**This is a quick run: few seeds, few steps. It shows that everything works, and nothing else.**",
+        ]
     if missing:
         lines += ["", f"{len(missing)} of {len(jobs)} runs are missing; parts without theirs say so."]
     return lines
@@ -196,7 +199,10 @@ def ratio_line(r):
     clock = analysis.mean(
         seconds[s]["seconds_stage2"] / o["seconds_stage2"] for s, o in r.of("base", "rule").items() if s in seconds
     )
-    ratios = [run["methods"]["rerule"]["arithmetic"] / run["methods"]["rule"]["arithmetic"] for run in r.runs("select").values()]
+    ratios = [
+        run["methods"]["rerule"]["arithmetic"] / run["methods"]["rule"]["arithmetic"]
+        for run in r.runs("select").values()
+    ]
     told = sorted(ratios)[len(ratios) // 2] if ratios else float("nan")
     return [
         "",
@@ -287,7 +293,11 @@ def table4(r):
 def table6(r):
     """Share of groups below τ before activation."""
     rows = []
-    for family, label in (("world0", "no crossed names"), ("base", "22 of 42 crossed"), ("world30", "30 of 42 crossed")):
+    for family, label in (
+        ("world0", "no crossed names"),
+        ("base", "22 of 42 crossed"),
+        ("world30", "30 of 42 crossed"),
+    ):
         for tau in (0.4, 0.6, 0.8, 1.0):
             runs = r.runs(family).values()
             cells = [spread([scale(analysis.hard_share(run, tau, kind)) for run in runs]) for kind in (None, "f", "b")]
@@ -318,7 +328,18 @@ def table7(r):
                          f"{interval(stat)} %" if stat else "–", *(f"{part:.0f} %" for part in parts)])  # fmt: skip
     for name, row in paper.items():
         extra = 100 * (row["ReRULE_hours"] / row["RULE_hours"] - 1)
-        rows.append([f"*paper: {name}*", f"{row['RULE_hours']} h", f"{row['ReRULE_hours']} h", f"{extra:+.1f} %", "", "", "", ""])
+        rows.append(
+            [
+                f"*paper: {name}*",
+                f"{row['RULE_hours']} h",
+                f"{row['ReRULE_hours']} h",
+                f"{extra:+.1f} %",
+                "",
+                "",
+                "",
+                "",
+            ]
+        )
     text = [
         *table(["", "RULE", "ReRULE", "extra", "of ReRULE: sampling", "π_ref", "update", "replay"], rows), "",
         "Seconds of Stage 2's steps, evaluations left out, two runs at a time on two cores. Replay's share is large here because a "
@@ -373,15 +394,20 @@ def figure3(r, folder):
 
 def worlds(r, folder):
     """Three worlds."""
-    figures.conditions(r, Path(folder) / "conditions.png")
     rows = []
-    for family, label in (("world0", "no crossed names"), ("base", "22 of 42 crossed"), ("world30", "30 of 42 crossed")):
+    for family, label in (
+        ("world0", "no crossed names"),
+        ("base", "22 of 42 crossed"),
+        ("world30", "30 of 42 crossed"),
+    ):
         ours, theirs = r.of(family), r.of(family, "rule")
         if ours:
             shares = [scale(analysis.hard_share(run, run["tau"])) for run in r.runs(family).values()]
             stat = analysis.paired(ours, theirs, "retain_recall")
             rows.append([label, spread(shares), column(theirs, "retain_recall"), column(ours, "retain_recall"), interval(stat),
                          sign(stat), column(theirs, "forget_refusal"), column(ours, "forget_refusal")])  # fmt: skip
+    if rows:
+        figures.conditions(r, Path(folder) / "conditions.png")
     return section("Three worlds", "worlds", [
         *table(["World", "hard ratio, %", "RULE, retain ↑", "ReRULE ↑", "gain", "seeds up", "RULE, forget refusal ↑", "ReRULE ↑"],
                rows), "",
