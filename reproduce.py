@@ -1,0 +1,358 @@
+"""The paper in miniature: runs or resumes what is missing of the plan below, then writes results/report.md and figures.
+
+Covers every table, figure and ablation of the paper on the built-in world, Table 5 on real TOFU text with a tiny model,
+and controls that the paper lacks. Records and statistics are in `analysis.py`, verdicts in `claims.py`, the text in
+`tables.py`, pictures in `figures.py`.
+
+Budget: 90 minutes on two cores, two runs at a time with one thread each, is 10,800 s. In seconds of one thread: selection
+4 seeds × (50 + 4 × 25) = 600; 8 base runs × 70 = 560; 22 variants × 8 × 15 = 2,600; two more worlds × 8 × 50 = 800;
+baselines 3 × 100 = 300; probes 8 × 20 = 160; TOFU 3 × (480 + 170) = 1,950; in all about 7,000, so about an hour.
+
+Deviations
+- Settings are chosen on seeds 11 to 14; the report's seeds are 21 and up, which nothing was chosen on.
+- A variant takes over the models before Stage 2 from its seed's base run, so all methods of a seed start alike.
+- A run's own curves are not drawn, and its models go once nothing else needs them: records, logs and samples stay.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs at a time, one core each: before torch is imported
+
+import config as settings  # it sets OMP_WAIT_POLICY
+
+# isort: split
+import contextlib
+import gzip
+import importlib.metadata
+import json
+import multiprocessing
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+import analysis
+from config import setting
+from files import InputError, exit_on_input_error, write_json, write_text
+
+SELECTION, FIRST_SEED, FEW = (11, 12, 13, 14), 21, 3  # seeds to choose on; first of the report; how many of slow runs
+RATES = ("4e-5", "8e-5", "1.6e-4", "3.2e-4", "6.4e-4")  # the first is the shared one
+WORLDS = {"world0": 0, "world30": 30}  # neighbours with crossed names; the base runs have 22
+BASELINES = (
+    "ga gd kl po dpo dpo_rt npo npo_gdr npo_klr simnpo simnpo_gdr simnpo_klr mismatch llmu task_vector whp flat sga purge"
+).split()
+VARIANTS = {  # family: (method, flags); every other flag is the base run's
+    "random": ("rerule", "--replay_store random"),
+    "recent": ("rerule", "--replay_store recent"),
+    "zero": ("rerule", "--replay_store none"),
+    "twice": ("rule as rerule", "--replay_store current --min_groups 1 --warmup_steps 0"),
+    "double": ("rule", "--lr 8e-5"),
+    "compute": ("rule", "--steps {steps}"),
+    "best_rule": ("rule", "--lr {rule}"),
+    "best_rerule": ("rerule", "--lr {rerule}"),
+    "activation": ("rerule", "--store_until activation"),
+    "unequal": ("rerule", "--replay_store unequal"),
+    "combined": ("rerule", "--replay_step combined"),
+    "combined_random": ("rerule", "--replay_step combined --replay_store random"),
+    "tau0.6": ("rerule", "--tau 0.6"),
+    "tau0.8": ("rerule", "--tau 0.8"),
+    "tau1.0": ("rerule", "--tau 1.0"),
+    "token": ("rerule", "--is_level token"),
+    "geometric": ("rerule", "--is_level geometric"),
+    "surrogate": ("rerule", "--is_objective surrogate"),
+    "normalize": ("rerule", "--is_normalize"),
+    "unweighted": ("rerule", "--clip_low 0 --clip_high 0"),
+    "wide": ("rerule", "--clip_low 0.9 --clip_high 9"),
+    "replay_kl": ("rerule", "--replay_kl"),
+}
+WEIGHTS = ("token", "geometric", "surrogate", "normalize", "unweighted", "wide", "replay_kl")
+CONTROLS = ("random", "recent", "zero", "twice", "double", "compute", "best_rule", "best_rerule", "activation",
+            "unequal", "combined", "combined_random")  # fmt: skip
+TAUS = ("tau0.6", "tau0.8", "tau1.0")
+SECTIONS = {  # what `--only` takes: the families of runs that a part of the report needs
+    "table1": ("base", "baselines", "best_rule", "best_rerule"),  # and Tables 2 and 5, whose columns are this world's
+    "table3": ("base",),
+    "table4": ("base", "random", "combined", "combined_random"),
+    "table6": ("base", *WORLDS),
+    "table7": ("base", "tofu"),
+    "table8": ("base", *TAUS),
+    "figure1": ("base",),
+    "figure2": (),
+    "figure3": ("base",),
+    "controls": ("base", *CONTROLS),
+    "weights": ("base", *WEIGHTS),
+    "worlds": ("base", *WORLDS),
+    "tofu": ("tofu", "tofu_random"),
+    "rates": ("select", "grid"),
+    "appendix_e": ("base", "probe", "activation", "unequal", *TAUS),
+    "claims": ("base", "baselines", "tofu", "tofu_random", "probe", *CONTROLS, *TAUS, *WEIGHTS, *WORLDS),
+}
+BAR = "{desc} |{bar}| {percentage:3.0f} %  {elapsed} gone, {remaining} left"
+QUICK = "--steps 14 --warmup_steps 9 --min_groups 20"
+QUICK_TOFU = "--steps 4 --warmup_steps 2 --min_groups 8 --tiny_epochs 4"
+
+
+@dataclass
+class Options:
+    """Make the report of every table, figure and ablation; a later call goes on where an earlier one stopped."""
+
+    only: list[str] = setting(f"Parts of the report to run, some of: {' '.join(SECTIONS)}. All unless given.", [])
+    seeds: int = setting("Seeds of the report, from 21 on; baselines and TOFU use 3 at most.", 8)
+    output_dir: str = setting("Folder for the report, its figures and records. [results; with --quick runs/quick]", "")
+    tofu_dir: str = setting("Folder with TOFU's files; without one its table is left out.", "")
+    quick: bool = setting("Two seeds at most, one to choose on, and fewer steps: to see it work.", False)
+    workers: int = setting("Runs at a time, one thread each.", 2)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the driver, or one look at a base run's models (`probe`)."""
+
+    name: str
+    family: str
+    seed: int
+    args: tuple[str, ...] | None  # None: waits for what is chosen on the selection seeds
+    start: str | None  # the job whose models it needs
+    cost: float  # seconds expected
+
+
+def plan(o, records):
+    """Every job of the report in the order to start them; what is chosen on the selection seeds comes from `records`."""
+    selection = SELECTION[:1] if o.quick else SELECTION
+    seeds = range(FIRST_SEED, FIRST_SEED + o.seeds)
+    chosen = analysis.choose(records, selection, RATES)
+    jobs = []
+
+    def add(family, seed, flags, start, cost, quick=QUICK, name=None):
+        args = None if flags is None else (*(quick.split() if o.quick else ()), *flags.split(), "--seed", str(seed))
+        name, start = f"{name or family}_{seed}", f"{start}_{seed}" if start else None
+        jobs.append(Job(name, family, seed, args, start, cost / 2 if o.quick else cost))
+
+    for seed in selection:
+        add("select", seed, "--eval_every 0", None, 50)
+    for seed in seeds:
+        add("base", seed, "--eval_every 2", None, 70)
+    if o.tofu_dir or any(name.startswith("tofu") for name in records):
+        for seed in seeds[:1] if o.quick else seeds[:FEW]:
+            common = "--benchmark tofu --data_dir {tofu_dir} --model tiny --eval_every 0"
+            add("tofu", seed, common, None, 480, QUICK_TOFU)
+            add("tofu_random", seed, f"{common} --method rerule --replay_store random", "tofu", 170, QUICK_TOFU)
+    for seed in selection:
+        for rate in RATES[1:]:
+            add("grid", seed, f"--eval_every 0 --lr {rate}", "select", 25, name=f"grid{rate}")
+    for seed in seeds:
+        for family, crossed in WORLDS.items():
+            add(family, seed, f"--eval_every 0 --crossed {crossed}", None, 50)
+    for seed in seeds[:1] if o.quick else seeds[:FEW]:
+        add("baselines", seed, f"--eval_every 0 --method {' '.join(BASELINES)}", "base", 100)
+    for seed in seeds:
+        add("probe", seed, "", "base", 20)
+        for family, (method, flags) in VARIANTS.items():
+            flags = f"--eval_every 0 --method {method.split()[-1]} {flags}"
+            if "{" in flags:
+                flags = flags.format(**chosen) if chosen else None
+            add(family, seed, flags, "base", 15)
+    return jobs
+
+
+def wanted(o, jobs):
+    """The jobs that `--only` asks for, with those that they start from or are chosen by."""
+    families = {family for section in o.only or SECTIONS for family in SECTIONS[section]}
+    chosen = {family for family, (_, flags) in VARIANTS.items() if "{" in flags}
+    families |= {"select", "grid"} if families & chosen or not o.only else set()
+    keep = {job.name for job in jobs if job.family in families}
+    keep |= {job.start for job in jobs if job.name in keep}
+    return [job for job in jobs if job.name in keep]
+
+
+# --- one job, in a worker process ------------------------------------------------------------------------------------
+
+
+def start_worker():
+    """A worker ends with its parent, however that ended, so that no two ever write one run's folder."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def work(job, runs, tofu_dir, about):
+    """Run one job in runs/<name> and write its record. Returns a line that says what was wrong, or None."""
+    import torch
+
+    torch.set_num_threads(1)
+    folder, started = runs / job.name, time.perf_counter()
+    (runs / "logs").mkdir(parents=True, exist_ok=True)
+    with (
+        open(runs / "logs" / f"{job.name}.log", "a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        try:
+            if job.family == "probe":
+                from gradients import probe
+
+                folder.mkdir(exist_ok=True)
+                record = probe(runs / job.start, json.loads((runs / job.start / "record.json").read_text()))
+            else:
+                drive([*(arg.format(tofu_dir=tofu_dir) for arg in job.args), "--resume", "--output_dir", str(folder)]
+                      + (["--start_from", str(runs / job.start)] if job.start else []))  # fmt: skip
+                record = analysis.record(folder)
+        except InputError as error:
+            return f"{job.name}: {error}"
+    record = {"family": job.family, "seed": job.seed, "args": list(job.args), **about, **record}
+    if not (folder / "record.json").exists():  # a base run made again for its models keeps its first record
+        write_json(folder / "record.json", record | {"seconds": round(time.perf_counter() - started, 1)})
+    return None
+
+
+def drive(args):
+    """`python rerule.py args`, in this process; a run's own figures are not drawn."""
+    import report
+    import rerule
+
+    report.draw_curves = report.draw_scatter = lambda *_: None
+    before, sys.argv = sys.argv, ["rerule.py", *args]
+    try:
+        rerule.main()
+    finally:
+        sys.argv = before
+
+
+def trim(folder):
+    """Keep of a finished run what can be read: settings, table, metrics, record, and samples packed."""
+    for path in folder.iterdir():
+        if path.name == "samples.jsonl":
+            with gzip.open(folder / "samples.jsonl.gz", "wb") as packed:
+                packed.write(path.read_bytes())
+            path.unlink()
+        elif path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in ("config.json", "table.json", "metrics.jsonl", "record.json", "samples.jsonl.gz"):
+            path.unlink()
+
+
+# --- all jobs --------------------------------------------------------------------------------------------------------
+
+
+def about():
+    """What a record says of where it comes from: the code's commit, the versions, the machine."""
+    here = Path(__file__).parent
+
+    def git(*args):
+        done = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    changed = git("status", "--porcelain", "--", *(path.name for path in here.glob("*.py")))
+    commit = (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" with uncommitted changes" if changed else "")
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "scipy")}
+    return {"commit": commit, "versions": {"python": platform.python_version(), **versions}}
+
+
+def read_records(folder):
+    """{name: record}: those of records.json, then those of finished runs that are not in it yet."""
+    path, records = folder / "records.json", {}
+    if path.exists():
+        try:
+            records = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise InputError(f"{path}: cannot be read ({error!r:.80}); choose another --output_dir") from None
+    for path in sorted(folder.glob("runs/*/record.json")):
+        records.setdefault(path.parent.name, json.loads(path.read_text(encoding="utf-8")))
+    return records
+
+
+def write_records(folder, records):
+    """records.json: one line a run, sorted, so that the same runs give the same file."""
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(records[name])}" for name in sorted(records))
+    write_text(folder / "records.json", '{"runs": {\n' + lines + "\n}}\n")
+
+
+def run_all(o, folder, records):
+    """Run what is missing, longest chains first, and put every record into `records`."""
+    runs, source = folder / "runs", about()
+    is_done = lambda job: job.name in records and tuple(records[job.name]["args"]) == job.args  # noqa: E731
+    if all(is_done(job) for job in wanted(o, plan(o, records))):
+        return
+    runs.mkdir(parents=True, exist_ok=True)
+    context, running, bar = multiprocessing.get_context("spawn"), {}, None
+    with ProcessPoolExecutor(o.workers, context, start_worker) as pool:
+        while True:
+            jobs = wanted(o, plan(o, records))
+            missing = [job for job in jobs if not is_done(job)]
+            needed, busy = {job.start for job in missing}, {job.name for job in running.values()}
+            again = [job for job in jobs if job.name in needed and is_done(job) and not has_models(runs / job.name)]
+            bar = bar or tqdm(total=round(sum(job.cost for job in missing + again)), dynamic_ncols=True, bar_format=BAR)
+            for path in runs.iterdir():
+                if path.name in records and path.name not in needed | busy:
+                    trim(path)
+            ready = [job for job in again + missing if job.name not in busy and job.args is not None]
+            ready = [job for job in ready if not job.start or (job.start not in busy and has_models(runs / job.start))]
+            for job in ready[: o.workers - len(running)]:
+                if not is_done(job) and (runs / job.name / "record.json").exists():
+                    shutil.rmtree(runs / job.name)  # of another plan
+                running[pool.submit(work, job, runs, o.tofu_dir, source)] = job
+            if not running:
+                break
+            names = ", ".join(job.name for job in running.values())
+            bar.set_description_str(f"{len(jobs) - len(missing)} of {len(jobs)} runs; now {names}")
+            done, _ = wait(running, timeout=2, return_when=FIRST_COMPLETED)
+            bar.refresh()
+            for future in done:
+                job, problem = running.pop(future), future.result()
+                if problem:
+                    bar.write(f"{problem} (see {runs / 'logs' / job.name}.log)")
+                    raise InputError(f"the run {job.name} failed; once that is mended, the same command goes on")
+                if not is_done(job):
+                    records[job.name] = json.loads((runs / job.name / "record.json").read_text(encoding="utf-8"))
+                bar.update(round(job.cost))
+    bar.close()
+
+
+def has_models(folder):
+    """Whether a finished run still has its models: `trim` takes its table.md with them."""
+    return (folder / "record.json").exists() and (folder / "table.md").exists()
+
+
+def main(argv=None):
+    o = settings.parse(Options, argv)
+    for name in o.only:
+        if name not in SECTIONS:
+            raise InputError(f"--only {name}: expected some of {', '.join(SECTIONS)}")
+    if o.seeds < 2 or o.workers < 1:
+        raise InputError("--seeds, --workers: expected at least 2 seeds, whose spread is told, and 1 worker")
+    if o.tofu_dir and not (Path(o.tofu_dir) / "forget01.json").is_file():
+        raise InputError(f"--tofu_dir {o.tofu_dir}: holds no forget01.json")
+    o.seeds = min(o.seeds, 2) if o.quick else o.seeds
+    folder = Path(o.output_dir or ("runs/quick" if o.quick else "results"))
+    records = read_records(folder)
+    if any(("--steps", "14") == tuple(r["args"][:2]) for r in records.values()) != o.quick and records:
+        raise InputError(f"--output_dir {folder}: holds {'no ' if o.quick else 'a '}quick run; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run_all(o, folder, records)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        os._exit(130)  # without waiting for the runs, which end with this process
+    write_records(folder, records)
+    import tables
+
+    tables.write(folder, o, records, plan(o, records))
+    print(f"{folder / 'report.md'}: {len(records)} runs")
+
+
+if __name__ == "__main__":
+    exit_on_input_error(main)
