@@ -6,6 +6,7 @@ run, never by how they turned out: prompts picked by outcome would flatter repla
 """
 
 import json
+import math
 from pathlib import Path
 
 from files import write_json, write_text
@@ -41,8 +42,7 @@ NAMED = {
     "forget_recall": "Forget recall ↓",
     "retain_recall": "Retain recall ↑",
 }
-# blue, vermilion, green: told apart by every kind of colour vision
-COLOURS = {"rule": "#0072B2", "rerule": "#D55E00", "purge": "#009E73"}
+COLOURS = {"rule": "#0072B2", "rerule": "#D55E00"}  # blue and vermilion: told apart by every kind of colour vision
 
 
 def write(folder, config, results):
@@ -156,7 +156,7 @@ def draw_curves(folder):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    metrics = [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == 2]
+    metrics = [row for row in read_lines(folder / "metrics.jsonl") if row["method"] in COLOURS]
     samples = read_lines(folder / "samples.jsonl")
     tau = json.loads((folder / "config.json").read_text())["tau"]
     if not metrics:
@@ -254,22 +254,28 @@ def draw_scatter(folder, results):
     temporary.replace(folder / "scatter.png")
 
 
-def place_labels(axis, points, height=3.2):
-    """Write each point's name to its right; names that would cover one another move up or down."""
-    taken = []
-    for name, (x, y) in sorted(points.items(), key=lambda item: (-item[1][1], item[1][0])):
-        at = y
-        while any(abs(at - other) < height and x < right and left < x + 16 for left, right, other in taken):
-            at -= height / 4
-        taken.append((x, x + 16, at))
-        axis.annotate(
-            name,
-            (x, y),
-            (x + 1.4, at),
-            fontsize=8.5,
-            va="center",
-            arrowprops=dict(arrowstyle="-", color="#999999", linewidth=0.5),
-        )
+def place_labels(axis, points):
+    """Write each point's name beside it: in the nearest of some places where it covers no point and no other name.
+
+    points: {name: (x, y)} on axes that run over about 120 × 110 units.
+    """
+    height, letter, taken = 2.6, 1.25, [(x - 1, y - 1, x + 1, y + 1) for x, y in points.values()]
+    for name, (x, y) in sorted(points.items(), key=lambda item: item[1]):
+        places = []
+        for radius in (1.6, 4, 7, 10, 13, 16, 20, 25):
+            for angle in range(0, 360, 15):
+                dx, dy = radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle))
+                left = x + dx - (letter * len(name) if dx < -0.5 else 0 if dx > 0.5 else letter * len(name) / 2)
+                box = (left, y + dy - height / 2, left + letter * len(name), y + dy + height / 2)
+                covered = sum(box[0] < hi and lo < box[2] and box[1] < t and b < box[3] for lo, b, hi, t in taken)
+                covered += box[0] < -4  # over the axis
+                places.append((covered, radius, angle not in (0, 180), box, dx))
+        *_, box, dx = min(places)
+        taken.append(box)
+        side = "left" if dx > 0.5 else "right" if dx < -0.5 else "center"
+        at = (box[0] if side == "left" else box[2] if side == "right" else (box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+        line = dict(arrowstyle="-", color="#999999", linewidth=0.6, shrinkA=0, shrinkB=2)
+        axis.annotate(name, (x, y), at, fontsize=8.5, ha=side, va="center", arrowprops=line)
 
 
 def mean_or_none(values):
