@@ -84,23 +84,32 @@ def key_of(model, prompt):
     return hashlib.sha256(f"{model}\n{prompt}".encode()).hexdigest()
 
 
-def read_cache(path, field, check):
+def read_cache(path, field):
     """({key: reply}, bytes that hold whole lines) of a cache file; a line broken by a kill is dropped.
 
-    field: name of the reply in a line, null where the model never answered in form; check: raises BadReply for others.
+    field: name of the reply in a line, null where the model never answered in form.
     """
     known, size = {}, 0
     if Path(path).exists():
         for line in Path(path).read_bytes().splitlines(keepends=True):
             try:
                 row = json.loads(line)
-                if row[field] is not None:
-                    check(row[field])
-                known[row["key"]] = row[field]
-            except (ValueError, KeyError, TypeError, BadReply):
+                key, reply = row["key"], row[field]
+            except (ValueError, KeyError, TypeError):
                 break
+            if not line.endswith(b"\n"):
+                break
+            known[key] = reply
             size += len(line)
     return known, size
+
+
+def is_known(known, key, parse):
+    """Whether the cache holds a reply that the parser takes, or that there is none."""
+    try:
+        return key in known and (known[key] is None or bool(parse(json.dumps(known[key]))))
+    except BadReply:
+        return False
 
 
 def ask_all(prompts, parse, *, url, model, key, cache, flag, field, max_tokens, once=False, price=0.0, timeout=60.0,
@@ -116,8 +125,8 @@ def ask_all(prompts, parse, *, url, model, key, cache, flag, field, max_tokens, 
     Raises: InputError where the server cannot be reached, refuses, or, with `once`, does not answer. What was under
         way by then is waited for and kept.
     """
-    known, size = read_cache(cache, field, lambda reply: parse(json.dumps(reply)))
-    todo = [prompt for prompt in dict.fromkeys(prompts) if key_of(model, prompt) not in known]
+    known, size = read_cache(cache, field)
+    todo = [prompt for prompt in dict.fromkeys(prompts) if not is_known(known, key_of(model, prompt), parse)]
     tokens = sum(len(prompt) // 4 + max_tokens for prompt in todo)
     cost = f", about ${tokens * price / 1e6:.2f}" if price else ""
     print(f"{desc}: {len(todo)} requests to {model}, at most {tokens:,} tokens or so{cost}", file=sys.stderr)
