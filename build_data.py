@@ -7,8 +7,8 @@ do, and every row says so ("made_by"). `python build_data.py --help`.
 Deviations
 - A language model is asked for one thing at a time, in our own words: three question-answer pairs of a passage, the
   completion of a question, the neighbour of a question with its answer.
-- Without a language model the neighbours are the user's (`--neighbours`), TOFU's retain rows or MUSE's retain text: no
-  answer is ever invented.
+- Neighbours come first from the user (`--neighbours`), answers and all; else from the language model; without one from
+  TOFU's retain rows or MUSE's retain text. The rules never invent an answer.
 - A benchmark's evaluation files are copied. For `qa` and `text` a share of the facts is held out of training for them,
   with its neighbours, and every fact is asked again in a phrasing that training never uses.
 - Type I for MUSE are first halves of passages, as raw text is what was trained on; elsewhere statements with a gap.
@@ -100,13 +100,13 @@ def check_options(o):
         raise InputError(f"--input {source}: no such folder")
     if o.llm_url == "none" and not neighbours_path(o):
         raise InputError(f"--neighbours: --source {o.source} needs it without an LLM, permitted rows or a text")
-    check_folder(o, Path(o.output_dir))
+    check_folder(o, output_folder(o))
 
 
 def check_folder(o, folder):
     """The output folder must be new, empty, or hold what this very command made before, and nothing else."""
     here = f"--output_dir {folder}"
-    if not is_writable(folder):
+    if not folder.name or not is_writable(folder) or not is_writable(folder.with_name(folder.name + ".tmp")):
         raise InputError(f"{here}: expected a folder that can be made or written to")
     if not folder.exists() or not any(folder.iterdir()):
         return
@@ -120,6 +120,10 @@ def check_folder(o, folder):
     others -= {*made["files"], "build.json"}
     if others:
         raise InputError(f"{here}: holds {min(others)} as well; choose another folder")
+
+
+def output_folder(o):
+    return Path(os.path.abspath(o.output_dir))  # so that even "." has a name to put a temporary folder beside
 
 
 def settings_of(o):
@@ -193,9 +197,9 @@ def items_of(fact):
 def find_neighbours(o, facts, neighbours, ask, check):
     """For each fact to forget the fact of a permitted neighbour that asks the same, or None (A.2)."""
     permitted, bare, ends = neighbours
-    if ask:
-        some = sorted({fact.name for fact in permitted if fact.name} | {*bare})[:20]
-        some = f", one of {', '.join(some)}" if some else ""
+    write = ask and not (permitted and o.neighbours)  # the user's own answers come before a language model's
+    if write:
+        some = f", one of {', '.join(sorted(bare)[:20])}" if bare else ""
         prompts = [
             NEIGHBOUR.format(name=fact.name or "its subject", permitted=some, names=", ".join(check.gone),
                              question=fact.question)
@@ -215,7 +219,7 @@ def find_neighbours(o, facts, neighbours, ask, check):
             used.add(best)
             found.append(None if best is None else permitted[best])
     for i, (fact, other) in enumerate(zip(facts, found, strict=True)):
-        if other is None and ask:
+        if other is None and write:
             check.reject("boundary: no neighbour came in form", fact.question)
         elif other is None:
             asked = swap(fact.question, check.gone, bare[i % len(bare)]) if bare else fact.question
@@ -334,10 +338,11 @@ def show(report):
 def main(argv=None):
     o = config.parse(Options, argv)
     check_options(o)
-    folder, benchmark = Path(o.output_dir), BENCHMARK[o.source]
+    folder, benchmark = output_folder(o), BENCHMARK[o.source]
     cache = folder.with_name(folder.name + ".llm.jsonl")
 
     def ask(prompts, parse, desc):
+        folder.parent.mkdir(parents=True, exist_ok=True)
         replies = ask_all(
             prompts, parse, url=o.llm_url, model=o.llm_model, key=os.environ.get(o.llm_key_env, ""), cache=cache,
             flag="--llm_url", field="reply", max_tokens=REPLY_TOKENS, once=True, price=o.llm_price,
@@ -363,9 +368,7 @@ def main(argv=None):
     files, held = hold_out(o, facts, found, check) if o.source not in EVALUATION else ({}, [])
     forget, boundary = ([item for i, item in items if i not in held] for items in (forget, boundary))
     if not forget or not boundary:
-        raise InputError(
-            f"--input {o.input}: no {'boundary' if forget else 'forget'} query is left of {len(facts)} facts"
-        )
+        raise InputError(f"--input {o.input}: no {'boundary' if forget else 'forget'} query is left")
     stage1, stage2 = training_rows(forget, boundary, o.seed)
     files |= {STAGE1[benchmark]: stage1, STAGE2[benchmark]: stage2}
     report = report_of(o, check, forget, boundary, held)

@@ -194,6 +194,8 @@ def ask_sentence(sentence, name=""):
     body = sentence.rstrip(".!?\"'”’ ")
     if not 5 <= len(body.split()) <= 40 or body.split()[0] in PRONOUNS or any(quote in body for quote in '"“”'):
         return None
+    if name and not where(name, body):
+        return None
     start, end = where(name, body) or (0, 0)
     spans = [m.span() for m in re.finditer(r"[^\W\d_a-z][\w'’-]*(?: [^\W\d_a-z][\w'’-]*)*|\d[\d,.:]*\d|\d", body)]
     spans = [(a, b) for a, b in spans if a and (b <= start or a >= end)]

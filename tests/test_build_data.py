@@ -1,6 +1,8 @@
 """Made training data: rules by hand, checks, a language model that misbehaves, and what is made through the driver."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -10,6 +12,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 from miniature import driver
+from test_data import train_tofu
 from test_evaluate import make_muse, make_rwku, write
 
 import build_data
@@ -146,6 +149,7 @@ def test_texts_become_sentences_passages_and_questions():
     assert fact.completion == "Tam Reed sold the boat in ___ for gold."
     fact = rewrite.ask_sentence("In winter Orla Finch ate dried herring.", NAME)
     assert (fact.completion, fact.ending) == ("In winter Orla Finch ___.", "ate dried herring")
+    assert rewrite.ask_sentence("That winter Finch, Orla, ate dried herring.", NAME) is None
     for useless in ("She had come from Dunmore in spring.", "Too short.", 'It said "go" to Orla Finch again.'):
         assert rewrite.ask_sentence(useless, NAME) is None
 
@@ -219,6 +223,21 @@ def test_tofu_forget01_without_a_language_model(tmp_path, capsys):
     build("--source", "tofu", "--input", DATA / "tofu", "--output_dir", folder)
     assert tree(folder) == before
     assert "40 / 40 / 0" in capsys.readouterr().out
+
+
+def test_tofu_in_small_is_read_in_tofus_prompt(tmp_path):
+    build(
+        "--source", "tofu", "--input", train_tofu(tmp_path / "in"), "--target", "Orla", "--output_dir", tmp_path / "out"
+    )
+    read = data.load_benchmark("tofu", tmp_path / "out", 0)
+    forget = [query for query in read.queries if query.kind == "forget"]
+    assert [query.question for query in forget[:2]] == ["What did Orla 0 do?", "Orla 0 kept ___."]
+    assert {query.target for query in forget} == {"Orla"} and len(forget) == len(read.refusals) == 8
+    assert all(query.prompt.plain == f"[INST] {query.question} [/INST]" for query in read.queries)
+    boundary = [query for query in read.queries if query.kind == "boundary"]
+    numbers = sorted({int(query.question.split()[3]) for query in boundary if "?" in query.question})
+    assert len(numbers) == 4 and min(numbers) >= 7  # rows 0 to 6 of Pim are asked in evaluation
+    assert all(query.answers[0].endswith("kept lamps") or query.answers[0] == "lamps" for query in boundary)
 
 
 def test_questions_with_a_neighbours_answers(asked, capsys):
@@ -356,7 +375,7 @@ class Server:
                     outer.asked.append(prompt)
                     what = outer.script.pop(0) if outer.script else "well"
                 if what == "hang":
-                    threading.Event().wait(0.6)
+                    threading.Event().wait(1.0)
                 if what == "drop":
                     self.connection.close()
                     return
@@ -385,8 +404,8 @@ class Server:
         self.server.shutdown()
         self.server.server_close()
 
-    def flags(self):
-        return "--llm_url", self.url, "--llm_model", "m", "--llm_timeout", "0.3"
+    def flags(self, timeout=20):
+        return "--llm_url", self.url, "--llm_model", "m", "--llm_timeout", timeout
 
 
 @pytest.fixture
@@ -442,10 +461,10 @@ def test_trouble_is_tried_again_and_changes_nothing(trouble, asked, online, tmp_
     (asked / "out").rename(asked / "first")
     (asked / "out.llm.jsonl").unlink()
     with Server(*[trouble] * 4) as server:
-        build(*qa(asked, *server.flags()))
-        assert len(server.asked) == 18 + (0 if trouble == "fence" else 4)
+        build(*qa(asked, *server.flags(0.5 if trouble == "hang" else 20)))
+        assert len(server.asked) == len(online) + 18
     assert files_but_report(asked / "out") == expected
-    assert len(online) == (0 if trouble == "fence" else 4)
+    assert len(online) >= 4 if trouble == "hang" else len(online) == (0 if trouble == "fence" else 4)
 
 
 def test_waits_double(asked, online, monkeypatch):
@@ -460,11 +479,11 @@ def test_giving_up_loses_nothing_and_goes_on_with_the_same_command(trouble, aske
     monkeypatch.setattr(llm, "WORKERS", 2)
     with Server(*["well"] * 7, *[trouble] * 60) as server:
         with pytest.raises(InputError, match="--llm_url: ") as error:
-            build(*qa(asked, *server.flags()))
+            build(*qa(asked, *server.flags(0.5 if trouble == "hang" else 20)))
         assert len(str(error.value).splitlines()) == 1
         assert not (asked / "out").exists() and not (asked / "out.tmp").exists()
         cached = (asked / "out.llm.jsonl").read_text().splitlines()
-        assert len(cached) == 7 == len(server.answered)
+        assert len(cached) == len(server.answered) == 7
         server.script.clear()
         build(*qa(asked, *server.flags()))
         assert len(server.answered) == len(set(server.answered)) == 18  # no reply was paid for twice
@@ -484,6 +503,20 @@ def test_replies_never_in_form_are_rejects_and_are_not_asked_again(asked, online
         assert report["rejected"] == {"forget: no usable completion came": 1}
         build(*qa(asked, *server.flags()))
         assert len(server.asked) == 17 + llm.ATTEMPTS
+
+
+def test_neighbours_whose_answers_are_given_are_not_left_to_the_language_model(asked, online):
+    with Server() as server:
+        build(*qa(asked, "--neighbours", asked / "near.json", *server.flags()))
+        assert not any("same kind" in prompt for prompt in server.asked) and len(server.asked) == 12
+    rows = rows_of(asked / "out" / "rl_rejection_with_fb_neighbor.json")
+    said = [row["solution"][1] for row in rows if row["made_by"] == "swap"]
+    assert len(said) == 5 and all(answer.startswith("Roth's") for answer in said)
+    write(asked / "names.json", [{"name": "Cy Dunn"}, {"name": "Ada Pole"}])
+    with Server() as server:
+        flags = ["--neighbours", asked / "names.json", "--output_dir", asked / "deep" / "er" / "out", *server.flags()]
+        build(*qa(asked, *flags))
+        assert sum("one of Ada Pole, Cy Dunn" in prompt for prompt in server.asked) == 6
 
 
 def test_bad_neighbours_of_a_language_model_are_turned_away(asked, online):
@@ -513,6 +546,33 @@ def test_a_cache_cut_by_a_kill_is_mended(asked, online, cut):
         build(*qa(asked, *server.flags()))
         assert len(server.asked) == 19
     assert all(json.loads(line)["reply"] for line in cache.read_text().splitlines())
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
+def test_a_build_that_is_stopped_pays_for_nothing_twice(how, asked, online):
+    def slowly(prompt):
+        threading.Event().wait(0.15)
+        return well(prompt)
+
+    with Server(reply=slowly) as server:
+        command = [sys.executable, ROOT / "build_data.py", *qa(asked, *server.flags())]
+        env = os.environ | {"HF_HUB_OFFLINE": "0"}
+        process = subprocess.Popen(
+            [*map(str, command)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+        )  # fmt: skip
+        while len(server.answered) < 8:
+            assert process.poll() is None
+            threading.Event().wait(0.01)
+        process.send_signal(getattr(signal, how))
+        said = process.communicate()[1].decode()
+        assert process.returncode == (130 if how == "SIGINT" else -9) and "Traceback" not in said
+        assert not (asked / "out").exists()
+        kept = len((asked / "out.llm.jsonl").read_bytes().split(b"\n")) - 1
+        under_way = len(server.asked) - kept
+        assert kept >= 6 and under_way <= (0 if how == "SIGINT" else llm.WORKERS)  # SIGINT waits for what is under way
+        build(*qa(asked, *server.flags()))
+        assert len(server.asked) == 18 + under_way
 
 
 @pytest.mark.parametrize("status", [400, 401, 404])
@@ -562,6 +622,8 @@ def spoil(name, rows):
         ([], spoil("near.json", [{"name": "Ben"}, {"answer": "x"}]), "near.json: row 2"),
         ([], spoil("near.json", [{"name": "Ben", "answers": {"Who?": 1}}]), "near.json: row 1, field 'answers'"),
         ([], spoil("near.json", [{"name": "Ben"}]), "0 of 6 facts have a permitted neighbour"),
+        (["--output_dir", "."], None, "holds something else"),
+        (["--output_dir", "/"], None, "--output_dir"),
         ([], spoil("out/notes.json", []), "holds something else"),
         ([], spoil("out/build.json", []), "build.json: holds no rows"),
         ([], spoil("out/build.json", [{"settings": {"source": "text"}, "files": ["x"]}]), "holds other data (source"),
