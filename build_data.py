@@ -91,6 +91,8 @@ def check_options(o):
         raise InputError("--aliases: expected names with letters in them")
     if (o.llm_url != "none") != bool(o.llm_model):
         raise InputError("--llm_url and --llm_model go together")
+    if o.llm_url != "none" and not o.llm_url.startswith(("http://", "https://")):
+        raise InputError(f"--llm_url {o.llm_url}: expected http://… or https://…, or none")
     if not 0 < o.held_out < 1:
         raise InputError(f"--held_out {o.held_out}: expected a share between 0 and 1")
     if o.sample < 1 or o.llm_timeout <= 0:
