@@ -205,6 +205,7 @@ def rwku(folder, seed):
 def tofu(folder, seed):
     """TOFU forget01: the files of `build_data.py` where the folder holds them, else refusals of our own wording and
     boundary queries from the retain set less every evaluation row."""
+    forget = read_rows(folder / "forget01.json", {"question": str, "answer": str})
     if (folder / "reject_target.json").exists():
         return Benchmark(
             "tofu",
@@ -212,7 +213,6 @@ def tofu(folder, seed):
             query_rows(folder / "rl_rejection_with_fb_neighbor.json", lambda row: inst(row["prompt"])),
         )
     rng = random.Random(derive_seed(seed, "tofu"))
-    forget = read_rows(folder / "forget01.json", {"question": str, "answer": str})
     evaluated = {row["question"] for row in read_rows(folder / "retain_perturbed.json", {"question": str})}
     retain = read_rows(folder / "retain99.json", {"question": str, "answer": str})
     retain = [row for row in retain if row["question"] not in evaluated]
