@@ -5,9 +5,9 @@ forms of RWKU, MUSE-Books and TOFU as RULE published them. Evaluation probes are
 in `world.py`.
 
 Deviations
-- TOFU has no published boundary file: boundary queries are retain rows that no evaluation set contains, one for every
-  forget row, drawn by seed.
-- TOFU's completion-style forget prompts (Appendix A.1) were never published; its forget prompts here are the questions.
+- TOFU's completion-style forget prompts (Appendix A.1) and its boundary queries were never published. `build_data.py`
+  makes both; without its files the forget prompts are the questions, and the boundary queries retain rows that no
+  evaluation set contains, one for every forget row, drawn by seed.
 - MUSE-Books is always prompted as raw text with its ten in-context examples, chat template or not, as its official
   evaluation does; the other benchmarks use the tokenizer's chat template when it has one.
 """
@@ -205,9 +205,16 @@ def rwku(folder, seed):
 
 
 def tofu(folder, seed):
-    """TOFU forget01: refusals of our own wording, boundary queries from the retain set less every evaluation row."""
-    rng = random.Random(derive_seed(seed, "tofu"))
+    """TOFU forget01: the files of `build_data.py` where the folder holds them, else refusals of our own wording and
+    boundary queries from the retain set less every evaluation row."""
     forget = read_rows(folder / "forget01.json", {"question": str, "answer": str})
+    if (folder / "reject_target.json").exists():
+        return Benchmark(
+            "tofu",
+            refusal_rows(folder / "reject_target.json", lambda row: inst(row["instruction"])),
+            query_rows(folder / "rl_rejection_with_fb_neighbor.json", lambda row: inst(row["prompt"])),
+        )
+    rng = random.Random(derive_seed(seed, "tofu"))
     evaluated = {row["question"] for row in read_rows(folder / "retain_perturbed.json", {"question": str})}
     everyone = read_rows(folder / "retain99.json", {"question": str, "answer": str})
     retain = [row for row in everyone if row["question"] not in evaluated]

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import evaluate as ev
 import judge
+import llm
 import metrics
 from files import InputError
 
@@ -84,7 +85,7 @@ def rate(server, some, tmp_path, **more):
      '{"read": 90, "help": 40, "truth": 80} thanks', '{"read": NaN, "help": 40, "truth": 80}', None],
 )  # fmt: skip
 def test_replies_are_parsed_strictly(reply):
-    with pytest.raises(judge.BadReply):
+    with pytest.raises(llm.BadReply):
         judge.parse(reply)
 
 
@@ -103,16 +104,16 @@ def test_misbehaviour_is_tried_again(trouble, tmp_path):
 
 def test_back_off_doubles(monkeypatch, tmp_path):
     waits = []
-    monkeypatch.setattr(judge.time, "sleep", waits.append)
+    monkeypatch.setattr(llm.time, "sleep", waits.append)
     with Judge(429, 429, 500, 429) as server:
         rate(server, rows(), tmp_path, wait=1.0)
     assert waits[:4] == [1.0, 2.0, 4.0, 8.0]
 
 
 def test_a_row_without_a_rating_is_left_out_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(judge, "WORKERS", 1)
+    monkeypatch.setattr(llm, "WORKERS", 1)
     some = rows(3)
-    with Judge(*["no"] * judge.ATTEMPTS) as server:
+    with Judge(*["no"] * llm.ATTEMPTS) as server:
         notes = rate(server, some, tmp_path)
     assert [row["judge"] for row in some] == [None, GOOD, GOOD]
     assert "leave out 1 of 3" in notes[1]
