@@ -189,19 +189,20 @@ def query_rows(path, prompt):
     return queries
 
 
+def answered(queries, path):
+    """Forget queries with the answers to be forgotten, `org_answer`, where the Stage 1 file has them."""
+    known = {row["instruction"]: (row["org_answer"],) for row in read_rows(path, {}) if row.get("org_answer")}
+    return [replace(q, answers=known.get(q.question, ())) if q.kind == "forget" else q for q in queries]
+
+
 def rwku(folder, seed):
     """One RWKU target in the form RULE published it: `<id>_<Name>/…json`."""
     intro = read_rows(folder / "intro.json", {"target": str})
     stage1 = folder / "reject_target.json"
     stage1 = stage1 if stage1.exists() else folder / "reject.json"
-    return Benchmark(
-        "rwku",
-        refusal_rows(stage1, lambda row: chat(row["instruction"])),
-        [
-            Query(q.prompt, q.question, q.kind, q.answers, intro[0]["target"] if q.kind == "forget" else "")
-            for q in query_rows(folder / "rl_rejection_with_fb_neighbor.json", lambda row: chat(row["prompt"]))
-        ],
-    )
+    queries = query_rows(folder / "rl_rejection_with_fb_neighbor.json", lambda row: chat(row["prompt"]))
+    queries = [replace(q, target=intro[0]["target"]) if q.kind == "forget" else q for q in answered(queries, stage1)]
+    return Benchmark("rwku", refusal_rows(stage1, lambda row: chat(row["instruction"])), queries)
 
 
 def tofu(folder, seed):
@@ -209,10 +210,11 @@ def tofu(folder, seed):
     boundary queries from the retain set less every evaluation row."""
     forget = read_rows(folder / "forget01.json", {"question": str, "answer": str})
     if (folder / "reject_target.json").exists():
+        queries = query_rows(folder / "rl_rejection_with_fb_neighbor.json", lambda row: inst(row["prompt"]))
         return Benchmark(
             "tofu",
             refusal_rows(folder / "reject_target.json", lambda row: inst(row["instruction"])),
-            query_rows(folder / "rl_rejection_with_fb_neighbor.json", lambda row: inst(row["prompt"])),
+            answered(queries, folder / "reject_target.json"),
         )
     rng = random.Random(derive_seed(seed, "tofu"))
     evaluated = {row["question"] for row in read_rows(folder / "retain_perturbed.json", {"question": str})}
@@ -256,7 +258,5 @@ def muse(folder, seed):
         return muse_prompt(shots[side], row["prompt"], row.get("mode", "qa"))
 
     refusals = folder / "reject_target_0.5.json"
-    answers = {row["instruction"]: (row["org_answer"],) for row in read_rows(refusals, {}) if row.get("org_answer")}
     queries = query_rows(folder / "rl_rejection_with_neighbor.json", stage2)
-    queries = [replace(q, answers=answers.get(q.question, ())) if q.kind == "forget" else q for q in queries]
-    return Benchmark("muse", refusal_rows(refusals, stage1), queries, newline_stops=True)
+    return Benchmark("muse", refusal_rows(refusals, stage1), answered(queries, refusals), newline_stops=True)

@@ -489,3 +489,11 @@ def test_the_committed_rates_are_the_grids():
     assert settings.learning_rate(tiny, "npo") == settings.RATES["builtin"]["npo"]
     assert settings.learning_rate(Config(benchmark="rwku", model="org/model"), "npo") == 1e-5
     assert settings.learning_rate(Config(lr=3e-5, baseline_lr=1.0), "rule") == 3e-5
+
+
+def test_answers_come_from_the_stage_1_file_where_it_has_them(tmp_path):
+    queries = [data.Query(None, "where is a", "forget"), data.Query(None, "where is d", "boundary", ("e",))]
+    (tmp_path / "reject.json").write_text(json.dumps([{"instruction": "where is a", "output": "no", "org_answer": "b"}]))
+    assert [query.answers for query in data.answered(queries, tmp_path / "reject.json")] == [("b",), ("e",)]
+    (tmp_path / "reject.json").write_text(json.dumps([{"instruction": "where is a", "output": "no"}]))
+    assert [query.answers for query in data.answered(queries, tmp_path / "reject.json")] == [(), ("e",)]
