@@ -2,8 +2,8 @@
 
 A record holds the rows of the run's table and, for each Stage 2 method, every rollout group's mean reward: a string a
 step, one character a group, LEVELS[16 r̄] (rewards of 8 rollouts are multiples of 1/16), and "=" for a group whose
-rewards are all 0.5. A group of LEVELS' first or last character has equal rewards too. Which prompts these were stands in
-`queries`, two digits of base 36 each.
+rewards are all 0.5. A group of LEVELS' first or last character has equal rewards too. Which prompts these were stands
+in `queries`, two digits of base 36 each.
 
 Hard and easy prompts are told apart at τ by RULE's mean rewards before the step at which ReRULE first replays, where
 both methods are the same run, once a seed and for every variant of it: prompts picked by how they turned out would
@@ -49,10 +49,10 @@ def record(folder):
                 groups.setdefault(row["step"], []).append(row)
         methods[method] = {
             "rewards": ["".join(level(row["rewards"]) for row in groups[step]) for step in sorted(groups)],
-            "queries": ["".join(np.base_repr(row["query"], 36).zfill(2) for row in groups[step]) for step in sorted(groups)],
+            "queries": ["".join(base36(row["query"]) for row in groups[step]) for step in sorted(groups)],
             **totals(own),
             "evaluations": [
-                {"step": row["step"]} | {k[5:]: short(v) for k, v in row.items() if k.startswith("eval_") and k[5:] in KEPT}
+                {"step": row["step"]} | {k: short(row[f"eval_{k}"]) for k in KEPT if f"eval_{k}" in row}
                 for row in own
                 if "eval_retain_recall" in row
             ],
@@ -87,6 +87,11 @@ def level(rewards):
     """A group's rewards as one character."""
     mean = sum(rewards) / len(rewards)
     return "=" if mean == 0.5 and len(set(rewards)) == 1 else LEVELS[round(16 * mean)]
+
+
+def base36(query):
+    """A query's number in two digits."""
+    return np.base_repr(query, 36).zfill(2)
 
 
 def mean_reward(character):
@@ -331,7 +336,7 @@ def choose(records, seeds, rates):
 def bound(record, base, method="rerule"):
     """p_H, N_on, N_re, N_eff and √(N_on / N_eff), the last with κ of clipped and of unclipped weights (Eq. 28, 29).
 
-    Tokens, not groups: L is the run's mean rollout length. p_H is the share of hard groups before replay at the run's τ.
+    L is the run's mean rollout length; p_H the share of hard groups before replay, at the run's own τ.
     """
     ran = record["methods"][method]
     p_hard = hard_share(base, record["tau"])

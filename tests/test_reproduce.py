@@ -17,8 +17,9 @@ import scipy.stats
 import analysis
 import claims
 import config as settings
+import experiments
 import reproduce
-import tables
+import writeup
 from files import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +58,7 @@ def test_a_group_is_one_character():
 
 
 def test_regions_are_fixed_before_replay():
-    # queries 0 and 2 in odd steps, 1 and 3 in even ones; replay starts at step 3, so the reversal after it counts nothing
+    # queries 0 and 2 in odd steps, 1 and 3 in even ones; replay starts at step 3; what comes then counts nothing
     base = base_run(rule=["g0", "84", "0g", "08", "0g", "0g"], rerule=["g0", "84", "gg", "gg", "gg", "gg"])
     assert analysis.before_replay(base) == {0: [1.0], 2: [0.0], 1: [0.5], 3: [0.25]}
     assert analysis.regions(base) == {0: "easy", 2: "hard", 1: "easy", 3: "hard"}
@@ -205,14 +206,14 @@ def selected(monkeypatch):
 
 
 def test_choices_come_before_what_needs_them():
-    waiting = [job.family for job in reproduce.plan(options(), {}) if job.args is None]
+    waiting = [job.family for job in experiments.plan(options(), {}) if job.args is None]
     assert set(waiting) == {"compute", "best_rule", "best_rerule"}
 
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_run_of_the_plan_is_a_valid_command(monkeypatch, quick):
     selected(monkeypatch)
-    jobs = reproduce.plan(options(quick=quick, seeds=2), {})
+    jobs = experiments.plan(options(quick=quick, seeds=2), {})
     names = {job.name for job in jobs}
     assert len(names) == len(jobs)
     known = {*settings.METHODS, *getattr(settings, "ALIASES", {})}
@@ -229,7 +230,7 @@ def test_every_run_of_the_plan_is_a_valid_command(monkeypatch, quick):
 
 def test_two_updates_a_batch_from_the_start(monkeypatch):
     selected(monkeypatch)
-    (job,) = [job for job in reproduce.plan(options(quick=True, seeds=2), {}) if job.name == "twice_21"]
+    (job,) = [job for job in experiments.plan(options(quick=True, seeds=2), {}) if job.name == "twice_21"]
     config = settings.resolve(settings.parse(settings.Config, list(job.args)))
     assert (config.replay_store, config.min_groups, config.warmup_steps, config.method[-1]) == (
         "current",
@@ -241,21 +242,21 @@ def test_two_updates_a_batch_from_the_start(monkeypatch):
 
 def test_the_whole_plan_fits_its_budget(monkeypatch):
     selected(monkeypatch)
-    assert sum(job.cost for job in reproduce.plan(options(), {})) < 2 * 90 * 60
-    assert sum(job.cost for job in reproduce.plan(options(quick=True, seeds=2), {})) < 2 * 10 * 60
+    assert sum(job.cost for job in experiments.plan(options(), {})) < 2 * 90 * 60
+    assert sum(job.cost for job in experiments.plan(options(quick=True, seeds=2), {})) < 2 * 10 * 60
 
 
 def test_only_takes_a_part_and_what_it_starts_from(monkeypatch):
-    jobs = reproduce.wanted(options(only=["table4"], seeds=3), reproduce.plan(options(seeds=3), {}))
+    jobs = experiments.wanted(options(only=["table4"], seeds=3), experiments.plan(options(seeds=3), {}))
     assert {job.family for job in jobs} == {"base", "random", "combined", "combined_random"}
-    jobs = reproduce.wanted(options(only=["tofu"], seeds=3), reproduce.plan(options(seeds=3), {}))
+    jobs = experiments.wanted(options(only=["tofu"], seeds=3), experiments.plan(options(seeds=3), {}))
     assert {job.family for job in jobs} == {"tofu", "tofu_random"}
 
 
 def test_every_part_of_a_claim_has_its_runs_in_the_plan():
-    families = {job.family for job in reproduce.plan(options(), {})}
-    assert {f for section in reproduce.SECTIONS.values() for f in section} <= families
-    assert families - {"select", "grid"} <= {f for section in reproduce.SECTIONS.values() for f in section}
+    families = {job.family for job in experiments.plan(options(), {})}
+    assert {f for section in experiments.SECTIONS.values() for f in section} <= families
+    assert families - {"select", "grid"} <= {f for section in experiments.SECTIONS.values() for f in section}
 
 
 @pytest.mark.parametrize(
@@ -289,8 +290,8 @@ def made_up(job):
     about = {"family": job.family, "seed": job.seed, "args": list(job.args), "commit": "c0ffee", "seconds": 9.0,
              "versions": {"python": "3", "torch": "2"}}  # fmt: skip
     if job.family == "probe":
-        figures = {"queries": 4, "norm": 1.0, "weighted": float(rng.random()), "equal": 0.5, "missed": 0.1, "false": 0.2,
-                   "n_forget": 8, "n_boundary": 8}  # fmt: skip
+        figures = {"queries": 4, "norm": 1.0, "weighted": float(rng.random()), "equal": 0.5, "missed": 0.1,
+                   "false": 0.2, "n_forget": 8, "n_boundary": 8}  # fmt: skip
         return about | {"models": {m: {"easy": figures, "hard": figures} for m in ("Rej. Steer", "RULE", "ReRULE")}}
     names = ["Rej. Steer", "Original", "Retained", "RULE", "ReRULE"]
     names = ["GA", "PURGE"] if job.family == "baselines" else names
@@ -311,13 +312,13 @@ def made_up(job):
 @pytest.fixture
 def records(monkeypatch):
     selected(monkeypatch)
-    jobs = reproduce.plan(options(seeds=3), {})
+    jobs = experiments.plan(options(seeds=3), {})
     return {job.name: made_up(job) for job in jobs}, jobs
 
 
 def test_the_report_has_every_part_and_is_the_same_again(records, tmp_path):
     runs, jobs = records
-    tables.write(tmp_path, options(seeds=3), runs, jobs)
+    writeup.write(tmp_path, options(seeds=3), runs, jobs)
     text, pictures = (tmp_path / "report.md").read_text(), {p.name: p.read_bytes() for p in tmp_path.glob("*.png")}
     assert "Not run" not in text and "not run" not in text and "missing" not in text
     for number in (1, 3, 4, 6, 7, 8):
@@ -327,7 +328,7 @@ def test_the_report_has_every_part_and_is_the_same_again(records, tmp_path):
     assert "commit c0ffee" in text and "python reproduce.py --seeds 3 --tofu_dir DATA/tofu" in text
     assert sum(line.startswith("| ") and line.endswith("` |") for line in text.splitlines()) >= 14  # claims
     assert "nan" not in text
-    tables.write(tmp_path, options(seeds=3), runs, jobs)
+    writeup.write(tmp_path, options(seeds=3), runs, jobs)
     assert (tmp_path / "report.md").read_text() == text
     assert {p.name: p.read_bytes() for p in tmp_path.glob("*.png")} == pictures
 
@@ -335,11 +336,11 @@ def test_the_report_has_every_part_and_is_the_same_again(records, tmp_path):
 def test_the_report_says_what_is_missing(records, tmp_path):
     runs, jobs = records
     runs = {name: run for name, run in runs.items() if run["family"] in ("base", "random")}
-    tables.write(tmp_path, options(seeds=3), runs, jobs)
+    writeup.write(tmp_path, options(seeds=3), runs, jobs)
     text = (tmp_path / "report.md").read_text()
     assert f"{len(jobs) - 6} of {len(jobs)} runs are missing" in text
     assert text.count("Not run") >= 5 and "**not run**" in text
-    tables.write(tmp_path, options(seeds=3), {}, jobs)
+    writeup.write(tmp_path, options(seeds=3), {}, jobs)
     assert "No runs yet" in (tmp_path / "report.md").read_text()
 
 
@@ -378,9 +379,9 @@ def small_plan(o, records):
     base = (*SMALL.split(), "--eval_every", "2", "--seed", "21")
     variant = (*SMALL.split(), *"--eval_every 0 --method rerule --replay_store random --seed 21".split())
     return [
-        reproduce.Job("base_21", "base", 21, base, None, 9),
-        reproduce.Job("random_21", "random", 21, variant, "base_21", 3),
-        reproduce.Job("probe_21", "probe", 21, ("--seed", "21"), "base_21", 3),
+        experiments.Job("base_21", "base", 21, base, None, 9),
+        experiments.Job("random_21", "random", 21, variant, "base_21", 3),
+        experiments.Job("probe_21", "probe", 21, ("--seed", "21"), "base_21", 3),
     ]
 
 
