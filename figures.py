@@ -14,11 +14,7 @@ from matplotlib.patches import FancyBboxPatch
 
 import analysis
 import claims
-
-try:
-    from report import place_labels
-except ImportError:
-    place_labels = lambda *_: None  # noqa: E731
+from report import place_labels
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 COLOURS = {"rule": BLUE, "rerule": VERMILION}

@@ -178,8 +178,8 @@ def table4(r):
     single = analysis.paired(r.of("combined"), r.of("combined_random"), "retain_recall")
     text = [
         *rows, "",
-        f"Hard less random, retain recall: {claims.figure(stat)}; both losses in one step: {claims.figure(single)}. The "
-        "paper's utility: RULE 46.3, ReRULE 56.2, random 46.3.",
+        f"Hard less random, retain recall: {claims.figure(stat)}; both losses in one step: {claims.figure(single)}.",
+        "The paper's utility: RULE 46.3, ReRULE 56.2, random 46.3.",
     ]  # fmt: skip
     return section("Table 4: hard against random storage", "table4", text)
 

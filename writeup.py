@@ -222,7 +222,8 @@ def tofu(r):
     rule = r.of("tofu", "rule")
     shown = {"model_utility": ("Model utility ↑", 3), "forget_rouge_l": ("F-RL ↓", 3),
              "retain_recall": ("Retain recall ↑", 1), "retain_refusal": ("Over-refusal ↓", 1),
-             "forget_refusal": ("Forget refusal ↑", 1), "forget_paraphrased_recall": ("Recall, paraphrased ↓", 1)}  # fmt: skip
+             "forget_refusal": ("Forget refusal ↑", 1),
+             "forget_paraphrased_recall": ("Recall, paraphrased ↓", 1)}  # fmt: skip
     for label, own in (("RULE", rule), ("ReRULE", r.of("tofu")), ("random storage", r.of("tofu_random"))):
         if own:
             stat = analysis.paired(own, rule, "model_utility") if label != "RULE" else None
