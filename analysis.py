@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import binomtest
 
+from grid import score
+
 LEVELS = "0123456789abcdefg"
 NAMES = {"rule": "RULE", "rerule": "ReRULE"}
 KEPT = (
@@ -194,7 +196,7 @@ def outcome(record, method, base):
     if found["hard"] is not None or found["easy"] is not None:
         found["heldout"] = pooled(row, "heldout", base)
         found["trained"] = pooled(row, "trained", base)
-    found["balance"] = difference(row.get("retain_recall"), row.get("forget_recall"))
+    found["balance"] = score(row) if row.get("retain_recall") is not None else None
     if ran and base:
         place, late = regions(base), groups_of(record, method, last=True)
         for region in ("hard", "easy"):
@@ -304,7 +306,7 @@ def hard_share(base, tau, kind=None):
 
 
 def rate_scores(records, seeds, rates):
-    """{method: {rate: [retain recall − forget recall, a seed each]}} of the selection runs that are there."""
+    """{method: {rate: [`grid.score`, a seed each]}} of the selection runs that are there, as for the baselines."""
     names = {rate: "select" if rate == rates[0] else f"grid{rate}" for rate in rates}
     scores = {method: {rate: [] for rate in rates} for method in NAMES}
     for method, by_rate in scores.items():

@@ -171,7 +171,8 @@ def claims(r):
                Part("refusal", each([difference(o["forget_heldout_refusal"], o["forget_trained_refusal"])
                                      for o in rule.values()]), -MARGIN, " points")], "table1"),
         Claim("Reinforcement beats the fine-tuning baselines.",
-              f"Retain less forget recall, ReRULE less the best baseline ({rival or 'none yet'})",
+              "Harmonic mean of retain recall and 100 − forget recall, ReRULE less the best baseline "
+              f"({rival or 'none yet'})",
               [Part("ReRULE − best", paired(rerule, r.of("baselines", rival), "balance") if rival else None, 0,
                     " points")], "table1"),
         Claim("PURGE keeps 98 % of the utility.", "Its retain recall in % of the original model's",
@@ -221,7 +222,7 @@ def extra_time(r, family):
 
 
 def best_baseline(r):
-    """The baseline with the largest mean of retain less forget recall."""
+    """The baseline with the best mean balance of what is kept and what is forgotten."""
     names = {name for run in r.runs("baselines").values() for name in run["rows"]}
     names -= {"Original", "Retained", "Rej. Steer", "PURGE"}
     means = {name: analysis.mean(o["balance"] for o in r.of("baselines", name).values()) for name in sorted(names)}

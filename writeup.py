@@ -250,7 +250,8 @@ def rates(r):
                                                for rate, values in by_rate.items())])  # fmt: skip
     seeds = ", ".join(map(str, selection))
     return section("Learning rates, chosen on other seeds", "rates", [
-        *table(["Retain less forget recall", *RATES], rows), "",
+        *table(["Balance ↑", *RATES], rows), "",
+        "Balance: harmonic mean of retain recall and 100 − forget recall, as for the baselines. "
         f"Seeds {seeds}, which nothing else in this report uses; the best in bold. {RATES[0]} is the shared rate, at "
         f"which RULE is "
         "not done after its steps and replay has something to add.",
