@@ -103,8 +103,8 @@ def plan(o, records):
         add("select", seed, "--eval_every 0", None, 50)
     for seed in seeds:
         add("base", seed, "--eval_every 2", None, 70)
-    if o.tofu_dir or any(name.startswith("tofu") for name in records):
-        for seed in seeds[:1] if o.quick else seeds[:FEW]:
+    for seed in seeds[:1] if o.quick else seeds[:FEW]:
+        if o.tofu_dir or {f"tofu_{seed}", f"tofu_random_{seed}"} <= set(records):
             common = "--benchmark tofu --data_dir {tofu_dir} --model tiny --eval_every 0"
             add("tofu", seed, common, None, 480, QUICK_TOFU)
             add("tofu_random", seed, f"{common} --method rerule --replay_store random", "tofu", 170, QUICK_TOFU)

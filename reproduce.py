@@ -29,6 +29,7 @@ import sys
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from config import setting
 from experiments import SECTIONS, plan, wanted
 from files import InputError, exit_on_input_error, write_json, write_text
 
-BAR = "{desc} |{bar}| {percentage:3.0f} %  {elapsed} gone, {remaining} left"
+BAR = "{desc} |{bar}| {percentage:3.0f} %, {elapsed} gone{postfix}"
 
 
 @dataclass
@@ -130,7 +131,7 @@ def trim(folder):
 
 
 def about():
-    """What a record says of where it comes from: the code's commit, the versions, the machine."""
+    """What a record says of where it comes from: the code's commit and the versions."""
     here = Path(__file__).parent
 
     def git(*args):
@@ -189,11 +190,11 @@ def run_all(o, folder, records):
             if not running:
                 break
             names = ", ".join(job.name for job in running.values())
-            bar.set_description_str(f"{len(jobs) - len(missing)} of {len(jobs)} runs; now {names}")
+            bar.set_description_str(f"{len(jobs) - len(missing)} of {len(jobs)} runs; now {names}", refresh=False)
+            bar.set_postfix_str(time_left(bar.total - bar.n, bar.n, bar.format_dict["elapsed"], o.workers))
             done, _ = wait(running, timeout=2, return_when=FIRST_COMPLETED)
-            bar.refresh()
             for future in done:
-                job, problem = running.pop(future), future.result()
+                job, problem = running.pop(future), result_of(future)
                 if problem:
                     bar.write(f"{problem} (see {runs / 'logs' / job.name}.log)")
                     raise InputError(f"the run {job.name} failed; once that is mended, the same command goes on")
@@ -201,6 +202,20 @@ def run_all(o, folder, records):
                     records[job.name] = json.loads((runs / job.name / "record.json").read_text(encoding="utf-8"))
                 bar.update(round(job.cost))
     bar.close()
+
+
+def result_of(future):
+    """What a worker said, or that it was killed."""
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return "its process was killed, perhaps for want of memory"
+
+
+def time_left(cost_left, cost_done, elapsed, workers):
+    """Minutes left: by the speed so far, or by the plan's seconds before anything is done."""
+    seconds = cost_left * elapsed / cost_done if cost_done else cost_left / workers
+    return f"about {max(1, round(seconds / 60))} min left"
 
 
 def has_models(folder):

@@ -247,6 +247,11 @@ def test_the_whole_plan_fits_its_budget(monkeypatch):
     assert sum(job.cost for job in experiments.plan(options(quick=True, seeds=2), {})) < 2 * 10 * 60
 
 
+def test_time_left():
+    assert reproduce.time_left(1200, 0, 50, 2) == "about 10 min left"  # nothing done yet: the plan's own seconds
+    assert reproduce.time_left(600, 300, 120, 2) == "about 4 min left"
+
+
 def test_only_takes_a_part_and_what_it_starts_from(monkeypatch):
     jobs = experiments.wanted(options(only=["table4"], seeds=3), experiments.plan(options(seeds=3), {}))
     assert {job.family for job in jobs} == {"base", "random", "combined", "combined_random"}
@@ -358,6 +363,48 @@ def test_the_papers_figures():
     assert paper["table2"]["ReRULE"]["utility"] - paper["table2"]["RULE"]["utility"] == pytest.approx(9.9)
     assert paper["table1"]["RULE"]["forget_all"] == pytest.approx((28.0 + 16.8 + 38.3) / 3, abs=0.05)
     assert paper["table5"]["ReRULE"] == {"forget_quality": 0.165, "model_utility": 0.6076, "forget_rouge_l": 0.1322}
+
+
+def test_gradients_and_mis_refusals_by_a_naive_computation():
+    """One region's norm by plain autograd over the same rollouts, its rates by counting them."""
+    from types import SimpleNamespace
+
+    import torch
+
+    import gradients
+    import world
+    from data import Benchmark, stop_ids
+    from grpo import collate, plain_response_logprobs
+    from rerule import rollout
+    from reward import is_refusal
+
+    benchmark = world.World(0).benchmark()
+    queries = benchmark.queries[:4]
+    texts = [p.plain for p, _ in benchmark.taught] + [answer for _, answer in benchmark.taught]
+    tokenizer = world.word_tokenizer(texts)
+    model = world.tiny_llama(tokenizer, 0, 16, 1, 64).eval()
+    config = SimpleNamespace(
+        group_size=6, max_new_tokens=5, temperature=1.0, seed=3, unbiased=True, forget_reward="refusal", max_tokens=60,
+        loss_norm="sequence", kl_coef=0.01,
+    )  # fmt: skip
+    small, place = Benchmark("builtin", [], queries), {0: "hard", 1: "easy", 2: "hard", 3: "hard"}
+    stops = stop_ids(tokenizer, model, False)
+    found = gradients.regions_of(model, tokenizer, small, place, config)
+    assert found["hard"]["queries"] == 3 and found["easy"]["queries"] == 1
+    groups, answers, _ = rollout(model, tokenizer, queries, [0, 2, 3], stops, config, "probe hard")
+    loss = 0
+    for group in groups:
+        logprobs = plain_response_logprobs(model, collate([group], "cpu"), 1.0)
+        means = (logprobs * group.mask).sum(-1) / group.mask.sum(-1)
+        loss = loss - (group.advantages * means).mean() / 3
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    assert found["hard"]["norm"] == pytest.approx(norm, rel=1e-3) and norm > 0
+    assert found["hard"]["weighted"] == pytest.approx(0.75 * norm, rel=1e-3)
+    of_kind = [part for i, part in zip([0, 2, 3], answers, strict=True) if queries[i].kind == "forget"]
+    forget = [is_refusal(text) for part in of_kind for text in part]
+    assert found["hard"]["missed"] == pytest.approx(1 - sum(forget) / len(forget), abs=1e-4)
+    assert found["hard"]["n_forget"] == len(forget)
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
