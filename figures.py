@@ -347,5 +347,5 @@ def methods(rows, path):
     place_labels(axis, {name: tuple(np.mean(points, 0)) for name, points in rows.items()})
     axis.set(xlabel="Recall of what was to be forgotten, % (← better)", xlim=(-4, 118), ylim=(-4, 106))
     axis.set_ylabel("Retain quality: recall on all neighbours, % (↑ better)")
-    axis.legend(loc="lower right", fontsize=10)
+    axis.legend(loc="lower right", fontsize=10, title="means; small dots are seeds")
     save(figure, path)
