@@ -2,8 +2,8 @@
 
 A record holds the rows of the run's table and, for each Stage 2 method, every rollout group's mean reward: a string a
 step, one character a group, LEVELS[16 r̄] (rewards of 8 rollouts are multiples of 1/16), and "=" for a group whose
-rewards are all 0.5. A group of LEVELS' first or last character has equal rewards too. Which prompts these were stands in
-`queries`, two digits of base 36 each.
+rewards are all 0.5. A group of LEVELS' first or last character has equal rewards too. Which prompts these were stands
+in `queries`, two digits of base 36 each.
 
 Hard and easy prompts are told apart at τ by RULE's mean rewards before the step at which ReRULE first replays, where
 both methods are the same run, once a seed and for every variant of it: prompts picked by how they turned out would
@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 from scipy.stats import binomtest
+
+from grid import score
 
 LEVELS = "0123456789abcdefg"
 NAMES = {"rule": "RULE", "rerule": "ReRULE"}
@@ -49,10 +51,10 @@ def record(folder):
                 groups.setdefault(row["step"], []).append(row)
         methods[method] = {
             "rewards": ["".join(level(row["rewards"]) for row in groups[step]) for step in sorted(groups)],
-            "queries": ["".join(np.base_repr(row["query"], 36).zfill(2) for row in groups[step]) for step in sorted(groups)],
+            "queries": ["".join(base36(row["query"]) for row in groups[step]) for step in sorted(groups)],
             **totals(own),
             "evaluations": [
-                {"step": row["step"]} | {k[5:]: short(v) for k, v in row.items() if k.startswith("eval_") and k[5:] in KEPT}
+                {"step": row["step"]} | {k: short(row[f"eval_{k}"]) for k in KEPT if f"eval_{k}" in row}
                 for row in own
                 if "eval_retain_recall" in row
             ],
@@ -87,6 +89,11 @@ def level(rewards):
     """A group's rewards as one character."""
     mean = sum(rewards) / len(rewards)
     return "=" if mean == 0.5 and len(set(rewards)) == 1 else LEVELS[round(16 * mean)]
+
+
+def base36(query):
+    """A query's number in two digits."""
+    return np.base_repr(query, 36).zfill(2)
 
 
 def mean_reward(character):
@@ -189,7 +196,7 @@ def outcome(record, method, base):
     if found["hard"] is not None or found["easy"] is not None:
         found["heldout"] = pooled(row, "heldout", base)
         found["trained"] = pooled(row, "trained", base)
-    found["balance"] = difference(row.get("retain_recall"), row.get("forget_recall"))
+    found["balance"] = score(row) if row.get("retain_recall") is not None else None
     if ran and base:
         place, late = regions(base), groups_of(record, method, last=True)
         for region in ("hard", "easy"):
@@ -299,7 +306,7 @@ def hard_share(base, tau, kind=None):
 
 
 def rate_scores(records, seeds, rates):
-    """{method: {rate: [retain recall − forget recall, a seed each]}} of the selection runs that are there."""
+    """{method: {rate: [`grid.score`, a seed each]}} of the selection runs that are there, as for the baselines."""
     names = {rate: "select" if rate == rates[0] else f"grid{rate}" for rate in rates}
     scores = {method: {rate: [] for rate in rates} for method in NAMES}
     for method, by_rate in scores.items():
@@ -331,7 +338,7 @@ def choose(records, seeds, rates):
 def bound(record, base, method="rerule"):
     """p_H, N_on, N_re, N_eff and √(N_on / N_eff), the last with κ of clipped and of unclipped weights (Eq. 28, 29).
 
-    Tokens, not groups: L is the run's mean rollout length. p_H is the share of hard groups before replay at the run's τ.
+    L is the run's mean rollout length; p_H the share of hard groups before replay, at the run's own τ.
     """
     ran = record["methods"][method]
     p_hard = hard_share(base, record["tau"])

@@ -1,6 +1,6 @@
-"""The report's figures, drawn from records. Every panel says what is better, shows seeds, and needs no colour to be read.
+"""The report's figures, drawn from records. Every panel says what is better, shows seeds, and can do without colour.
 
-Covers the paper's Figures 1, 2 and 3, and pictures of what this repository adds. The first, gains.png, opens the README.
+Covers the paper's Figures 1, 2 and 3, and pictures of what this repository adds; `gains` opens the README.
 
 Colours are Okabe and Ito's, told apart by every kind of colour vision; a second mark (dash, shape, label) repeats them.
 """
@@ -14,11 +14,7 @@ from matplotlib.patches import FancyBboxPatch
 
 import analysis
 import claims
-
-try:
-    from report import place_labels
-except ImportError:
-    place_labels = lambda *_: None  # noqa: E731
+from report import place_labels
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 COLOURS = {"rule": BLUE, "rerule": VERMILION}
@@ -64,7 +60,7 @@ def gains(rows, path):
 
 
 def trajectories(r, path, parts=5):
-    """Figure 1: RULE's mean reward over passes through the prompts, in fifths from hard to easy, forget and boundary."""
+    """Figure 1: RULE's mean reward over passes through the prompts, in fifths from hard to easy, by kind of prompt."""
     bases = r.runs("base")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.3), sharey=True, layout="constrained")
     shades = plt.get_cmap("cividis")(np.linspace(0, 0.85, parts))
@@ -147,11 +143,11 @@ def pipeline(path):
         axis.annotate(
             "", end, start, arrowprops=dict(arrowstyle="-|>", color="black", linewidth=1.4, shrinkA=1, shrinkB=1)
         )
-        axis.text((start[0] + end[0]) / 2 + (0 if flat else 0.1), (start[1] + end[1]) / 2 + (0.17 if flat else 0), label,
-                  fontsize=9.5, ha="center" if flat else "left", va="center")  # fmt: skip
+        x, y = (start[0] + end[0]) / 2 + (0 if flat else 0.1), (start[1] + end[1]) / 2 + (0.17 if flat else 0)
+        axis.text(x, y, label, fontsize=9.5, ha="center" if flat else "left", va="center")
     (x3, y), (x1, _) = place(3, 1), place(1, 1)
-    axis.annotate("", (x1, y + 0.55), (x3, y + 0.55),
-                  arrowprops=dict(arrowstyle="-|>", color="black", linewidth=1.4, connectionstyle="arc3,rad=0.14"))  # fmt: skip
+    bent = dict(arrowstyle="-|>", color="black", linewidth=1.4, connectionstyle="arc3,rad=0.14")
+    axis.annotate("", (x1, y + 0.55), (x3, y + 0.55), arrowprops=bent)
     axis.text((x1 + x3) / 2, y + 1.2, "next step, from the updated model", ha="center", fontsize=10)
     axis.text(-1.28, 0, "Dashed, blue: RULE.\nSolid, orange: what\nReRULE adds.", fontsize=10.5, va="center")
     axis.set(xlim=(-1.4, 10.75), ylim=(-0.7, 3.6))
@@ -159,7 +155,7 @@ def pipeline(path):
 
 
 def over_steps(r, path):
-    """Figure 3: retain quality, forget quality and hard prompts' reward over steps; replay's start; RULE against ReRULE."""
+    """Figure 3: retain quality, forget quality and hard prompts' reward over steps, RULE against ReRULE."""
     bases = r.runs("base")
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
     starts = [base["methods"]["rerule"]["first_replay"] for base in bases.values()]
@@ -228,8 +224,7 @@ def conditions(r, path):
             y = list(found.values())
             stat = analysis.statistic(y)
             axes[0].scatter(x, y, s=22, marker=marker, color=GREY, alpha=0.6)
-            axes[0].errorbar(np.mean(x), stat["mean"], [[stat["mean"] - stat["low"]], [stat["high"] - stat["mean"]]],
-                             fmt=marker, color=VERMILION, markersize=10, capsize=4, linewidth=2.2, label=label)  # fmt: skip
+            whisker(axes[0], np.mean(x), stat, marker, label)
     axes[0].axhline(0, color="black", linewidth=1)
     axes[0].set(title="Does replay pay where there is more that is hard?",
                 xlabel="Groups with mean reward below τ before replay, %",
@@ -240,13 +235,20 @@ def conditions(r, path):
         stat = analysis.paired(r.of("base" if tau == "0.4" else f"tau{tau}"), rule, "retain_recall")
         if stat:
             axes[1].scatter(at + np.linspace(-0.12, 0.12, stat["n"]), stat["values"], s=22, color=GREY, alpha=0.6)
-            axes[1].errorbar(at, stat["mean"], [[stat["mean"] - stat["low"]], [stat["high"] - stat["mean"]]], fmt="o",
-                             color=VERMILION, markersize=10, capsize=4, linewidth=2.2)  # fmt: skip
+            whisker(axes[1], at, stat)
     axes[1].axhline(0, color="black", linewidth=1)
     axes[1].set_xticks(range(4), ["0.4", "0.6", "0.8", "1.0"])
     axes[1].set(title="Is a lower threshold better?", xlabel="τ: groups with mean reward below it are stored",
                 ylabel="Retain quality, ReRULE − RULE,\npoints of recall (↑ better)", xlim=(-0.5, 3.5))  # fmt: skip
     save(figure, path)
+
+
+def whisker(axis, x, stat, marker="o", label=None):
+    """A mean with its interval."""
+    ends = [[stat["mean"] - stat["low"]], [stat["high"] - stat["mean"]]]
+    axis.errorbar(
+        x, stat["mean"], ends, fmt=marker, color=VERMILION, markersize=10, capsize=4, linewidth=2.2, label=label
+    )
 
 
 def theory(r, path):
@@ -255,8 +257,8 @@ def theory(r, path):
     names = {"base": "τ 0.4", "tau0.6": "τ 0.6", "tau0.8": "τ 0.8", "tau1.0": "τ 1.0",
              "activation": "stored until activation", "unequal": "no all-equal groups"}  # fmt: skip
     points = [point for rows in claims.bound_points(r).values() for point in rows]
-    for (family, name), marker, colour in zip(names.items(), "osD^vP", (VERMILION, BLUE, GREEN, "#CC79A7", "#E69F00", GREY),
-                                              strict=True):  # fmt: skip
+    colours = (VERMILION, BLUE, GREEN, "#CC79A7", "#E69F00", GREY)
+    for (family, name), marker, colour in zip(names.items(), "osD^vP", colours, strict=True):
         own = [(x, y) for f, x, y in points if f == family]
         if own:
             axes[0].scatter(*zip(*own, strict=True), s=30, marker=marker, color=colour, alpha=0.85, label=name)
@@ -268,8 +270,9 @@ def theory(r, path):
     models = ["Rej. Steer", "RULE", "ReRULE"]
     bars(axes[1], models, [("easy", BLUE, "", "weighted"), ("hard", VERMILION, "//", "weighted")], probes)
     axes[1].set(title="Eq. 4: which region moves the model?", ylabel="P(region) × norm of its mean gradient")
-    bars(axes[2], models, [("easy", BLUE, "", "missed"), ("hard", BLUE, "//", "missed"), ("easy", VERMILION, "", "false"),
-                           ("hard", VERMILION, "//", "false")], probes, 100)  # fmt: skip
+    four = [(region, colour, hatch, key) for colour, key in ((BLUE, "missed"), (VERMILION, "false"))
+            for region, hatch in (("easy", ""), ("hard", "//"))]  # fmt: skip
+    bars(axes[2], models, four, probes, 100)
     axes[2].set(title="Eq. 27: mis-refusals", ylabel="% of sampled answers (↓ better)")
     for axis in axes[1:]:
         axis.set_xticks(range(len(models)), ["after\nStage 1", "RULE", "ReRULE"])
@@ -325,7 +328,7 @@ def hardest(r, path):
 
 
 def methods(rows, path):
-    """Tables 1, 2 and 5 at a glance: what is left of the forget set against what is kept. rows: {name: [(forget, retain)]}."""
+    """Tables 1, 2 and 5 at a glance. rows: {name: [(forget recall, retain recall), a pair a seed]}."""
     figure, axis = plt.subplots(figsize=(9, 6.2), layout="constrained")
     own, looks = ("RULE", "ReRULE", "Rej. Steer", "PURGE"), {}
     for name, points in rows.items():
@@ -342,7 +345,7 @@ def methods(rows, path):
                      label=None if marker in looks else label)  # fmt: skip
         looks[marker] = True
     place_labels(axis, {name: tuple(np.mean(points, 0)) for name, points in rows.items()})
-    axis.set(xlabel="Recall of what was to be forgotten, % (← better)", ylabel="Retain quality: recall on all neighbours, % (↑ better)",
-             xlim=(-4, 118), ylim=(-4, 106))  # fmt: skip
-    axis.legend(loc="lower right", fontsize=10)
+    axis.set(xlabel="Recall of what was to be forgotten, % (← better)", xlim=(-4, 118), ylim=(-4, 106))
+    axis.set_ylabel("Retain quality: recall on all neighbours, % (↑ better)")
+    axis.legend(loc="lower right", fontsize=10, title="means; small dots are seeds")
     save(figure, path)

@@ -17,8 +17,9 @@ import scipy.stats
 import analysis
 import claims
 import config as settings
+import experiments
 import reproduce
-import tables
+import writeup
 from files import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +58,7 @@ def test_a_group_is_one_character():
 
 
 def test_regions_are_fixed_before_replay():
-    # queries 0 and 2 in odd steps, 1 and 3 in even ones; replay starts at step 3, so the reversal after it counts nothing
+    # queries 0 and 2 in odd steps, 1 and 3 in even ones; replay starts at step 3; what comes then counts nothing
     base = base_run(rule=["g0", "84", "0g", "08", "0g", "0g"], rerule=["g0", "84", "gg", "gg", "gg", "gg"])
     assert analysis.before_replay(base) == {0: [1.0], 2: [0.0], 1: [0.5], 3: [0.25]}
     assert analysis.regions(base) == {0: "easy", 2: "hard", 1: "easy", 3: "hard"}
@@ -84,7 +85,8 @@ def test_recall_of_neighbours_weighs_phrasings_and_worlds():
     }
     run = {"rows": {"RULE": row | {"retain_recall": 70.0, "forget_recall": 5.0}}, "methods": {}}
     outcome = analysis.outcome(run, "rule", None)
-    assert outcome["hard"] == 50 and outcome["easy"] == 90 and outcome["balance"] == 65
+    assert outcome["hard"] == 50 and outcome["easy"] == 90
+    assert outcome["balance"] == pytest.approx(2 / (1 / 70 + 1 / 95))
     assert outcome["heldout"] == pytest.approx((22 * 30 + 20 * 90) / 42)
 
 
@@ -205,14 +207,14 @@ def selected(monkeypatch):
 
 
 def test_choices_come_before_what_needs_them():
-    waiting = [job.family for job in reproduce.plan(options(), {}) if job.args is None]
+    waiting = [job.family for job in experiments.plan(options(), {}) if job.args is None]
     assert set(waiting) == {"compute", "best_rule", "best_rerule"}
 
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_run_of_the_plan_is_a_valid_command(monkeypatch, quick):
     selected(monkeypatch)
-    jobs = reproduce.plan(options(quick=quick, seeds=2), {})
+    jobs = experiments.plan(options(quick=quick, seeds=2), {})
     names = {job.name for job in jobs}
     assert len(names) == len(jobs)
     known = {*settings.METHODS, *getattr(settings, "ALIASES", {})}
@@ -229,7 +231,7 @@ def test_every_run_of_the_plan_is_a_valid_command(monkeypatch, quick):
 
 def test_two_updates_a_batch_from_the_start(monkeypatch):
     selected(monkeypatch)
-    (job,) = [job for job in reproduce.plan(options(quick=True, seeds=2), {}) if job.name == "twice_21"]
+    (job,) = [job for job in experiments.plan(options(quick=True, seeds=2), {}) if job.name == "twice_21"]
     config = settings.resolve(settings.parse(settings.Config, list(job.args)))
     assert (config.replay_store, config.min_groups, config.warmup_steps, config.method[-1]) == (
         "current",
@@ -241,21 +243,26 @@ def test_two_updates_a_batch_from_the_start(monkeypatch):
 
 def test_the_whole_plan_fits_its_budget(monkeypatch):
     selected(monkeypatch)
-    assert sum(job.cost for job in reproduce.plan(options(), {})) < 2 * 90 * 60
-    assert sum(job.cost for job in reproduce.plan(options(quick=True, seeds=2), {})) < 2 * 10 * 60
+    assert sum(job.cost for job in experiments.plan(options(), {})) < 2 * 90 * 60
+    assert sum(job.cost for job in experiments.plan(options(quick=True, seeds=2), {})) < 2 * 10 * 60
+
+
+def test_time_left():
+    assert reproduce.time_left(1200, 0, 50, 2) == "about 10 min left"  # nothing done yet: the plan's own seconds
+    assert reproduce.time_left(600, 300, 120, 2) == "about 4 min left"
 
 
 def test_only_takes_a_part_and_what_it_starts_from(monkeypatch):
-    jobs = reproduce.wanted(options(only=["table4"], seeds=3), reproduce.plan(options(seeds=3), {}))
+    jobs = experiments.wanted(options(only=["table4"], seeds=3), experiments.plan(options(seeds=3), {}))
     assert {job.family for job in jobs} == {"base", "random", "combined", "combined_random"}
-    jobs = reproduce.wanted(options(only=["tofu"], seeds=3), reproduce.plan(options(seeds=3), {}))
+    jobs = experiments.wanted(options(only=["tofu"], seeds=3), experiments.plan(options(seeds=3), {}))
     assert {job.family for job in jobs} == {"tofu", "tofu_random"}
 
 
 def test_every_part_of_a_claim_has_its_runs_in_the_plan():
-    families = {job.family for job in reproduce.plan(options(), {})}
-    assert {f for section in reproduce.SECTIONS.values() for f in section} <= families
-    assert families - {"select", "grid"} <= {f for section in reproduce.SECTIONS.values() for f in section}
+    families = {job.family for job in experiments.plan(options(), {})}
+    assert {f for section in experiments.SECTIONS.values() for f in section} <= families
+    assert families - {"select", "grid"} <= {f for section in experiments.SECTIONS.values() for f in section}
 
 
 @pytest.mark.parametrize(
@@ -289,8 +296,8 @@ def made_up(job):
     about = {"family": job.family, "seed": job.seed, "args": list(job.args), "commit": "c0ffee", "seconds": 9.0,
              "versions": {"python": "3", "torch": "2"}}  # fmt: skip
     if job.family == "probe":
-        figures = {"queries": 4, "norm": 1.0, "weighted": float(rng.random()), "equal": 0.5, "missed": 0.1, "false": 0.2,
-                   "n_forget": 8, "n_boundary": 8}  # fmt: skip
+        figures = {"queries": 4, "norm": 1.0, "weighted": float(rng.random()), "equal": 0.5, "missed": 0.1,
+                   "false": 0.2, "n_forget": 8, "n_boundary": 8}  # fmt: skip
         return about | {"models": {m: {"easy": figures, "hard": figures} for m in ("Rej. Steer", "RULE", "ReRULE")}}
     names = ["Rej. Steer", "Original", "Retained", "RULE", "ReRULE"]
     names = ["GA", "PURGE"] if job.family == "baselines" else names
@@ -311,13 +318,13 @@ def made_up(job):
 @pytest.fixture
 def records(monkeypatch):
     selected(monkeypatch)
-    jobs = reproduce.plan(options(seeds=3), {})
+    jobs = experiments.plan(options(seeds=3), {})
     return {job.name: made_up(job) for job in jobs}, jobs
 
 
 def test_the_report_has_every_part_and_is_the_same_again(records, tmp_path):
     runs, jobs = records
-    tables.write(tmp_path, options(seeds=3), runs, jobs)
+    writeup.write(tmp_path, options(seeds=3), runs, jobs)
     text, pictures = (tmp_path / "report.md").read_text(), {p.name: p.read_bytes() for p in tmp_path.glob("*.png")}
     assert "Not run" not in text and "not run" not in text and "missing" not in text
     for number in (1, 3, 4, 6, 7, 8):
@@ -327,7 +334,7 @@ def test_the_report_has_every_part_and_is_the_same_again(records, tmp_path):
     assert "commit c0ffee" in text and "python reproduce.py --seeds 3 --tofu_dir DATA/tofu" in text
     assert sum(line.startswith("| ") and line.endswith("` |") for line in text.splitlines()) >= 14  # claims
     assert "nan" not in text
-    tables.write(tmp_path, options(seeds=3), runs, jobs)
+    writeup.write(tmp_path, options(seeds=3), runs, jobs)
     assert (tmp_path / "report.md").read_text() == text
     assert {p.name: p.read_bytes() for p in tmp_path.glob("*.png")} == pictures
 
@@ -335,11 +342,11 @@ def test_the_report_has_every_part_and_is_the_same_again(records, tmp_path):
 def test_the_report_says_what_is_missing(records, tmp_path):
     runs, jobs = records
     runs = {name: run for name, run in runs.items() if run["family"] in ("base", "random")}
-    tables.write(tmp_path, options(seeds=3), runs, jobs)
+    writeup.write(tmp_path, options(seeds=3), runs, jobs)
     text = (tmp_path / "report.md").read_text()
     assert f"{len(jobs) - 6} of {len(jobs)} runs are missing" in text
     assert text.count("Not run") >= 5 and "**not run**" in text
-    tables.write(tmp_path, options(seeds=3), {}, jobs)
+    writeup.write(tmp_path, options(seeds=3), {}, jobs)
     assert "No runs yet" in (tmp_path / "report.md").read_text()
 
 
@@ -356,6 +363,48 @@ def test_the_papers_figures():
     assert paper["table2"]["ReRULE"]["utility"] - paper["table2"]["RULE"]["utility"] == pytest.approx(9.9)
     assert paper["table1"]["RULE"]["forget_all"] == pytest.approx((28.0 + 16.8 + 38.3) / 3, abs=0.05)
     assert paper["table5"]["ReRULE"] == {"forget_quality": 0.165, "model_utility": 0.6076, "forget_rouge_l": 0.1322}
+
+
+def test_gradients_and_mis_refusals_by_a_naive_computation():
+    """One region's norm by plain autograd over the same rollouts, its rates by counting them."""
+    from types import SimpleNamespace
+
+    import torch
+
+    import gradients
+    import world
+    from data import Benchmark, stop_ids
+    from grpo import collate, plain_response_logprobs
+    from rerule import rollout
+    from reward import is_refusal
+
+    benchmark = world.World(0).benchmark()
+    queries = benchmark.queries[:4]
+    texts = [p.plain for p, _ in benchmark.taught] + [answer for _, answer in benchmark.taught]
+    tokenizer = world.word_tokenizer(texts)
+    model = world.tiny_llama(tokenizer, 0, 16, 1, 64).eval()
+    config = SimpleNamespace(
+        group_size=6, max_new_tokens=5, temperature=1.0, seed=3, unbiased=True, forget_reward="refusal", max_tokens=60,
+        loss_norm="sequence", kl_coef=0.01,
+    )  # fmt: skip
+    small, place = Benchmark("builtin", [], queries), {0: "hard", 1: "easy", 2: "hard", 3: "hard"}
+    stops = stop_ids(tokenizer, model, False)
+    found = gradients.regions_of(model, tokenizer, small, place, config)
+    assert found["hard"]["queries"] == 3 and found["easy"]["queries"] == 1
+    groups, answers, _ = rollout(model, tokenizer, queries, [0, 2, 3], stops, config, "probe hard")
+    loss = 0
+    for group in groups:
+        logprobs = plain_response_logprobs(model, collate([group], "cpu"), 1.0)
+        means = (logprobs * group.mask).sum(-1) / group.mask.sum(-1)
+        loss = loss - (group.advantages * means).mean() / 3
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    assert found["hard"]["norm"] == pytest.approx(norm, rel=1e-3) and norm > 0
+    assert found["hard"]["weighted"] == pytest.approx(0.75 * norm, rel=1e-3)
+    of_kind = [part for i, part in zip([0, 2, 3], answers, strict=True) if queries[i].kind == "forget"]
+    forget = [is_refusal(text) for part in of_kind for text in part]
+    assert found["hard"]["missed"] == pytest.approx(1 - sum(forget) / len(forget), abs=1e-4)
+    assert found["hard"]["n_forget"] == len(forget)
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -378,9 +427,9 @@ def small_plan(o, records):
     base = (*SMALL.split(), "--eval_every", "2", "--seed", "21")
     variant = (*SMALL.split(), *"--eval_every 0 --method rerule --replay_store random --seed 21".split())
     return [
-        reproduce.Job("base_21", "base", 21, base, None, 9),
-        reproduce.Job("random_21", "random", 21, variant, "base_21", 3),
-        reproduce.Job("probe_21", "probe", 21, ("--seed", "21"), "base_21", 3),
+        experiments.Job("base_21", "base", 21, base, None, 9),
+        experiments.Job("random_21", "random", 21, variant, "base_21", 3),
+        experiments.Job("probe_21", "probe", 21, ("--seed", "21"), "base_21", 3),
     ]
 
 
