@@ -493,7 +493,7 @@ def test_the_committed_rates_are_the_grids():
 
 def test_answers_come_from_the_stage_1_file_where_it_has_them(tmp_path):
     queries = [data.Query(None, "where is a", "forget"), data.Query(None, "where is d", "boundary", ("e",))]
-    (tmp_path / "reject.json").write_text(json.dumps([{"instruction": "where is a", "output": "no", "org_answer": "b"}]))
-    assert [query.answers for query in data.answered(queries, tmp_path / "reject.json")] == [("b",), ("e",)]
-    (tmp_path / "reject.json").write_text(json.dumps([{"instruction": "where is a", "output": "no"}]))
-    assert [query.answers for query in data.answered(queries, tmp_path / "reject.json")] == [(), ("e",)]
+    row = {"instruction": "where is a", "output": "no"}
+    for more, expected in (({"org_answer": "b"}, ("b",)), ({}, ())):
+        (tmp_path / "reject.json").write_text(json.dumps([row | more]))
+        assert [query.answers for query in data.answered(queries, tmp_path / "reject.json")] == [expected, ("e",)]
