@@ -61,8 +61,10 @@ def write(folder, config, results):
         title = ROWS[name] + ("†" if row.get("stopped") else "")
         lines.append(" | ".join(["", title, *(cell(row.get(key)) for key in columns), ""]).strip())
         stopped = [f"† stopped early, with the last finite weights: {row['stopped']}"] if row.get("stopped") else []
-        notes |= dict.fromkeys(f"{ROWS[name]}: {note}" for note in [*row["notes"], *stopped])
-    write_text(folder / "table.md", "\n".join([*lines, "", *notes]).rstrip() + "\n")
+        for note in [*row["notes"], *stopped]:
+            notes.setdefault(note, []).append(ROWS[name])
+    told = [f"{'every row' if len(of) == len(results) else ', '.join(of)}: {note}" for note, of in notes.items()]
+    write_text(folder / "table.md", "\n".join([*lines, "", *told]).rstrip() + "\n")
     draw_curves(folder)
     draw_scatter(folder, results)
 
@@ -80,14 +82,11 @@ def print_table(folder):
     header, rows = lines[0], lines[2:]
     width = max(map(len, header)) + 2
     for first in range(0, len(rows), 6):
-        for at in range(len(header)):
-            title = header[at].strip()
+        some = rows[first : first + 6]
+        for at, title in enumerate(map(str.strip, header)):
             title = f"    {title}" if title[:1].islower() else title
-            cells = [row[at].strip() for row in rows[first : first + 6]]
-            print(
-                f"{title if at else '':<{width}}"
-                + "".join(f"{text:>{max(12, len(row[0]))}}" for text, row in zip(cells, rows[first:], strict=False))
-            )
+            cells = "".join(f"{row[at].strip():>{max(12, len(row[0]))}}" for row in some)
+            print(f"{title if at else '':<{width}}{cells}")
         print()
     notes = [line for line in text.splitlines() if "†" in line and not line.startswith("|")]
     print(
