@@ -252,17 +252,21 @@ def bootstrap(values, draws=10000):
     return tuple(float(x) for x in np.percentile(means, [2.5, 97.5]))
 
 
+def signs(values, bar=0.0):
+    """How many values lie above and below the bar, and the two-sided sign test's p; equals count on neither side."""
+    up, down = sum(value > bar for value in values), sum(value < bar for value in values)
+    return up, down, float(binomtest(up, up + down).pvalue) if up + down else 1.0
+
+
 def statistic(values):
-    """Mean, sd (n − 1), bootstrap interval and two-sided sign test against 0 of one value a seed, None left out."""
+    """Mean, sd (n − 1), bootstrap interval and sign test against 0 of one value a seed, None left out."""
     values = [value for value in values if value is not None]
     if len(values) < 2:
         return None
-    up, down = sum(value > 0 for value in values), sum(value < 0 for value in values)
-    low, high = bootstrap(values)
+    (low, high), (up, down, p) = bootstrap(values), signs(values)
     return {
         "values": values, "n": len(values), "mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)),
-        "low": low, "high": high, "up": up, "down": down,
-        "p": float(binomtest(up, up + down).pvalue) if up + down else 1.0,
+        "low": low, "high": high, "up": up, "down": down, "p": p,
     }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ class Part:
     stat: dict | None
     bar: float = 0.0
     unit: str = ""
-    shown: bool = True  # the second half of a "no change" is not shown twice
+    half: int = 0  # 1 and 2: the two halves of a "no change", of which the first is shown
 
 
 @dataclass
@@ -56,16 +56,24 @@ def overall(parts):
 def unchanged(label, stat, unit=" points", margin=MARGIN):
     """The two parts of "stays within ± margin"."""
     opposite = stat and {**stat, "mean": -stat["mean"], "low": -stat["high"], "high": -stat["low"]}
-    return [Part(label, stat, -margin, unit), Part("", opposite, -margin, unit, shown=False)]
+    return [Part(label, stat, -margin, unit, 1), Part("", opposite, -margin, unit, 2)]
 
 
-def figure(stat, unit=""):
+def shown(part):
+    """A part in one line, seeds counted against its bar where it has one; nothing for the second half of a pair."""
+    bar = 0 if part.half else part.bar
+    return "" if part.half == 2 else f"{part.label}: {figure(part.stat, part.unit, bar)}"
+
+
+def figure(stat, unit="", bar=0.0):
     """A statistic in one line."""
     if stat is None:
         return "–"
     digits = 1 if max(abs(stat["mean"]), abs(stat["low"]), abs(stat["high"])) >= 1 else 2
     low, high = (f"{stat[end]:+.{digits}f}" for end in ("low", "high"))
-    return f"{stat['mean']:+.{digits}f}{unit} [{low}, {high}], {stat['up']} up {stat['down']} down, p = {stat['p']:.2g}"
+    up, down, p = analysis.signs(stat["values"], bar)
+    seeds = f"{up} above and {down} below {bar:g}" if bar else f"{up} up {down} down"
+    return f"{stat['mean']:+.{digits}f}{unit} [{low}, {high}], {seeds}, p = {p:.2g}"
 
 
 def claims(r):

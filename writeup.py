@@ -87,7 +87,7 @@ def verdicts(r):
     """The claims, one row each."""
     rows = []
     for claim in claims.claims(r):
-        shown = "<br>".join(f"{p.label}: {claims.figure(p.stat, p.unit)}" for p in claim.parts if p.shown)
+        shown = "<br>".join(filter(None, map(claims.shown, claim.parts)))
         verdict = claims.overall(claim.parts)
         rows.append([claim.text, claim.run, shown, f"**{verdict}**", f"`--only {claim.only}`"])
     count = {v: sum(row[3] == f"**{v}**" for row in rows) for v in (*reversed(claims.VERDICTS), "not run")}
@@ -188,7 +188,9 @@ def figure3(r, folder):
     return section("Figure 3: over the steps", "figure3", [
         "![Retain quality, forget quality and hard prompts' reward over the steps, RULE against ReRULE](steps.png)", "",
         *table(["sd of retain quality over the last third ↓", "as it is", "about a straight line"], rows), "",
-        "A curve that is still rising has a large sd for that alone, so the second column takes out a straight line.",
+        "A curve that is still rising has a large sd for that alone, so the second column takes out a straight line. "
+        "On the right, part of the rise at the line, in both methods, is regression to the mean: the prompts are those "
+        "that had earned little before it.",
     ], bool(bases))  # fmt: skip
 
 

@@ -162,7 +162,7 @@ def test_choice_of_rates_and_steps():
 
 
 def stat(mean, low, high):
-    return {"mean": mean, "low": low, "high": high, "up": 5, "down": 3, "p": 0.7266, "n": 8}
+    return {"values": [1.0] * 5 + [-1.0] * 3, "mean": mean, "low": low, "high": high, "n": 8}
 
 
 def test_verdicts():
@@ -192,6 +192,10 @@ def test_no_change_has_two_sides(found, expected):
 def test_a_figure_is_one_line():
     assert claims.figure(stat(8.61, 5.2, 11.93), " points") == "+8.6 points [+5.2, +11.9], 5 up 3 down, p = 0.73"
     assert claims.figure(stat(0.123, -0.2, 0.3)) == "+0.12 [-0.20, +0.30], 5 up 3 down, p = 0.73"
+    told = claims.shown(claims.Part("x", stat(0.5, -1, 1), -1))
+    assert told == "x: +0.5 [-1.0, +1.0], 5 above and 0 below -1, p = 0.062"
+    pair = claims.unchanged("x", stat(0.5, -1, 1), "")
+    assert claims.shown(pair[0]).endswith("5 up 3 down, p = 0.73") and claims.shown(pair[1]) == ""
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
