@@ -28,6 +28,9 @@ RATES = {  # learning rates of baselines and of PURGE on tiny models: the outcom
         simnpo_gdr=1e-3, simnpo_klr=1e-3, mismatch=1e-3, llmu=1e-3, task_vector=1e-3, whp=3e-3, flat=3e-4, sga=3e-4,
         purge=1e-4,
     ),
+    "tofu": dict(
+        ga=3e-4, gd=3e-4, po=1e-4, dpo=1e-4, npo=3e-4, npo_gdr=1e-3, simnpo=3e-4, flat=3e-4, purge=3e-4,
+    ),
 }  # fmt: skip
 
 # Appendix D, RULE's published scripts where the paper is silent, and settings of our own for models of laptop size.
