@@ -288,7 +288,7 @@ def main():
     device = torch.device("cuda" if on_gpu else "cpu")
     benchmark, probes, retained = load_data(config)
     run = Run(config)
-    with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+    with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu, cache_enabled=False):  # a cache would outlive an update
         if not run.finished("run"):
             train(run, device, benchmark, probes, retained)
     if not (run.folder / "table.md").exists():
