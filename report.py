@@ -8,7 +8,7 @@ run, never by how they turned out: prompts picked by outcome would flatter repla
 import json
 from pathlib import Path
 
-from files import write_json, write_text
+from files import RANK, write_json, write_text
 from metrics import BESIDE, TABLE
 
 ROWS = {
@@ -47,6 +47,8 @@ COLOURS = {"rule": "#0072B2", "rerule": "#D55E00", "purge": "#009E73"}
 
 def write(folder, config, results):
     """table.json, table.md and curves.png from the phases' results, {phase: {column: value}} in the order run."""
+    if RANK:
+        return
     columns = BUILTIN if config.benchmark == "builtin" else TABLE[config.benchmark] | BESIDE | NAMED
     columns = {
         key: title for key, title in columns.items() if any(row.get(key) is not None for row in results.values())
