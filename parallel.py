@@ -93,7 +93,7 @@ def session(device, offload):
 def lost(why):
     """Say so and end at once: whoever is gone, nothing that all ranks do together can be finished."""
     print(
-        f"rank {os.environ['RANK']}: {why}. The last saved state is whole: go on with the same command and --resume",
+        f"\nrank {os.environ['RANK']}: {why}. The last saved state is whole: go on with the same command and --resume",
         file=sys.stderr, flush=True,
     )  # fmt: skip
     os._exit(1)
@@ -171,6 +171,8 @@ def turns(model, parts):
                 model.set_requires_gradient_sync(turn + 1 == rounds)
             at = turn * n + rank()
             yield parts[at if at < len(parts) else turn * n], at < len(parts)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # a forward without a backward leaves the first and last layers' weights in place
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -201,7 +203,7 @@ def spread(model, device, training=None):
     model.eval()
     if training and training.gradient_checkpointing:
         checkpoint_layers(model)
-    if not active():
+    if not active() or world() == 1 and not training:
         return model.to(device)
     shard(model, device, bool(training and training.offload), torch.bfloat16 if device.type == "cuda" else None)
     if world() > 1:

@@ -169,9 +169,9 @@ def load_model(path, device, flag="model", dtype=torch.float32, training=None):
     """(model in eval mode, tokenizer) of a folder or Hugging Face id. Raises InputError naming the flag.
 
     Training keeps weights in float32 whatever the GPU computes in: a bf16 weight of 1 swallows every update below 4e-3.
-    training: the run's settings where the weights are to be trained.
+    training: the run's settings where the weights are to be trained; a GPU holds others in bf16.
     """
-    if parallel.active() and not training and device.type == "cuda":
+    if not training and torch.device(device).type == "cuda" and dtype == torch.float32:
         dtype = torch.bfloat16
     model, tokenizer = parallel.together(lambda: read_model(path, flag, dtype))
     if isinstance(model, Pair):
