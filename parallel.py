@@ -328,11 +328,10 @@ def restore(payload, folder, model, optimizer):
         found = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         try:
             dcp.load(found, checkpoint_id=folder / payload["shards"])
-        except Exception as error:  # whatever torch says of parts that are missing or damaged
-            reason = str(error).strip().splitlines()[0][:80]
-            raise InputError(
-                f"{folder / payload['shards']}: cannot be read ({reason}); choose another --output_dir"
-            ) from None
+        except (Exception, dcp.api.CheckpointException) as error:  # whatever torch says of missing or damaged parts
+            reason = str(error).strip().splitlines()[-1].strip()[:100]
+            here = folder / payload["shards"]
+            raise InputError(f"{here}: cannot be read ({reason}); choose another --output_dir") from None
         set_state_dict(model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
     elif active():
         names, saved = [name for name, _ in model.named_parameters()], payload["optimizer"]

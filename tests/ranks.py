@@ -106,7 +106,7 @@ def drive(kill, *argv):
         files.Log.write = write
 
 
-def measure():
+def measure(checkpointing):
     """Print the plan for a step on the CPU, and how far the step itself raises the process's memory. In bytes."""
     torch.set_num_threads(1)
     architecture = LlamaConfig(
@@ -114,12 +114,15 @@ def measure():
         max_position_embeddings=512,
     )  # fmt: skip
     config = settings.Config(prompts_per_step=2, group_size=4, max_new_tokens=8, max_tokens=128, lr=2e-6)
+    config.gradient_checkpointing = checkpointing
     planned = memory.plan(memory.seen(architecture, config, on_gpu=False), config, 0, False)["most at once"][1]
-    warm = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=40))
-    update(warm.eval(), LlamaForCausalLM(warm.config).eval().requires_grad_(False), config)  # all code is loaded now
-    del warm
+    sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=40)
+    warm = [LlamaForCausalLM(LlamaConfig(**sizes)).eval() for _ in range(2)]
+    update(warm[0], warm[1].requires_grad_(False), config)  # now all code is loaded
     before = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     model, reference = LlamaForCausalLM(architecture).eval(), LlamaForCausalLM(architecture).eval()
+    if checkpointing:
+        parallel.checkpoint_layers(model)
     update(model, reference.requires_grad_(False), config)
     print(planned, getrusage(RUSAGE_SELF).ru_maxrss * 1024 - before)
 

@@ -171,7 +171,10 @@ def same_run(folder, other):
     assert (folder / "samples.jsonl").read_bytes() == (other / "samples.jsonl").read_bytes()
     assert len(metrics(folder)) == len(metrics(other))
     for row, theirs in zip(metrics(folder), metrics(other), strict=True):
-        assert row == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+        assert set(row) == set(theirs)
+        for name, value in row.items():
+            close = pytest.approx(theirs[name], rel=1e-3, abs=1e-4) if isinstance(value, float) else theirs[name]
+            assert value == close, (row["method"], row["step"], name)
     for phase in ("rej_steer", "rerule"):
         ours, others = (AutoModelForCausalLM.from_pretrained(f / phase).state_dict() for f in (folder, other))
         assert set(ours) == set(others) and all(torch.allclose(ours[n], others[n], atol=1e-3) for n in ours)
@@ -287,13 +290,14 @@ def test_dry_run_prints_and_leaves_nothing(tmp_path, capsys):
         driver("--dry_run")
 
 
-def test_the_plan_is_what_a_step_on_the_cpu_takes():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_plan_is_what_a_step_on_the_cpu_takes(checkpointing):
     """A step of the driver's own functions in a fresh process: its peak beside the plan's."""
-    code = "import ranks; ranks.measure()"
+    code = f"import ranks; ranks.measure({checkpointing})"
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=env, capture_output=True, text=True)
     planned, measured = map(float, done.stdout.split()[-2:])
-    assert 0.8 < measured / planned < 1.25, done.stdout + done.stderr
+    assert 0.85 < measured / planned < 1.15, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("kind", KINDS)
