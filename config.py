@@ -7,6 +7,8 @@ choice open, the default is the reading that the README's table of open choices 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning OpenMP threads stall a busy machine
+if os.environ.get("RANK", "0") != "0":
+    os.environ["TQDM_DISABLE"] = "1"  # before tqdm: torchrun's first process draws the bars
 
 from argparse import HelpFormatter  # noqa: E402
 from dataclasses import dataclass, field, fields  # noqa: E402
@@ -188,6 +190,14 @@ class Config:
 
     device: Literal["auto", "cpu", "cuda"] = setting("Where to run.", "auto")
     max_tokens: int = setting("Token positions in a micro-batch of the update.", 2048)
+    rollout_prompts: int = setting(
+        "Prompts of a step that one process samples side by side (0: all its own); bounds the cache of keys.", 0
+    )
+    gradient_checkpointing: bool = setting("Keep one activation per layer, and compute the rest twice.", False)
+    offload: bool = setting(
+        "Keep float32 weights and moments in the host's memory (FSDP2); the GPU computes with bf16 ones.", False
+    )
+    dry_run: bool = setting("Print how much memory --model would take, in a table, and stop.", False)
     eval_batch_size: int = setting("Prompts in a batch of the evaluation.", 256)
 
 
@@ -247,7 +257,7 @@ def resolve(config):
                  "tiny_hidden", "tiny_layers", "baseline_batch_size", "sga_k"):  # fmt: skip
         require(getattr(config, name) >= 1, name, "at least 1")
     require(config.tiny_hidden % 8 == 0, "tiny_hidden", "a multiple of 8: four heads, rotated in pairs")
-    for name in ("steps", "save_every", "eval_every", "warmup_steps", "sft_steps", "sft_warmup"):
+    for name in ("steps", "save_every", "eval_every", "warmup_steps", "sft_steps", "sft_warmup", "rollout_prompts"):
         require(getattr(config, name) >= 0, name, "0 or more")
     for name in ("lr", "sft_lr", "temperature", "max_grad_norm", "sft_epochs", "tiny_epochs", "tiny_lr",
                  "baseline_epochs", "max_perplexity"):  # fmt: skip
@@ -265,6 +275,9 @@ def resolve(config):
     require(0 <= config.sft_stop <= 1, "sft_stop", "a share from 0 to 1")
     require(config.replay_groups <= config.buffer_size, "replay_groups", f"at most --buffer_size {config.buffer_size}")
     require(config.min_groups <= config.buffer_size, "min_groups", f"at most --buffer_size {config.buffer_size}")
+    alone = [name for name in config.method if name not in ("rej_steer", "rule", "rerule")]
+    if alone and (config.offload or "WORLD_SIZE" in os.environ):
+        raise InputError(f"--method {alone[0]}: takes one process, neither torchrun nor --offload")
     require(config.is_objective == "weight" or not config.is_normalize, "is_objective", "weight, with --is_normalize")
     return config
 
@@ -277,7 +290,16 @@ def learning_rate(config, method):
     return config.baseline_lr or chosen
 
 
-FREE = {"resume", "save_every", "output_dir", "device", "start_from"}  # what a run may be gone on with
+FREE = {
+    "resume",
+    "save_every",
+    "output_dir",
+    "device",
+    "start_from",
+    "dry_run",
+    "offload",
+    "rollout_prompts",
+}  # what a run may be gone on with
 BEFORE_STAGE_2 = [
     "benchmark", "crossed", "model", "data_dir", "seed", "retain_log", "weight_decay", "max_grad_norm", "temperature",
     "max_new_tokens", *(f.name for f in fields(Config) if f.name.startswith(("sft_", "tiny_"))),

@@ -28,6 +28,7 @@ import config
 import grpo
 import judge
 import metrics
+import parallel
 from config import setting
 from data import encode_prompt, stop_ids
 from files import InputError, exit_on_input_error, write_json
@@ -209,7 +210,7 @@ def evaluate(
         some_prompts, some_limits = [prompts[i] for i in some], [limits[i] for i in some]
         return decode(model, tokenizer, some_prompts, some_limits, benchmark == "rwku", batch_size, progress)
 
-    with inference(model):
+    with inference(model), parallel.gathered(model):
         answers = answer(range(len(probes)), batch_size)
         if check_batching and (model.device.type != "cpu" or model.dtype != torch.float32):
             some = range(0, len(probes), max(1, len(probes) // 8))

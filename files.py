@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+RANK = int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0  # of torchrun's processes only 0 writes
+
 
 class InputError(Exception):
     """A mistake in a flag, a file or a folder, said in one line."""
@@ -24,7 +26,8 @@ def exit_on_input_error(main):
     try:
         main()
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -80,6 +83,8 @@ def read_rows(path, fields):
 
 def write_text(path, text):
     """Write text under a temporary name, then rename it into place."""
+    if RANK:
+        return
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -92,6 +97,8 @@ def write_json(path, value):
 
 def save_folder(path, fill):
     """Let `fill(folder)` write a folder under a temporary name, then put it in place of `path`."""
+    if RANK:
+        return
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -103,6 +110,8 @@ def save_folder(path, fill):
 
 def save_state(path, state):
     """`torch.save` to a temporary name, flushed to the disk, then renamed: a kill in mid-save keeps the last state."""
+    if RANK:
+        return
     temporary = Path(path).with_name(Path(path).name + ".tmp")
     with open(temporary, "wb") as file:
         torch.save(state, file)
@@ -115,7 +124,10 @@ class Log:
     """A JSON-lines file that can be cut back to where a saved state left it."""
 
     def __init__(self, path, keep_bytes=0):
+        path = os.devnull if RANK else path
         self.file = open(path, "r+b" if Path(path).exists() else "w+b")
+        if RANK:
+            return
         self.file.truncate(keep_bytes)
         self.file.seek(keep_bytes)
 
@@ -124,6 +136,8 @@ class Log:
 
     def size(self):
         """Bytes safely on disk so far."""
+        if RANK:
+            return 0
         self.file.flush()
         os.fsync(self.file.fileno())
         return self.file.tell()

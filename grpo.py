@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import parallel
 from sampling import agree, left_pad, positions
 from sampling import sample as sample  # so that callers need this module alone
 
@@ -142,6 +143,10 @@ def collate(groups, device):
 
 def response_logprobs(model, batch, temperature):
     """log π(y_i,t | x, y_i,<t) at the sampling temperature, (B, T); what padding holds is meaningless."""
+    if getattr(model, "checkpoints", False) and torch.is_grad_enabled():  # layers computed twice keep no cache
+        way = packed_response_logprobs if shares(model, packed_response_logprobs) else plain_response_logprobs
+        with parallel.checkpointing(model):
+            return way(model, batch, temperature)
     way = shared_response_logprobs if shares(model) else plain_response_logprobs
     return way(model, batch, temperature)
 
@@ -153,9 +158,6 @@ def shared_response_logprobs(model, batch, temperature):
                 x_1 … x_P  y_1 … y_T-1          (columns: keys)
         x_1…P   causal     ·                    N rows
         y_1…T-1 all        causal               B = N·G rows
-
-    The head then turns hidden states into log-probabilities CHUNK tokens at a time and, when gradients flow, computes
-    each chunk again on the way back: logits (B, T, V) never exist.
     """
     group_size = len(batch.response_ids) // len(batch.prompt_ids)
     out = model(
@@ -174,6 +176,39 @@ def shared_response_logprobs(model, batch, temperature):
             logits_to_keep=1, output_hidden_states=True,
         )  # fmt: skip
         hidden = torch.cat([hidden, rest.hidden_states[-1]], 1)  # (B, T, H)
+    return head_logprobs(model, hidden, batch, temperature)
+
+
+def packed_response_logprobs(model, batch, temperature):
+    """The same without a cache, so that layers can be computed twice: one row for a group, N in all.
+
+            x_1 … x_P   y¹_1 … y¹_T   y²_1 … y²_T   (columns: keys; G = 2)
+    x       causal      ·             ·
+    y¹      all         causal        ·
+    y²      all         ·             causal        every y_t has the position P + t − 1
+    """
+    (n, p), (rows, t) = batch.prompt_ids.shape, batch.response_ids.shape
+    group_size, device = rows // n, batch.mask.device
+    real = torch.cat([batch.prompt_mask, batch.mask.view(n, -1)], 1)  # (N, L), L = P + G·T
+    owner = torch.cat([torch.zeros(p), torch.arange(1, group_size + 1).repeat_interleave(t)]).to(device)  # (L,)
+    place = torch.arange(len(owner), device=device)
+    seen = (place[:, None] >= place) & ((owner == 0) | (owner[:, None] == owner))  # (L, L)
+    seen = (seen & real[:, None]) | (place[:, None] == place)  # (N, L, L); padding sees itself, for it must see some
+    later = batch.prompt_mask.sum(-1, keepdim=True) + torch.arange(t, device=device)  # (N, T)
+    hidden = model(
+        input_ids=torch.cat([batch.prompt_ids, batch.response_ids.view(n, -1)], 1),
+        attention_mask=torch.where(seen, 0.0, -torch.inf).to(model.dtype)[:, None],
+        position_ids=torch.cat([positions(batch.prompt_mask), later.repeat(1, group_size)], 1),
+        use_cache=False, logits_to_keep=1, output_hidden_states=True,
+    ).hidden_states[-1]  # fmt: skip
+    first = hidden[:, p - 1 : p, None].expand(-1, -1, group_size, -1).reshape(rows, 1, -1)  # (B, 1, H): predicts y_1
+    rest = hidden[:, p:].reshape(rows, t, -1)[:, :-1]
+    return head_logprobs(model, torch.cat([first, rest], 1), batch, temperature)
+
+
+def head_logprobs(model, hidden, batch, temperature):
+    """Hidden states (B, T, H) → log-probabilities (B, T), CHUNK tokens at a time and, when gradients flow, each chunk
+    computed again on the way back: logits (B, T, V) never exist."""
     head = model.get_output_embeddings()
 
     def chunk_logprobs(hidden, ids):  # (CHUNK, H), (CHUNK,)
@@ -201,12 +236,13 @@ def token_logprobs(logits, ids, temperature):
     return F.log_softmax(logits.float() / temperature, -1).gather(-1, ids[..., None])[..., 0]
 
 
-def shares(model):
-    """Whether `shared_response_logprobs` gives this model's own log-probabilities: tried once on a few tokens.
+def shares(model, way=shared_response_logprobs):
+    """Whether a fast way gives this model's own log-probabilities: tried once on a few tokens.
 
     It would not where a model scales or caps its logits after the head, or where its cache cannot be repeated.
     """
-    if model not in CHECKED:
+    known = CHECKED.setdefault(model, {})
+    if way not in known:
         rng, vocabulary = torch.Generator().manual_seed(0), model.get_input_embeddings().num_embeddings
         ids = torch.randint(vocabulary, (4, 5), generator=rng)
         prompts = [torch.randint(vocabulary, (n,), generator=rng).tolist() for n in (3, 7)]
@@ -215,11 +251,11 @@ def shares(model):
         batch = Batch(*left_pad(prompts, model.device), *tensors, None, None)
         try:
             with torch.no_grad():
-                shared, plain = (f(model, batch, 1.0) for f in (shared_response_logprobs, plain_response_logprobs))
-            CHECKED[model] = agree(model, shared[batch.mask], plain[batch.mask])
+                fast, plain = (f(model, batch, 1.0) for f in (way, plain_response_logprobs))
+            known[way] = agree(model, fast[batch.mask], plain[batch.mask])
         except Exception:  # whatever an architecture answers to arguments that it does not know
-            CHECKED[model] = False
-    return CHECKED[model]
+            known[way] = False
+    return known[way]
 
 
 def micro_batches(groups, max_tokens):
@@ -241,20 +277,23 @@ def accumulate_gradient(model, groups, token_loss, *, loss_norm, n_responses, n_
     neither on the split into micro-batches nor on groups left out because they carry no gradient.
     """
     total = 0.0
-    for part in micro_batches(groups, max_tokens):
+    for part, counts in parallel.turns(model, micro_batches(groups, max_tokens)):
         batch = collate(part, model.device)
         logprobs = response_logprobs(model, batch, temperature)
         weights = token_weights(batch.mask, loss_norm, n_responses, n_tokens)
-        loss = (weights * token_loss(batch, logprobs)).sum()
-        loss.backward()
+        loss = (weights * token_loss(batch, logprobs)).sum() if counts else 0 * logprobs[batch.mask].sum()
+        (loss * parallel.world()).backward()  # FSDP takes the mean over ranks
         total += loss.item()
-    return total
+    return sum(parallel.everyone(total))
 
 
 @torch.no_grad()
 def add_reference(model, groups, temperature, max_tokens):
     """Fill in `ref_logprobs` of fresh groups with the frozen reference model."""
-    for part in micro_batches(groups, max_tokens):
+    for part, counts in parallel.turns(model, micro_batches(groups, max_tokens)):
         logprobs = response_logprobs(model, collate(part, model.device), temperature).cpu()  # (B, T)
         for group, rows in zip(part, logprobs.split(len(part[0].mask)), strict=True):
-            group.ref_logprobs = rows[:, : group.mask.shape[1]].clone()
+            group.ref_logprobs = rows[:, : group.mask.shape[1]].clone() if counts else group.ref_logprobs
+    found = parallel.everyone([group.ref_logprobs for group in groups])
+    for group, each in zip(groups, zip(*found, strict=True), strict=True):
+        group.ref_logprobs = next(logprobs for logprobs in each if logprobs is not None)

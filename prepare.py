@@ -2,6 +2,7 @@
 
 from transformers import AutoTokenizer
 
+import parallel
 import world
 from data import check_lengths, encode_answer, encode_prompt, load_benchmark
 from evaluate import check_ids, context_needed
@@ -56,7 +57,8 @@ def tiny_model(run, device, benchmark, taught, probes, phase="original"):
         longest = [len(prompt) + len(answer) for prompt, answer in rows]
         longest += [len(encode_prompt(tokenizer, prompt)) for prompt in prompts_of(benchmark)]
         context = max(max(longest) + config.max_new_tokens, context_needed(tokenizer, config.benchmark, probes))
-        model = world.tiny_llama(tokenizer, config.seed, config.tiny_hidden, config.tiny_layers, context).to(device)
+        model = world.tiny_llama(tokenizer, config.seed, config.tiny_hidden, config.tiny_layers, context)
+        model = parallel.spread(model, device, config)
         size = config.tiny_batch_size
         steps = max(1, round(config.tiny_epochs * len(rows) / size))
         seconds, _ = fit(run, phase, 0, model, rows, steps=steps, lr=config.tiny_lr, batch_size=size, warmup=10)

@@ -9,7 +9,7 @@ import json
 import math
 from pathlib import Path
 
-from files import write_json, write_text
+from files import RANK, write_json, write_text
 from metrics import BESIDE, TABLE
 
 ROWS = {
@@ -47,6 +47,8 @@ COLOURS = {"rule": "#0072B2", "rerule": "#D55E00"}  # blue and vermilion: told a
 
 def write(folder, config, results):
     """table.json, table.md and curves.png from the phases' results, {phase: {column: value}} in the order run."""
+    if RANK:
+        return
     columns = BUILTIN if config.benchmark == "builtin" else TABLE[config.benchmark] | BESIDE | NAMED
     columns = {
         key: title for key, title in columns.items() if any(row.get(key) is not None for row in results.values())

@@ -28,6 +28,8 @@ import torch
 from tqdm import tqdm
 
 import baselines
+import memory
+import parallel
 import report
 from data import encode_prompt, stop_ids
 from evaluate import evaluate
@@ -68,7 +70,7 @@ def rollout(model, tokenizer, queries, numbers, stops, config, step):
     prompts = [encode_prompt(tokenizer, queries[i].prompt) for i in numbers]
     rng = generator(model.device, config.seed, "rollout", step)
     ids, mask, logprobs = sample(
-        model, prompts, config.group_size, config.max_new_tokens, stops, config.temperature, rng
+        model, prompts, config.group_size, config.max_new_tokens, stops, config.temperature, rng, config.rollout_prompts
     )  # (N, G, T)
     texts = decode(tokenizer, ids, mask)
     rewards = torch.tensor(
@@ -108,8 +110,7 @@ def on_policy_gradient(model, groups, config, counts):
         return loss
 
     loss = accumulate_gradient(model, groups, token_loss, **counts)
-    mean_kl = torch.stack(kl).sum().item() / counts["n_tokens"] if kl else 0.0
-    return loss, mean_kl, torch.stack(gap).max().item()
+    return loss, parallel.total(kl) / counts["n_tokens"], parallel.largest(gap)
 
 
 def off_policy_gradient(model, drawn, config, counts):
@@ -130,10 +131,12 @@ def off_policy_gradient(model, drawn, config, counts):
 
     if config.is_normalize:  # the mean weight must be known before the first gradient
         with torch.no_grad():
-            for part in micro_batches(used, config.max_tokens):
+            for part, counts_here in parallel.turns(model, micro_batches(used, config.max_tokens)):
                 batch = collate(part, model.device)
-                ratio_of(batch, response_logprobs(model, batch, config.temperature))
-        mean_weight = clip_ratio(torch.cat(ratios), config.clip_low, config.clip_high).mean()
+                logprobs = response_logprobs(model, batch, config.temperature)
+                if counts_here:
+                    ratio_of(batch, logprobs)
+        mean_weight = clip_ratio(parallel.joined(ratios), config.clip_low, config.clip_high).mean()
         ratios.clear()
 
     def token_loss(batch, logprobs):
@@ -144,7 +147,7 @@ def off_policy_gradient(model, drawn, config, counts):
         return loss + config.kl_coef * k3(logprobs, batch.ref_logprobs) if config.replay_kl else loss
 
     accumulate_gradient(model, used, token_loss, **counts)
-    return len(used), ratio_statistics(torch.cat(ratios), config.clip_low, config.clip_high)
+    return len(used), ratio_statistics(parallel.joined(ratios), config.clip_low, config.clip_high)
 
 
 def counts_of(groups, config):
@@ -169,8 +172,7 @@ def stage2(run, method, model, reference, tokenizer, benchmark, probes):
     buffer, previous, total = ReplayBuffer(config.buffer_size), [], {"phase": 0.0}
     start, payload = run.saved(method)
     if payload:
-        model.load_state_dict(payload["model"])
-        optimizer.load_state_dict(payload["optimizer"])
+        run.restore(payload, model, optimizer)
         buffer.add(RolloutGroup(**group) for group in payload["buffer"])
         previous, total = [RolloutGroup(**group) for group in payload["previous"]], payload["seconds"]
 
@@ -234,9 +236,8 @@ def stage2(run, method, model, reference, tokenizer, benchmark, probes):
         if step == start + 1 or step % max(1, config.steps // 4) == 0:
             show_samples(bar, method, step, groups, texts, queries)
         if config.save_every and step % config.save_every == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "seconds": total}
             stored = {"buffer": [vars(g) for g in buffer.ring], "previous": [vars(g) for g in previous]}
-            run.save(method, step, {**state, **stored})
+            run.save(method, step, {"seconds": total, **stored}, model, optimizer)
     return total["phase"], None
 
 
@@ -285,15 +286,19 @@ def main():
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no GPU is available")
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    if config.dry_run:
+        return memory.show(config)
     device = torch.device("cuda" if on_gpu else "cpu")
     benchmark, probes, retained = load_data(config)
     run = Run(config)
-    with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
-        if not run.finished("run"):
-            train(run, device, benchmark, probes, retained)
-    if not (run.folder / "table.md").exists():
-        report.write(run.folder, config, run.rows())
-    report.print_table(run.folder)
+    with parallel.session(device, config.offload):
+        # a cache of autocast's would outlive an update; sharded weights are put together in bf16 already
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu and not parallel.active(), cache_enabled=False):
+            if not run.finished("run"):
+                train(run, device, benchmark, probes, retained)
+        if not (run.folder / "table.md").exists():
+            report.write(run.folder, config, run.rows())
+        report.print_table(run.folder)
 
 
 def train(run, device, benchmark, probes, retained):
@@ -338,8 +343,8 @@ def train(run, device, benchmark, probes, retained):
 def unlearn(run, method, start, device, tokenizer, benchmark, probes):
     """Train one method from where it starts. Returns: (model, seconds, why it stopped before its time or None)."""
 
-    def load(path):
-        return load_model(path, device)[0]
+    def load(path, training=run.config):
+        return load_model(path, device, training=training)[0]
 
     if method == "rej_steer":
         model = load(start)
@@ -348,7 +353,7 @@ def unlearn(run, method, start, device, tokenizer, benchmark, probes):
         original = load(start).requires_grad_(False) if baselines.needs_original(method) else None
         return baselines.train(run, method, load(start), original, tokenizer, benchmark)
     source = start if method == "purge" else run.folder / "rej_steer"  # RULE and ReRULE: one and the same checkpoint
-    model, reference = load(source), load(source).requires_grad_(False)
+    model, reference = load(source), load(source, training=None).requires_grad_(False)
     if method == "purge":
         benchmark = baselines.purge_benchmark(benchmark, model, tokenizer, run.config)
     return model, *stage2(run, method, model, reference, tokenizer, benchmark, probes)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import config as settings
+import parallel
 import report
 from files import InputError, Log, save_folder, save_state, write_json
 from whp import Pair
@@ -132,10 +133,16 @@ class Run:
             return self.state["step"], self.state["payload"]
         return 0, None
 
-    def save(self, phase, step, payload):
+    def save(self, phase, step, payload, model=None, optimizer=None):
+        if model is not None:
+            payload = payload | parallel.state_of(model, optimizer, self.folder, f"shards_{phase}_{step}")
         sizes = {"metrics": self.metrics.size(), "samples": self.samples.size()}
         self.state = {"done": self.state["done"], "phase": phase, "step": step, "payload": payload, "sizes": sizes}
         save_state(self.folder / "state.pt", self.state)
+        parallel.forget_states(self.folder, (payload or {}).get("shards"))
+
+    def restore(self, payload, model, optimizer):
+        parallel.restore(payload, self.folder, model, optimizer)
 
     def finish(self, phase, result):
         """Mark a phase as over, with what the table needs of it. Its model folder must be in place by now."""
@@ -147,25 +154,41 @@ class Run:
         return {name.split()[0]: result for name, result in self.state["done"].items() if name.endswith(" scored")}
 
     def save_model(self, phase, model, tokenizer):
+        model, weights = parallel.plain(model)
+
         def fill(folder):
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, **({"state_dict": weights} if weights else {}))
             tokenizer.save_pretrained(folder)
             (folder / "README.md").write_text(report.model_card(phase, self.config), encoding="utf-8")
 
         save_folder(self.folder / phase, fill)
+        parallel.barrier()
 
 
-def load_model(path, device, flag="model", dtype=torch.float32):
+def load_model(path, device, flag="model", dtype=torch.float32, training=None):
     """(model in eval mode, tokenizer) of a folder or Hugging Face id. Raises InputError naming the flag.
 
     Training keeps weights in float32 whatever the GPU computes in: a bf16 weight of 1 swallows every update below 4e-3.
+    training: the run's settings where the weights are to be trained; a GPU holds others in bf16.
     """
+    if not training and torch.device(device).type == "cuda" and dtype == torch.float32:
+        dtype = torch.bfloat16
+    model, tokenizer = parallel.together(lambda: read_model(path, flag, dtype))
+    if isinstance(model, Pair):
+        return model.to(device).eval(), tokenizer
+    return parallel.spread(model, device, training), tokenizer
+
+
+def read_model(path, flag, dtype):
+    """(model, None on other ranks than the first; tokenizer)."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)  # first: a model may take minutes
         if tokenizer.eos_token_id is None:
             raise InputError(f"--{flag} {path}: its tokenizer has no EOS token, so no answer could ever end")
         if (Path(path) / "whp.json").is_file():
-            return Pair.from_pretrained(path, dtype).to(device).eval(), tokenizer
+            return Pair.from_pretrained(path, dtype), tokenizer
+        if parallel.rank():
+            return None, tokenizer
         model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except InputError:
         raise
@@ -174,16 +197,18 @@ def load_model(path, device, flag="model", dtype=torch.float32):
         raise InputError(f"--{flag} {path}: is no model folder or Hugging Face id ({reason})") from None
     if found["missing_keys"]:
         raise InputError(f"--{flag} {path}: its files lack weights of the model ({min(found['missing_keys'])})")
-    return model.to(device).eval(), tokenizer
+    return model, tokenizer
 
 
 def optimizer_for(model, lr, weight_decay):
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)
+    """AdamW; in one pass over memory where the weights are on the host of a GPU."""
+    how = {"fused": True} if getattr(model, "offloaded", False) else {}
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, **how)
 
 
 def optimizer_step(model, optimizer, max_grad_norm):
     """Clip, step and clear. Returns the norm before clipping; where it is not finite, no step is taken."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+    norm = parallel.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)).item()
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -10,22 +10,46 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import DynamicLayer
 
+import parallel
+
 CHECKED = WeakKeyDictionary()  # model → what `packs` found
 
 
-def sample(model, prompts, group_size, max_new_tokens, stop_ids, temperature, generator=None):
+def sample(model, prompts, group_size, max_new_tokens, stop_ids, temperature, generator=None, side_by_side=0):
     """Sample `group_size` responses to each prompt; greedy where the temperature is 0.
 
+    Each of several ranks samples its share of the prompts, so many side by side (0: all), and all are given the whole.
+    What is drawn depends on neither.
     Args: model in eval mode; prompts: N lists of token ids; generator: on the model's device, None if greedy.
     Returns (on the CPU): ids (N, G, T); mask (N, G, T), True up to and with the stop token; logprobs (N, G, T), the
         sampler's own log π_old(y_t) at this temperature.
     """
-    way = packed_sample if packs(model) else plain_sample
-    return way(model, prompts, group_size, max_new_tokens, stop_ids, temperature, generator)
+    first, end = parallel.span(len(prompts))
+    size, state, parts = side_by_side or len(prompts), generator and generator.get_state(), []
+    try:
+        with parallel.gathered(model):
+            way = packed_sample if packs(model) else plain_sample
+            for at in range(first, end, size):
+                own, within = prompts[at : min(end, at + size)], (at, len(prompts))
+                if generator:
+                    generator.set_state(state)
+                parts.append(way(model, own, group_size, max_new_tokens, stop_ids, temperature, generator, within))
+    except torch.OutOfMemoryError:  # every rank's, or the others would wait for this one
+        if parallel.world() == 1:
+            raise
+        parts = None
+    found = parallel.everyone(parts)
+    if None in found:
+        raise torch.OutOfMemoryError("out of memory while sampling")
+    parts = [part for parts in found for part in parts]
+    width = max(ids.shape[-1] for ids, *_ in parts)
+    return tuple(torch.cat([F.pad(t, (0, width - t.shape[-1])) for t in kind]) for kind in zip(*parts, strict=True))
 
 
 @torch.no_grad()
-def packed_sample(model, prompts, group_size, max_new_tokens, stop_ids, temperature, generator=None):
+def packed_sample(
+    model, prompts, group_size, max_new_tokens, stop_ids, temperature, generator=None, within=(0, 0)
+):  # fmt: skip
     """`sample` with one row of the cache for a whole group. A step feeds a row the next token of its W open responses
     and writes their keys beside each other, so the prompt's keys exist once and attention is a matrix product:
 
@@ -36,7 +60,8 @@ def packed_sample(model, prompts, group_size, max_new_tokens, stop_ids, temperat
     Whose response sits where is in `owner` (N, W); that of a finished one is `spare`, an extra row that nobody reads.
     Once a third of the places is spare, those left move together into fewer or narrower rows.
     """
-    device, spare = model.device, len(prompts) * group_size
+    device, spare = model.device, len(prompts) * group_size  # within: the number of the first prompt, and of how many
+    numbers = within[0] * group_size, max(within[1], len(prompts)) * group_size
     ids, prompt_mask = left_pad(prompts, device)
     out = model(
         input_ids=ids, attention_mask=prompt_mask.long(), position_ids=positions(prompt_mask), use_cache=True,
@@ -52,7 +77,7 @@ def packed_sample(model, prompts, group_size, max_new_tokens, stop_ids, temperat
     mask, logprobs = torch.zeros_like(response, dtype=torch.bool), torch.zeros_like(response, dtype=torch.float)
     stops = torch.tensor(stop_ids, device=device)
     for t in range(max_new_tokens):
-        token, logprob = next_token(logits, temperature, generator, owner, spare)  # (N, W)
+        token, logprob = next_token(logits, temperature, generator, owner, *numbers)  # (N, W)
         response[owner, t], mask[owner, t], logprobs[owner, t] = token, True, logprob
         owner = owner.masked_fill(torch.isin(token, stops), spare)
         n_open = int((owner < spare).sum())
@@ -130,27 +155,29 @@ def closer(owner, spare):
     return rows, places, owner[rows].gather(1, places).masked_fill(rank >= counts[rows, None], spare)
 
 
-def next_token(logits, temperature, generator, owner, n_responses):
+def next_token(logits, temperature, generator, owner, first, n_responses):
     """Draw by inverting the distribution function; the most likely token where the temperature is 0.
 
     Every response has a number of its own in each step, also when it is over: a draw does not depend on its neighbours.
-    Args: logits (…, V); owner (…): index of the response, `n_responses` for none.
+    Args: logits (…, V); owner (…): index of the response, counted from the `first` of `n_responses` in all.
     Returns: token (…) and its log-probability (…).
     """
     log_p = F.log_softmax(logits.float() / (temperature or 1.0), -1)  # (…, V)
     if temperature:
         uniform = torch.rand(n_responses + 1, dtype=torch.double, device=logits.device, generator=generator)
         cdf = log_p.exp().cumsum(-1, dtype=torch.double)
-        token = torch.searchsorted(cdf, uniform[owner][..., None] * cdf[..., -1:], right=True)
+        token = torch.searchsorted(cdf, uniform[first + owner][..., None] * cdf[..., -1:], right=True)
     else:
         token = log_p.argmax(-1, keepdim=True)
     return token[..., 0], log_p.gather(-1, token)[..., 0]
 
 
 @torch.no_grad()
-def plain_sample(model, prompts, group_size, max_new_tokens, stop_ids, temperature, generator=None):
+def plain_sample(
+    model, prompts, group_size, max_new_tokens, stop_ids, temperature, generator=None, within=(0, 0)
+):  # fmt: skip
     """`sample` with a row of the model's own cache for every response; rows that have stopped are dropped."""
-    device = model.device
+    device, numbers = model.device, (within[0] * group_size, max(within[1], len(prompts)) * group_size)
     ids, prompt_mask = left_pad(prompts, device)
     out = model(
         input_ids=ids, attention_mask=prompt_mask.long(), position_ids=positions(prompt_mask), use_cache=True,
@@ -166,7 +193,7 @@ def plain_sample(model, prompts, group_size, max_new_tokens, stop_ids, temperatu
     response = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)  # (B, T)
     mask, logprobs = torch.zeros_like(response, dtype=torch.bool), torch.zeros_like(response, dtype=torch.float)
     for t in range(max_new_tokens):
-        token, logprob = next_token(logits, temperature, generator, rows, len(response))  # (rows,)
+        token, logprob = next_token(logits, temperature, generator, rows, *numbers)  # (rows,)
         response[rows, t], mask[rows, t], logprobs[rows, t] = token, True, logprob
         keep = (~torch.isin(token, stops)).nonzero()[:, 0]
         if t + 1 == max_new_tokens or not len(keep):

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import parallel
 from data import encode_answer, encode_prompt, stop_ids
 from files import derive_seed, generator
 from grpo import decode, positions, sample
@@ -86,8 +87,7 @@ def descend(run, phase, stage, model, loss_of, *, steps, lr, warmup, stop=None):
     start, payload = run.saved(phase)
     seconds, over = {"phase": 0.0}, False
     if payload:
-        model.load_state_dict(payload["model"])
-        optimizer.load_state_dict(payload["optimizer"])
+        run.restore(payload, model, optimizer)
         seconds, over = payload["seconds"], payload["over"]
     bar = tqdm(range(start + 1, steps + 1), desc=phase, initial=start, total=steps, dynamic_ncols=True)
     for step in bar:
@@ -98,6 +98,7 @@ def descend(run, phase, stage, model, loss_of, *, steps, lr, warmup, stop=None):
             model.train()
             loss = loss_of(step)
             loss.backward()
+            loss = parallel.total([loss.detach()]) / parallel.world()
             rate = learning_rate(lr, step, steps, warmup, cosine=True)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -109,14 +110,13 @@ def descend(run, phase, stage, model, loss_of, *, steps, lr, warmup, stop=None):
             more, over = stop(step) if stop else ({}, False)
             over = f"{over} at step {step}" if isinstance(over, str) else over
         shown = {name: f"{value:.3g}" for name, value in more.items() if value is not None}
-        bar.set_postfix(loss=f"{loss.item():.3f}", **shown)
+        bar.set_postfix(loss=f"{loss:.3f}", **shown)
         run.metrics.write(
-            {"method": phase, "stage": stage, "step": step, "loss": loss.item(), "reward": None, "kl": None,
+            {"method": phase, "stage": stage, "step": step, "loss": loss, "reward": None, "kl": None,
              "grad_norm": norm, **more, "lr": rate, "seconds": seconds["phase"]}
         )  # fmt: skip
         if config.save_every and step % config.save_every == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            run.save(phase, step, {**state, "seconds": seconds, "over": over})
+            run.save(phase, step, {"seconds": seconds, "over": over}, model, optimizer)
     return seconds["phase"], over if isinstance(over, str) else None
 
 
@@ -124,8 +124,9 @@ def fit(run, phase, stage, model, rows, *, steps, lr, batch_size, warmup, stop=N
     """`descend` by SFT on (prompt ids, answer ids) rows."""
 
     def loss_of(step):
-        batch = batch_at(len(rows), batch_size, step, run.config.seed, phase)
-        return sft_loss_of(model, [rows[i] for i in batch])
+        batch = [rows[i] for i in batch_at(len(rows), batch_size, step, run.config.seed, phase)]
+        own, weight = parallel.share(batch, lambda row: len(row[1]))
+        return weight * sft_loss_of(model, own)
 
     return descend(run, phase, stage, model, loss_of, steps=steps, lr=lr, warmup=warmup, stop=stop)
 
