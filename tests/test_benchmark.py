@@ -54,7 +54,7 @@ def test_the_steps_are_the_drivers(monkeypatch, capsys):
     monkeypatch.setattr(rerule, "sample", lambda *args: calls.append(args) or sample(*args))
     printed(capsys)
     assert len(calls) == 3  # the warm-up step and both timed ones
-    _, prompts, group_size, longest, _, temperature, _ = calls[0]
+    _, prompts, group_size, longest, _, temperature, *_ = calls[0]
     assert (len(prompts), group_size, longest, temperature) == (4, 8, 24, 1.0)
     assert all(len(prompt) == 12 for prompt in prompts)
 
