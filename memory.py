@@ -95,9 +95,7 @@ def plan(counted, config, ranks, on_gpu):
     found["activations"] = (kept[config.gradient_checkpointing], 0)
     sampling = 24 * rows * vocabulary  # logits, their log-softmax, its exponential and its sum in double
     update = 14 * CHUNK * vocabulary + ((4 + half) * together if fsdp else 0)
-    if (
-        not config.gradient_checkpointing
-    ):  # the prompt's pass and the responses' each have a gradient, summed at the end
+    if not config.gradient_checkpointing:  # the prompt's and the responses' pass have a gradient each until the end
         update += (half if fsdp else 4) * n
     found["in passing"] = (max(sampling, update), 0)
     rollout = found["KV cache"][0] + sampling
