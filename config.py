@@ -290,16 +290,8 @@ def learning_rate(config, method):
     return config.baseline_lr or chosen
 
 
-FREE = {
-    "resume",
-    "save_every",
-    "output_dir",
-    "device",
-    "start_from",
-    "dry_run",
-    "offload",
-    "rollout_prompts",
-}  # what a run may be gone on with
+# what a run may be gone on with
+FREE = {"resume", "save_every", "output_dir", "device", "start_from", "dry_run", "offload", "rollout_prompts"}
 BEFORE_STAGE_2 = [
     "benchmark", "crossed", "model", "data_dir", "seed", "retain_log", "weight_decay", "max_grad_norm", "temperature",
     "max_new_tokens", *(f.name for f in fields(Config) if f.name.startswith(("sft_", "tiny_"))),

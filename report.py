@@ -79,6 +79,8 @@ def cell(value):
 
 def print_table(folder):
     """The table on a terminal: one line a column, one column a row of the table, so that it fits any window."""
+    if RANK:
+        return
     text = (folder / "table.md").read_text(encoding="utf-8")
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     header, rows = lines[0], lines[2:]
