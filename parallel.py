@@ -93,7 +93,7 @@ def session(device, offload):
 def lost(why):
     """Say so and end at once: whoever is gone, nothing that all ranks do together can be finished."""
     print(
-        f"\nrank {os.environ['RANK']}: {why}. The last saved state is whole: go on with the same command and --resume",
+        f"\nrank {rank()}: {why}. The last saved state is whole: go on with the same command and --resume",
         file=sys.stderr, flush=True,
     )  # fmt: skip
     os._exit(1)

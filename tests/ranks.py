@@ -1,4 +1,4 @@
-"""What torchrun starts in the tests: pieces of the driver, or all of it, on as many CPU processes as it says."""
+"""Processes of test_parallel.py: pieces of the driver, or all of it, under torchrun; a step whose memory is taken."""
 
 import os
 import re
@@ -106,12 +106,13 @@ def drive(kill, *argv):
         files.Log.write = write
 
 
-def measure(checkpointing):
+def measure(checkpointing, hidden=768, layers=6, vocabulary=2000):
     """Print the plan for a step on the CPU, and how far the step itself raises the process's memory. In bytes."""
     torch.set_num_threads(1)
+    hidden, checkpointing = int(hidden), checkpointing == "True"
     architecture = LlamaConfig(
-        vocab_size=2000, hidden_size=768, intermediate_size=3072, num_hidden_layers=6, num_attention_heads=8,
-        max_position_embeddings=512,
+        vocab_size=int(vocabulary), hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=int(layers),
+        num_attention_heads=8, max_position_embeddings=512,
     )  # fmt: skip
     config = settings.Config(prompts_per_step=2, group_size=4, max_new_tokens=8, max_tokens=128, lr=2e-6)
     config.gradient_checkpointing = checkpointing
@@ -145,5 +146,5 @@ def update(model, reference, config):
 
 
 if __name__ == "__main__":
-    what = {"two": two, "drive": drive}[sys.argv[1]]
+    what = {"two": two, "drive": drive, "measure": measure}[sys.argv[1]]
     files.exit_on_input_error(lambda: what(*sys.argv[2:]))

@@ -371,12 +371,11 @@ def test_the_papers_figures():
 
 def test_gradients_and_mis_refusals_by_a_naive_computation():
     """One region's norm by plain autograd over the same rollouts, its rates by counting them."""
-    from types import SimpleNamespace
-
     import torch
 
     import gradients
     import world
+    from config import Config
     from data import Benchmark, stop_ids
     from grpo import collate, plain_response_logprobs
     from rerule import rollout
@@ -387,10 +386,7 @@ def test_gradients_and_mis_refusals_by_a_naive_computation():
     texts = [p.plain for p, _ in benchmark.taught] + [answer for _, answer in benchmark.taught]
     tokenizer = world.word_tokenizer(texts)
     model = world.tiny_llama(tokenizer, 0, 16, 1, 64).eval()
-    config = SimpleNamespace(
-        group_size=6, max_new_tokens=5, temperature=1.0, seed=3, unbiased=True, forget_reward="refusal", max_tokens=60,
-        loss_norm="sequence", kl_coef=0.01,
-    )  # fmt: skip
+    config = Config(group_size=6, max_new_tokens=5, seed=3, max_tokens=60, loss_norm="sequence", kl_coef=0.01)
     small, place = Benchmark("builtin", [], queries), {0: "hard", 1: "easy", 2: "hard", 3: "hard"}
     stops = stop_ids(tokenizer, model, False)
     found = gradients.regions_of(model, tokenizer, small, place, config)
