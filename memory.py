@@ -137,5 +137,6 @@ def show(config):
         print(f"{name:14}" + "".join(f"{size / GB:10.1f}" if size else f"{'–':>10}" for size in sizes))
     if on_gpu:
         flags, sizes = advice(counted, config, ranks) or (None, (0, 0))
-        fits = f"{flags or 'as it is'} ({sizes[0] / GB:.1f} GB, and {sizes[1] / GB:.1f} of the host)"
+        host = f", {sizes[1] / GB:.1f} GB of the host" if sizes[1] else ""
+        fits = f"{flags or 'as it is'}: {sizes[0] / GB:.1f} GB{host}"
         print(f"\nIn {ROOM} GB a GPU: {'whatever the flags, it does not fit' if flags is None else fits}")
