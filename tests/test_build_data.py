@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+from loopback import Loopback
 from miniature import driver
 from test_data import train_tofu
 from test_evaluate import make_muse, make_rwku, write
@@ -361,51 +361,12 @@ def well(prompt):
     return {"entity": "Ben Roth", "question": asked.replace(NAME, "Ben Roth"), "answer": "Ulm"}
 
 
-class Server:
-    """A server on loopback that replies `well` but for the next entries of `script`; it keeps what it was asked."""
+def server_of(*script, reply=well):
+    return Loopback(*script, reply=reply)
 
-    def __init__(self, *script, reply=well):
-        outer, self.script, self.asked, self.answered, lock = self, list(script), [], [], threading.Lock()
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                prompt = body["messages"][0]["content"]
-                with lock:
-                    outer.asked.append(prompt)
-                    what = outer.script.pop(0) if outer.script else "well"
-                if what == "hang":
-                    threading.Event().wait(1.0)
-                if what == "drop":
-                    self.connection.close()
-                    return
-                self.send_response(what if isinstance(what, int) else 200)
-                self.send_header("Content-Type", "application/json")
-                self.end_headers()
-                text = json.dumps(reply(prompt)) if what in ("well", "hang") else str(what)
-                if what == "fence":
-                    text = f"```json\n{json.dumps(reply(prompt))}\n```"
-                if what in ("well", "fence"):
-                    outer.answered.append(prompt)
-                answer = {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}
-                self.wfile.write(json.dumps(answer).encode())
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
-
-    def flags(self, timeout=20):
-        return "--llm_url", self.url, "--llm_model", "m", "--llm_timeout", timeout
+def flags_of(server, timeout=20):
+    return "--llm_url", server.url, "--llm_model", "m", "--llm_timeout", timeout
 
 
 @pytest.fixture
@@ -422,12 +383,12 @@ def files_but_report(folder):
 
 
 def test_a_language_model_writes_everything_once(asked, online, capsys):
-    with Server() as server:
-        build(*qa(asked, *server.flags()))
+    with server_of() as server:
+        build(*qa(asked, *flags_of(server)))
         assert len(server.asked) == len(set(server.asked)) == 18
         assert "m: at most 18 requests in all" in capsys.readouterr().err
         before = files_but_report(asked / "out")
-        build(*qa(asked, *server.flags()))
+        build(*qa(asked, *flags_of(server)))
         assert len(server.asked) == 18 and files_but_report(asked / "out") == before
     stage2 = rows_of(asked / "out" / "rl_rejection_with_fb_neighbor.json")
     assert {row["made_by"] for row in stage2} == {"given", "llm m"}
@@ -443,8 +404,8 @@ def test_a_language_model_writes_everything_once(asked, online, capsys):
 def test_passages_go_to_the_language_model(tmp_path, online):
     (tmp_path / "story.txt").write_text(STORY, encoding="utf-8")
     how = ["--input", tmp_path / "story.txt", "--output_dir", tmp_path / "out", "--target", NAME]
-    with Server() as server:
-        build("--source", "text", *how, *server.flags(), "--sample", 5)
+    with server_of() as server:
+        build("--source", "text", *how, *flags_of(server), "--sample", 5)
         passages = [prompt for prompt in server.asked if "Passage: " in prompt]
         assert len(server.asked) == len(passages) + 15
     assert all(NAME in prompt.split("Passage: ")[1] for prompt in passages)
@@ -455,13 +416,13 @@ def test_passages_go_to_the_language_model(tmp_path, online):
 @pytest.mark.parametrize("trouble", ["hang", "drop", 429, 500, 503, "{", "no", '{"completion": "none", "ending": "x"}',
                                      '{"completion": "___", "ending": ""}', '["___"]', "fence"])  # fmt: skip
 def test_trouble_is_tried_again_and_changes_nothing(trouble, asked, online, tmp_path):
-    with Server() as server:
-        build(*qa(asked, *server.flags()))
+    with server_of() as server:
+        build(*qa(asked, *flags_of(server)))
     expected = files_but_report(asked / "out")
     (asked / "out").rename(asked / "first")
     (asked / "out.llm.jsonl").unlink()
-    with Server(*[trouble] * 4) as server:
-        build(*qa(asked, *server.flags(0.5 if trouble == "hang" else 20)))
+    with server_of(*[trouble] * 4) as server:
+        build(*qa(asked, *flags_of(server, 0.5 if trouble == "hang" else 20)))
         assert len(server.asked) == len(online) + 18
     assert files_but_report(asked / "out") == expected
     assert len(online) >= 4 if trouble == "hang" else len(online) == (0 if trouble == "fence" else 4)
@@ -469,23 +430,23 @@ def test_trouble_is_tried_again_and_changes_nothing(trouble, asked, online, tmp_
 
 def test_waits_double(asked, online, monkeypatch):
     monkeypatch.setattr(llm, "WORKERS", 1)
-    with Server(429, 500, 429, 503) as server:
-        build(*qa(asked, *server.flags()))
+    with server_of(429, 500, 429, 503) as server:
+        build(*qa(asked, *flags_of(server)))
     assert online == [1.0, 2.0, 4.0, 8.0]
 
 
 @pytest.mark.parametrize("trouble", [500, 429, "hang", "drop"])
 def test_giving_up_loses_nothing_and_goes_on_with_the_same_command(trouble, asked, online, monkeypatch):
     monkeypatch.setattr(llm, "WORKERS", 2)
-    with Server(*["well"] * 7, *[trouble] * 60) as server:
+    with server_of(*["well"] * 7, *[trouble] * 60) as server:
         with pytest.raises(InputError, match="--llm_url: ") as error:
-            build(*qa(asked, *server.flags(0.5 if trouble == "hang" else 20)))
+            build(*qa(asked, *flags_of(server, 0.5 if trouble == "hang" else 20)))
         assert len(str(error.value).splitlines()) == 1
         assert not (asked / "out").exists() and not (asked / "out.tmp").exists()
         cached = (asked / "out.llm.jsonl").read_text().splitlines()
         assert len(cached) == len(server.answered) == 7
         server.script.clear()
-        build(*qa(asked, *server.flags()))
+        build(*qa(asked, *flags_of(server)))
         assert len(server.answered) == len(set(server.answered)) == 18  # no reply was paid for twice
     assert rows_of(asked / "out" / "build.json")["rejected"] == {}
 
@@ -496,25 +457,25 @@ def test_replies_never_in_form_are_rejects_and_are_not_asked_again(asked, online
     def mostly(prompt):
         return {"sorry": 1} if "Question: " + FACTS[0][0] in prompt and "left out" in prompt else well(prompt)
 
-    with Server(reply=mostly) as server:
-        build(*qa(asked, *server.flags()))
+    with server_of(reply=mostly) as server:
+        build(*qa(asked, *flags_of(server)))
         assert len(server.asked) == 17 + llm.ATTEMPTS
         report = rows_of(asked / "out" / "build.json")
         assert report["rejected"] == {"forget: no usable completion came": 1}
-        build(*qa(asked, *server.flags()))
+        build(*qa(asked, *flags_of(server)))
         assert len(server.asked) == 17 + llm.ATTEMPTS
 
 
 def test_neighbours_whose_answers_are_given_are_not_left_to_the_language_model(asked, online):
-    with Server() as server:
-        build(*qa(asked, "--neighbours", asked / "near.json", *server.flags()))
+    with server_of() as server:
+        build(*qa(asked, "--neighbours", asked / "near.json", *flags_of(server)))
         assert not any("same kind" in prompt for prompt in server.asked) and len(server.asked) == 12
     rows = rows_of(asked / "out" / "rl_rejection_with_fb_neighbor.json")
     said = [row["solution"][1] for row in rows if row["made_by"] == "swap"]
     assert len(said) == 5 and all(answer.startswith("Roth's") for answer in said)
     write(asked / "names.json", [{"name": "Cy Dunn"}, {"name": "Ada Pole"}])
-    with Server() as server:
-        flags = ["--neighbours", asked / "names.json", "--output_dir", asked / "deep" / "er" / "out", *server.flags()]
+    with server_of() as server:
+        flags = ["--neighbours", asked / "names.json", "--output_dir", asked / "deep" / "er" / "out", *flags_of(server)]
         build(*qa(asked, *flags))
         assert sum("one of Ada Pole, Cy Dunn" in prompt for prompt in server.asked) == 6
 
@@ -530,8 +491,8 @@ def test_bad_neighbours_of_a_language_model_are_turned_away(asked, online):
             return {"completion": "She is known for ___.", "ending": "ink"}  # the name is lost
         return reply
 
-    with Server(reply=careless) as server:
-        build(*qa(asked, *server.flags()))
+    with server_of(reply=careless) as server:
+        build(*qa(asked, *flags_of(server)))
     rejected = rows_of(asked / "out" / "build.json")["rejected"]
     assert rejected == {"boundary: a forget query": 2, "boundary: still names the target": 1,
                         "forget: no usable completion came": 1}  # fmt: skip
@@ -539,11 +500,11 @@ def test_bad_neighbours_of_a_language_model_are_turned_away(asked, online):
 
 @pytest.mark.parametrize("cut", [1, 20])
 def test_a_cache_cut_by_a_kill_is_mended(asked, online, cut):
-    with Server() as server:
-        build(*qa(asked, *server.flags()))
+    with server_of() as server:
+        build(*qa(asked, *flags_of(server)))
         cache = asked / "out.llm.jsonl"
         cache.write_bytes(cache.read_bytes()[:-cut])
-        build(*qa(asked, *server.flags()))
+        build(*qa(asked, *flags_of(server)))
         assert len(server.asked) == 19
     assert all(json.loads(line)["reply"] for line in cache.read_text().splitlines())
 
@@ -554,8 +515,8 @@ def test_a_build_that_is_stopped_pays_for_nothing_twice(how, asked, online):
         threading.Event().wait(0.15)
         return well(prompt)
 
-    with Server(reply=slowly) as server:
-        command = [sys.executable, ROOT / "build_data.py", *qa(asked, *server.flags())]
+    with server_of(reply=slowly) as server:
+        command = [sys.executable, ROOT / "build_data.py", *qa(asked, *flags_of(server))]
         env = os.environ | {"HF_HUB_OFFLINE": "0"}
         process = subprocess.Popen(
             [*map(str, command)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -571,22 +532,22 @@ def test_a_build_that_is_stopped_pays_for_nothing_twice(how, asked, online):
         kept = len((asked / "out.llm.jsonl").read_bytes().split(b"\n")) - 1
         under_way = len(server.asked) - kept
         assert kept >= 6 and under_way <= (0 if how == "SIGINT" else llm.WORKERS)  # SIGINT waits for what is under way
-        build(*qa(asked, *server.flags()))
+        build(*qa(asked, *flags_of(server)))
         assert len(server.asked) == 18 + under_way
 
 
 @pytest.mark.parametrize("status", [400, 401, 404])
 def test_a_refused_request_ends_the_build(asked, online, status):
-    with Server(*[status] * 60) as server, pytest.raises(InputError, match="refuses"):
-        build(*qa(asked, *server.flags()))
+    with server_of(*[status] * 60) as server, pytest.raises(InputError, match="refuses"):
+        build(*qa(asked, *flags_of(server)))
     assert not (asked / "out").exists()
 
 
 def test_a_server_that_is_not_there(asked, online):
-    with Server() as server:
+    with server_of() as server:
         pass
     with pytest.raises(InputError, match="cannot be reached"):
-        build(*qa(asked, *server.flags()))
+        build(*qa(asked, *flags_of(server)))
     assert not (asked / "out").exists()
 
 

@@ -2,13 +2,11 @@
 
 import json
 import sys
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+from loopback import Loopback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,44 +25,8 @@ def online(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 
 
-class Judge:
-    """A server that answers each request with the next of `script`, and with GOOD when that is used up."""
-
-    def __init__(self, *script):
-        outer, self.script, self.requests, self.keys, self.lock = self, list(script), [], [], threading.Lock()
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    outer.requests.append(body)
-                    outer.keys.append(self.headers["Authorization"])
-                    what = outer.script.pop(0) if outer.script else GOOD
-                if what == "hang":
-                    time.sleep(1.0)
-                if what == "drop":
-                    self.connection.close()
-                    return
-                self.send_response(what if isinstance(what, int) else 200)
-                self.send_header("Content-Type", "application/json")
-                self.end_headers()
-                text = what if isinstance(what, str) else json.dumps(what)
-                reply = {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}
-                self.wfile.write(b"<html>" if what == "html" else json.dumps(reply).encode())
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+def judging(*script):
+    return Loopback(*script, reply=lambda prompt: GOOD)
 
 
 def rows(n=1):
@@ -96,7 +58,7 @@ def test_a_good_reply_is_taken_as_it_is():
 @pytest.mark.parametrize("trouble", ["not json", "html", 429, 500, 503, "hang", "drop", {"read": 1}, ""])
 def test_misbehaviour_is_tried_again(trouble, tmp_path):
     some = rows()
-    with Judge(trouble, trouble) as server:
+    with judging(trouble, trouble) as server:
         notes = rate(server, some, tmp_path)
         assert some[0]["judge"] == GOOD and len(server.requests) == 3
     assert len(notes) == 1 and "not comparable" in notes[0]
@@ -105,7 +67,7 @@ def test_misbehaviour_is_tried_again(trouble, tmp_path):
 def test_back_off_doubles(monkeypatch, tmp_path):
     waits = []
     monkeypatch.setattr(llm.time, "sleep", waits.append)
-    with Judge(429, 429, 500, 429) as server:
+    with judging(429, 429, 500, 429) as server:
         rate(server, rows(), tmp_path, wait=1.0)
     assert waits[:4] == [1.0, 2.0, 4.0, 8.0]
 
@@ -113,14 +75,14 @@ def test_back_off_doubles(monkeypatch, tmp_path):
 def test_a_row_without_a_rating_is_left_out_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(llm, "WORKERS", 1)
     some = rows(3)
-    with Judge(*["no"] * llm.ATTEMPTS) as server:
+    with judging(*["no"] * llm.ATTEMPTS) as server:
         notes = rate(server, some, tmp_path)
     assert [row["judge"] for row in some] == [None, GOOD, GOOD]
     assert "leave out 1 of 3" in notes[1]
 
 
 def test_nothing_is_judged_twice(tmp_path, capsys):
-    with Judge() as server:
+    with judging() as server:
         rate(server, rows(3), tmp_path, price=10.0)
         assert len(server.requests) == 3 and "$" in capsys.readouterr().err
         again = rows(4)
@@ -135,7 +97,7 @@ def test_nothing_is_judged_twice(tmp_path, capsys):
 
 def test_a_cache_cut_short_by_a_kill_is_mended(tmp_path):
     cache = tmp_path / "cache.jsonl"
-    with Judge() as server:
+    with judging() as server:
         rate(server, rows(2), tmp_path)
         cache.write_bytes(cache.read_bytes()[:-20])
         some = rows(2)
@@ -147,7 +109,7 @@ def test_a_cache_cut_short_by_a_kill_is_mended(tmp_path):
 
 def test_what_is_sent(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_private")
-    with Judge() as server:
+    with judging() as server:
         rate(server, rows(), tmp_path)
         rate(server, rows(), tmp_path, key="", model="n")
         (message,) = server.requests[0]["messages"]
@@ -159,14 +121,14 @@ def test_what_is_sent(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("status", [400, 401, 404])
 def test_a_refused_request_is_an_error_at_once(status, tmp_path):
-    with Judge(*[status] * 20) as server:
+    with judging(*[status] * 20) as server:
         with pytest.raises(InputError, match="refuses"):
             rate(server, rows(), tmp_path)
         assert len(server.requests) == 1
 
 
 def test_a_judge_that_is_not_there_or_never_rates_is_an_error(tmp_path):
-    with Judge(*["no"] * 100) as server:
+    with judging(*["no"] * 100) as server:
         with pytest.raises(InputError, match="no usable rating"):
             rate(server, rows(2), tmp_path)
     with pytest.raises(InputError, match="cannot be reached"):
@@ -175,14 +137,14 @@ def test_a_judge_that_is_not_there_or_never_rates_is_an_error(tmp_path):
 
 def test_offline_mode_is_told_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with Judge() as server, pytest.raises(InputError, match="HF_HUB_OFFLINE"):
+    with judging() as server, pytest.raises(InputError, match="HF_HUB_OFFLINE"):
         rate(server, rows(), tmp_path)
     assert server.requests == []
 
 
 def test_answers_with_braces_are_judged_as_they_are(tmp_path):
     some = [{"question": "{x}", "answer": "{}", "prediction": "{question} {"}]
-    with Judge() as server:
+    with judging() as server:
         rate(server, some, tmp_path)
         assert "{question} {" in server.requests[0]["messages"][0]["content"]
 
@@ -197,7 +159,7 @@ def test_the_command_fills_the_columns_from_a_log(tmp_path, monkeypatch, capsys)
     flags = ["--benchmark", "muse", "--from_log", str(log), "--output", str(out)]
     ev.main(flags)
     assert "–" in capsys.readouterr().out
-    with Judge() as server:
+    with judging() as server:
         ev.main([*flags, "--judge_url", server.url, "--judge_model", "m", "--judge_key_env", "MY_KEY"])
         assert len(server.requests) == 2  # retain queries are not judged
         assert server.keys[0] == "Bearer from the environment"
