@@ -184,7 +184,7 @@ def over_steps(r, path):
         mark_start(axis, starts)
         axis.set(title=title, xlabel="Stage 2 step", ylabel=label)
     axes[1].set_ylim(min(90, axes[1].get_ylim()[0]), 100.5)
-    axes[0].legend(loc="upper left", fontsize=10)
+    axes[1].legend(*axes[0].get_legend_handles_labels(), loc="center right", fontsize=10)
     save(figure, path)
 
 
@@ -265,7 +265,7 @@ def theory(r, path):
     axes[0].axhline(0, color="black", linewidth=1)
     axes[0].set(title="Does a tighter bound go with a larger gain?", xlabel="How much tighter: 1 − √(N_on / N_eff)",
                 ylabel="Hard prompts' reward, last third,\nReRULE − RULE (↑ better)")  # fmt: skip
-    axes[0].legend(fontsize=9)
+    axes[0].legend(fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # points fill the panel
     probes = [run["models"] for run in r.runs("probe").values()]
     models = ["Rej. Steer", "RULE", "ReRULE"]
     bars(axes[1], models, [("easy", BLUE, "", "weighted"), ("hard", VERMILION, "//", "weighted")], probes)
