@@ -1,5 +1,6 @@
 """Made training data: rules by hand, checks, a language model that misbehaves, and what is made through the driver."""
 
+import itertools
 import json
 import os
 import signal
@@ -511,11 +512,14 @@ def test_a_cache_cut_by_a_kill_is_mended(asked, online, cut):
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
 def test_a_build_that_is_stopped_pays_for_nothing_twice(how, asked, online):
-    def slowly(prompt):
-        threading.Event().wait(0.15)
+    turn, stopped = itertools.count(), threading.Event()
+
+    def until_stopped(prompt):
+        if next(turn) >= 8:
+            stopped.wait(60)
         return well(prompt)
 
-    with server_of(reply=slowly) as server:
+    with server_of(reply=until_stopped) as server:
         command = [sys.executable, ROOT / "build_data.py", *qa(asked, *flags_of(server))]
         env = os.environ | {"HF_HUB_OFFLINE": "0"}
         process = subprocess.Popen(
@@ -526,8 +530,10 @@ def test_a_build_that_is_stopped_pays_for_nothing_twice(how, asked, online):
             assert process.poll() is None
             threading.Event().wait(0.01)
         process.send_signal(getattr(signal, how))
+        threading.Event().wait(0.2)
+        stopped.set()
         said = process.communicate()[1].decode()
-        assert process.returncode == (130 if how == "SIGINT" else -9) and "Traceback" not in said
+        assert process.returncode == (130 if how == "SIGINT" else -9) and "Traceback" not in said, said
         assert not (asked / "out").exists()
         kept = len((asked / "out.llm.jsonl").read_bytes().split(b"\n")) - 1
         under_way = len(server.asked) - kept
