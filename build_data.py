@@ -251,8 +251,8 @@ def hold_out(o, facts, found, check):
     ]  # fmt: skip
     if len(whole) < 2:
         raise InputError(
-            f"--input {o.input}: {len(whole)} of {len(facts)} facts have a permitted neighbour whose answer is known; "
-            "expected 2 or more, one to train on and one to evaluate (give more --neighbours)"
+            f"--input {o.input}: {len(whole)} of {len(facts)} facts have a permitted neighbour whose answer is "
+            "known; expected 2 or more, one to train on and one to evaluate (give more --neighbours)"
         )
     n = min(len(whole) - 1, max(1, round(o.held_out * len(whole))))
     held = sorted(random.Random(derive_seed(o.seed, "held out")).sample(whole, n))

@@ -172,9 +172,8 @@ def claims(r):
               "sd of retain recall over the last third of the steps, RULE less ReRULE",
               [Part("sd, RULE − ReRULE", each([difference(a, b) for a, b in steady]), 0, " points")], "figure3"),
         Claim("RULE generalises to phrasings it was not trained on.",
-              f"Held-out phrasings: what RULE adds to Stage 1's retain recall; refusal less that on trained ones, "
-              f"{MARGIN:g} "
-              "points allowed",
+              "Held-out phrasings: what RULE adds to Stage 1's retain recall; refusal less that on trained ones, "
+              f"{MARGIN:g} points allowed",
               [Part("retain", paired(rule, steer, "heldout"), 0, " points"),
                Part("refusal", each([difference(o["forget_heldout_refusal"], o["forget_trained_refusal"])
                                      for o in rule.values()]), -MARGIN, " points")], "table1"),

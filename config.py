@@ -137,8 +137,8 @@ class Config:
     warmup_steps: int | None = setting("Replay waits until this step is over.", preset="warmup_steps")
     replay_groups: int = setting("Groups drawn for each replay update.", 32)
     replay_store: Literal["hard", "random", "unequal", "recent", "current", "none"] = setting(
-        "What is replayed: hard groups, as many random ones (Table 4's control), hard ones less those of "
-        "equal rewards, the previous step's batch, this step's own again, or nothing: a step on zero gradient.",
+        "What is replayed: hard groups, as many random ones (Table 4's control), hard ones less those of equal "
+        "rewards, the previous step's batch, this step's own again, or nothing: a step on zero gradient.",
         "hard",
     )
     replay_step: Literal["separate", "combined"] = setting(

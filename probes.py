@@ -218,6 +218,6 @@ def check_lengths(retained, forget_rows, name, both_theirs=False):
         return
     if not (both_theirs and {len(retained), forget_rows} <= TOFU_FORGET_ROWS):
         raise InputError(
-            f"{name}: holds {len(retained)} forget rows, the evaluated model has {forget_rows}; "
-            "forget quality compares the same questions"
+            f"{name}: holds {len(retained)} forget rows, the evaluated model has {forget_rows}; forget quality "
+            "compares the same questions"
         )

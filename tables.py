@@ -131,13 +131,10 @@ def methods(r, folder):
         "![Recall of what was to be forgotten against recall of what was to be kept, one point a "
         "method](methods.png)", "",
         *table(header, lines), "",
-        "Ours are % of probes of the built-in world. Baselines are run on three seeds, each at a learning rate chosen "
-        "on seeds "
-        "that no table uses. † at least one seed stopped early because the model broke down. The paper's figures stand "
-        "where "
-        "it has the row; they are of other models and data, so only orders can be compared. Naturalness needs a judge "
-        "and is "
-        "left out.",
+        "Ours are % of probes of the built-in world. Baselines are run on three seeds, each at a learning rate "
+        "chosen on seeds that no table uses. † at least one seed stopped early because the model broke down. The "
+        "paper's figures stand where it has the row; they are of other models and data, so only orders can be "
+        "compared. Naturalness needs a judge and is left out.",
     ]  # fmt: skip
     return section("Tables 1, 2 and 5: methods", "table1", text)
 
@@ -199,8 +196,8 @@ def table6(r):
                 rows.append([label, f"{tau:g}", *cells])
     text = [
         *table(["World", "τ", "Hard ratio, %", "forget", "boundary"], rows), "",
-        "Groups with mean reward below τ before replay starts. The paper: MUSE 67.5 (τ 0.4), TOFU 47.5 (0.4) and 54.3 "
-        "(0.6).",
+        "Groups with mean reward below τ before replay starts. The paper: MUSE 67.5 (τ 0.4), TOFU 47.5 (0.4) and "
+        "54.3 (0.6).",
     ]  # fmt: skip
     return section("Table 6: share of hard groups", "table6", text, bool(rows))
 
@@ -234,9 +231,8 @@ def table7(r):
     text = [
         *table(["", "RULE", "ReRULE", "extra", "of ReRULE: sampling", "π_ref", "update", "replay"], rows), "",
         "Seconds of Stage 2's steps, evaluations left out, two runs at a time on two cores. Replay's share is large "
-        "here because a "
-        "tiny model's update costs as much as its sampling; where sampling long answers takes most of a step it is "
-        "small.",
+        "here because a tiny model's update costs as much as its sampling; where sampling long answers takes most "
+        "of a step it is small.",
     ]  # fmt: skip
     return section("Table 7: training time", "table7", text, bool(r.runs("base")))
 
@@ -246,6 +242,5 @@ def table8(r):
     return section("Table 8: the threshold τ", "table8", [
         *difference_table(r, ("base", "tau0.6", "tau0.8", "tau1.0")), "",
         "ReRULE's first row is τ = 0.4. At 1.0 every group is stored that is not perfect. The paper's utility: RULE "
-        "46.3; "
-        "ReRULE 56.2 at τ = 0.4, then 52.3 and 53.7. Figure: [when replay pays](#three-worlds).",
+        "46.3; ReRULE 56.2 at τ = 0.4, then 52.3 and 53.7. Figure: [when replay pays](#three-worlds).",
     ], bool(r.runs("tau1.0")))  # fmt: skip

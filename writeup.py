@@ -53,25 +53,23 @@ def head(r, o, jobs):
     seeds = sorted(r.runs("base"))
     missing = [job.name for job in jobs if job.name not in r.records]
     hours = sum(run["seconds"] for run in runs) / 3600
-    command = "python reproduce.py" + (" --quick" if o.quick else f" --seeds {o.seeds}") + " --tofu_dir DATA/tofu"
+    command = "python reproduce.py" + (" --quick" if o.quick else f" --seeds {o.seeds}")
+    command += " --tofu_dir DATA/tofu" * bool(r.runs("tofu"))
     lines = [
         "# The paper in miniature",
         "",
         "Every table, figure and ablation of the ReRULE paper on a made-up world small enough for a laptop, with "
-        "controls that "
-        "the paper lacks. It tells whether the method's claims hold *here*, for a model of 0.5 M parameters; it cannot "
-        "tell "
-        "whether they hold for one of 8 B.",
+        "controls that the paper lacks. It tells whether the method's claims hold *here*, for a model of 0.5 M "
+        "parameters; it cannot tell whether they hold for one of 8 B.",
         "",
         f"Command `{command}`; {len(runs)} runs, {hours:.1f} hours of one CPU thread; commit "
-        f"{', '.join(commits) or '–'}; "
-        f"{'; '.join(versions)}. Report seeds {seeds[0]}–{seeds[-1]}." if seeds else "No runs yet.",
+        f"{', '.join(commits) or '–'}; {'; '.join(versions)}. Report seeds {seeds[0]}–{seeds[-1]}."
+        if seeds
+        else "No runs yet.",
         "",
         "Values are mean ± sd over seeds; differences are paired by seed, with a 95 % bootstrap interval (10,000 "
-        "percentile "
-        "resamples of the seeds, which is somewhat narrow for eight) and a two-sided sign test. No correction is made "
-        "for "
-        "the number of comparisons: of twenty without any effect one would seem to have one.",
+        "percentile resamples of the seeds, which is somewhat narrow for eight) and a two-sided sign test. No "
+        "correction is made for the number of comparisons: of twenty without any effect one would seem to have one.",
     ]  # fmt: skip
     if o.quick:
         lines += [
@@ -98,14 +96,10 @@ def verdicts(r):
         "|---|---|---|---|---|",
         *("| " + " | ".join(row) + " |" for row in rows), "",
         "*Holds*: the whole interval is on the claim's side of the bar (0 unless another is named). *Holds in "
-        "direction*: the "
-        "mean is, the interval is not. *Opposite*: the whole interval is on the other side. *Not seen*: anything else. "
-        "Of several "
-        "figures the worst counts. \"No change\" asks that the interval stays within the margin on both sides. "
-        "Commands are "
-        "`python reproduce.py` with what is shown. Hard and easy prompts are told apart at τ by mean reward before "
-        "replay starts, "
-        "where RULE and ReRULE are the same run.",
+        "direction*: the mean is, the interval is not. *Opposite*: the whole interval is on the other side. *Not "
+        "seen*: anything else. Of several figures the worst counts. \"No change\" asks that the interval stays "
+        "within the margin on both sides. Commands are `python reproduce.py` with what is shown. Hard and easy "
+        "prompts are told apart at τ by mean reward before replay starts, where RULE and ReRULE are the same run.",
     ]  # fmt: skip
 
 
@@ -125,8 +119,7 @@ def controls(r, folder):
         "settings](gains.png)", "",
         *difference_table(r, ORDER), "",
         "Retain: ROUGE-L recall on all neighbours' probes, %. Late: the last third of the steps. All rows of a seed "
-        "start from "
-        "the same Stage 1 model.",
+        "start from the same Stage 1 model.",
         *ratio_line(r),
     ]  # fmt: skip
     return section("Where the gain comes from", "controls", text)
@@ -149,9 +142,8 @@ def ratio_line(r):
     return [
         "",
         f"RULE with as much arithmetic takes {steps} steps: on the selection seeds ReRULE computed {told:.2f} times "
-        f"RULE's token "
-        f"positions (sampling and π_ref one forward each, updates three). By the clock it took {clock:.2f} times as "
-        f"long here.",
+        "RULE's token positions (sampling and π_ref one forward each, updates three). By the clock it took "
+        f"{clock:.2f} times as long here.",
     ]  # fmt: skip
 
 
@@ -162,9 +154,8 @@ def figure1(r, folder):
     return section("Figure 1: reward trajectories", "figure1", [
         "![RULE's mean reward over training, prompts in fifths from hard to easy, forget and "
         "boundary](trajectories.png)", "",
-        "RULE. Prompts are sorted by their mean reward before replay would start, so the first point of each line was "
-        "part of "
-        "the sorting and later ones move towards one another by chance alone. Thin lines are seeds.",
+        "RULE. Prompts are sorted by their mean reward before replay would start, so the first point of each line "
+        "was part of the sorting and later ones move towards one another by chance alone. Thin lines are seeds.",
     ], bool(r.runs("base")))  # fmt: skip
 
 
@@ -188,9 +179,9 @@ def figure3(r, folder):
     return section("Figure 3: over the steps", "figure3", [
         "![Retain quality, forget quality and hard prompts' reward over the steps, RULE against ReRULE](steps.png)", "",
         *table(["sd of retain quality over the last third ↓", "as it is", "about a straight line"], rows), "",
-        "A curve that is still rising has a large sd for that alone, so the second column takes out a straight line. "
-        "On the right, part of the rise at the line, in both methods, is regression to the mean: the prompts are those "
-        "that had earned little before it.",
+        "A curve that is still rising has a large sd for that alone, so the second column takes out a straight "
+        "line. On the right, part of the rise at the line, in both methods, is regression to the mean: the prompts "
+        "are those that had earned little before it.",
     ], bool(bases))  # fmt: skip
 
 
@@ -234,9 +225,8 @@ def tofu(r):
     return section("TOFU: real text, tiny model", "tofu --tofu_dir DATA/tofu", [
         *table(["forget01", "seeds", *(title for title, _ in shown.values()), "Model utility, difference to RULE",
                 "seconds"], rows), "",
-        "A small Llama fitted to TOFU's own rows. Forget quality needs a model trained without the forget rows and is "
-        "left out. "
-        "The paper: model utility 0.6151 for RULE, 0.6076 for ReRULE; F-RL 0.1322 for both.",
+        "A small Llama fitted to TOFU's own rows. Forget quality needs a model trained without the forget rows and "
+        "is left out. The paper: model utility 0.6151 for RULE, 0.6076 for ReRULE; F-RL 0.1322 for both.",
     ] if rows else ["Not run: give the folder with TOFU's files as `--tofu_dir`."])  # fmt: skip
 
 
@@ -253,9 +243,8 @@ def rates(r):
     seeds = ", ".join(map(str, selection))
     return section("Learning rates, chosen on other seeds", "rates", [
         *table(["Balance ↑", *RATES], rows), "",
-        "Balance: harmonic mean of retain recall and 100 − forget recall, as for the baselines. "
-        f"Seeds {seeds}, which nothing else in this report uses; the best in bold. {RATES[0]} is the shared rate, at "
-        f"which RULE is "
+        f"Balance: harmonic mean of retain recall and 100 − forget recall, as for the baselines. Seeds {seeds}, "
+        f"which nothing else in this report uses; the best in bold. {RATES[0]} is the shared rate, at which RULE is "
         "not done after its steps and replay has something to add.",
     ], any(any(values) for values in scores["rule"].values()))  # fmt: skip
 
@@ -305,8 +294,8 @@ def appendix_e(r, folder):
         f"{claims.figure(correlation)}.", "",
         *table(["Model", "region", "prompts", "forget answered, % ↓", "boundary refused, % ↓", "gradient norm",
                 "P(region) × norm", "all-equal groups, %"], rates), "",
-        "Eight fresh rollouts to every training prompt. The norm is that of the region's mean policy gradient (Eq. 3 "
-        "without "
-        "KL) over those rollouts; a mean over few noisy groups has a norm even where the expected gradient is 0.",
+        "Eight fresh rollouts to every training prompt. The norm is that of the region's mean policy gradient (Eq. "
+        "3 without KL) over those rollouts; a mean over few noisy groups has a norm even where the expected "
+        "gradient is 0.",
     ]  # fmt: skip
     return section("Appendix E and Eq. 4, measured", "appendix_e", text)
