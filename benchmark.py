@@ -44,7 +44,7 @@ import rerule
 from config import setting
 from data import Benchmark, Prompt, Query
 from files import InputError, exit_on_input_error
-from run import clock
+from run import clock, quicken
 
 VOCABULARY, N_PROMPTS, PROMPTS_PER_STEP, GROUP, LR = 1000, 320, 32, 8, 2e-6
 SHAPES = {"short": (12, 24), "rwku": (64, 32)}  # prompt tokens, longest response
@@ -66,6 +66,7 @@ class Options:
     max_tokens: int = setting("Token positions in a micro-batch of the update.", settings.Config.max_tokens)
     peer: Literal["", "trl"] = setting("Time this library beside it, if it is installed: trl.", "")
     peer_micro_batch: int = setting("Responses in the peer's micro-batch.", 64)
+    peer_quick: bool = setting("Give the peer our source of matrix products too (run.quicken).", False)
 
 
 def build_tokenizer():
@@ -84,7 +85,7 @@ def build_model(hidden, layers):
         num_key_value_heads=heads, intermediate_size=4 * hidden, max_position_embeddings=256, pad_token_id=0,
         bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return quicken(LlamaForCausalLM(config).eval(), "cpu")
 
 
 def build_prompts(shape):
@@ -181,8 +182,9 @@ def trl_process(pipe, o, folder):
         num_iterations=1, loss_type="grpo", use_bias_correction_kl=False, learning_rate=LR, max_grad_norm=1.0,
         lr_scheduler_type="constant", max_steps=o.warmup + o.steps, seed=0, dataloader_pin_memory=False,
     )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     Timed(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), args=arguments, reward_funcs=reward,
+        model=quicken(model, "cpu") if o.peer_quick else model, args=arguments, reward_funcs=reward,
         processing_class=build_tokenizer(), train_dataset=Dataset.from_dict({"prompt": build_prompts(o.shape)}),
         callbacks=[Turns()],
     ).train()  # fmt: skip

@@ -26,6 +26,7 @@ from sampling import agree, left_pad, positions
 from sampling import sample as sample  # so that callers need this module alone
 
 CHUNK = 256  # tokens whose logits are held at a time
+NO_LOGITS = torch.tensor([], dtype=torch.long)  # where models make logits of their own: `head_logprobs` does it
 CHECKED = WeakKeyDictionary()  # model → what `shares` found
 
 
@@ -162,7 +163,7 @@ def shared_response_logprobs(model, batch, temperature):
     group_size = len(batch.response_ids) // len(batch.prompt_ids)
     out = model(
         input_ids=batch.prompt_ids, attention_mask=batch.prompt_mask.long(), position_ids=positions(batch.prompt_mask),
-        use_cache=True, logits_to_keep=1, output_hidden_states=True,
+        use_cache=True, logits_to_keep=NO_LOGITS, output_hidden_states=True,
     )  # fmt: skip
     hidden = out.hidden_states[-1][:, -1:].repeat_interleave(group_size, 0)  # (B, 1, H)
     if batch.response_ids.shape[1] > 1:
@@ -173,7 +174,7 @@ def shared_response_logprobs(model, batch, temperature):
         rest = model(
             input_ids=batch.response_ids[:, :-1], attention_mask=mask.long(),
             position_ids=positions(mask)[:, prompt_mask.shape[1] :], past_key_values=cache, use_cache=True,
-            logits_to_keep=1, output_hidden_states=True,
+            logits_to_keep=NO_LOGITS, output_hidden_states=True,
         )  # fmt: skip
         hidden = torch.cat([hidden, rest.hidden_states[-1]], 1)  # (B, T, H)
     return head_logprobs(model, hidden, batch, temperature)
@@ -199,7 +200,7 @@ def packed_response_logprobs(model, batch, temperature):
         input_ids=torch.cat([batch.prompt_ids, batch.response_ids.view(n, -1)], 1),
         attention_mask=torch.where(seen, 0.0, -torch.inf).to(model.dtype)[:, None],
         position_ids=torch.cat([positions(batch.prompt_mask), later.repeat(1, group_size)], 1),
-        use_cache=False, logits_to_keep=1, output_hidden_states=True,
+        use_cache=False, logits_to_keep=NO_LOGITS, output_hidden_states=True,
     ).hidden_states[-1]  # fmt: skip
     first = hidden[:, p - 1 : p, None].expand(-1, -1, group_size, -1).reshape(rows, 1, -1)  # (B, 1, H): predicts y_1
     rest = hidden[:, p:].reshape(rows, t, -1)[:, :-1]

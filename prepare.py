@@ -9,7 +9,7 @@ from evaluate import check_ids, context_needed
 from files import InputError
 from probes import check_lengths as check_retained
 from probes import load_probes, read_retained
-from run import load_model
+from run import load_model, quicken
 from sft import fit
 
 
@@ -58,7 +58,7 @@ def tiny_model(run, device, benchmark, taught, probes, phase="original"):
         longest += [len(encode_prompt(tokenizer, prompt)) for prompt in prompts_of(benchmark)]
         context = max(max(longest) + config.max_new_tokens, context_needed(tokenizer, config.benchmark, probes))
         model = world.tiny_llama(tokenizer, config.seed, config.tiny_hidden, config.tiny_layers, context)
-        model = parallel.spread(model, device, config)
+        model = quicken(parallel.spread(model, device, config), device)
         size = config.tiny_batch_size
         steps = max(1, round(config.tiny_epochs * len(rows) / size))
         seconds, _ = fit(run, phase, 0, model, rows, steps=steps, lr=config.tiny_lr, batch_size=size, warmup=10)

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import grpo
+import run
 import sampling
 
 
@@ -137,6 +138,48 @@ def test_chunked_logprobs_and_gradients_equal_plain_ones(any_model, monkeypatch,
     test_shared_prompt_gradients_equal_plain_ones(any_model)
 
 
+@pytest.fixture
+def plain_products():
+    """Products as torch makes them unless told otherwise; what a test sets is taken back."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_fast_products_change_nothing_but_the_time(any_model, plain_products):
+    groups, other = make_groups(any_model), copy.deepcopy(any_model)
+    batch, found = grpo.collate(groups, "cpu"), []
+    for model in (any_model, other):
+        logprobs = grpo.response_logprobs(model, batch, 1.0)
+        (logprobs * batch.mask * batch.advantages).sum().backward()
+        found.append((logprobs[batch.mask], [p.grad for p in model.parameters()]))
+        run.fast_products.__wrapped__()
+        run.quicken(other, "cpu")
+    assert any_model.config._attn_implementation == "sdpa"
+    assert other.config._attn_implementation == ("eager" if run.fast_products() else "sdpa")
+    (logprobs, grads), (others, other_grads) = found
+    assert torch.allclose(logprobs, others, atol=1e-5)
+    for a, b in zip(grads, other_grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
+    a, b = torch.randn(300, 500), torch.randn(500, 200)
+    assert torch.allclose(a @ b, (a.double() @ b.double()).float(), atol=1e-3)  # bf16: 0.1
+
+
+def test_products_that_would_be_rounded_are_turned_down(model, plain_products, monkeypatch):
+    """As on a processor with matrix units for bf16, where "medium" means what it says."""
+
+    def product(a, b):
+        rounded = a.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
+        return torch.matmul(*(x.bfloat16().float() if rounded else x for x in (a, b)))
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    monkeypatch.setattr(run, "fast_products", run.fast_products.__wrapped__)
+    run.quicken(model, "cpu")
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert model.config._attn_implementation == "sdpa"
+
+
 class LongestLogits(TorchDispatchMode):
     """The largest number of positions for which a tensor of the vocabulary's width exists at once."""
 
@@ -162,7 +205,7 @@ def test_logits_of_all_positions_never_exist_at_once(model, monkeypatch):
         with LongestLogits(40) as watch:
             (logprobs_of(model, batch, 1.0) * batch.mask).sum().backward()
         seen[logprobs_of] = watch.positions
-    assert seen[grpo.response_logprobs] == max(8, n_rows, model.config.hidden_size)  # the last: the head, transposed
+    assert seen[grpo.response_logprobs] == max(8, model.config.hidden_size)  # the latter: the head, transposed
     assert seen[grpo.plain_response_logprobs] >= n_rows * longest
 
 
