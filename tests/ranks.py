@@ -6,7 +6,6 @@ import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
@@ -120,12 +119,17 @@ def measure(checkpointing, hidden=768, layers=6, vocabulary=2000):
     sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=40)
     warm = [LlamaForCausalLM(LlamaConfig(**sizes)).eval() for _ in range(2)]
     update(warm[0], warm[1].requires_grad_(False), config)  # now all code is loaded
-    before = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    before = memory_of("VmRSS")
     model, reference = LlamaForCausalLM(architecture).eval(), LlamaForCausalLM(architecture).eval()
     if checkpointing:
         parallel.checkpoint_layers(model)
     update(model, reference.requires_grad_(False), config)
-    print(planned, getrusage(RUSAGE_SELF).ru_maxrss * 1024 - before)
+    print(planned, memory_of("VmHWM") - before)  # getrusage's peak is inherited from the process that started this one
+
+
+def memory_of(name):
+    """Bytes that this process holds now (VmRSS) or held at most (VmHWM)."""
+    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def update(model, reference, config):
