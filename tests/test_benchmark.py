@@ -5,9 +5,12 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import benchmark
+import grpo
 import rerule
+from config import Config
 from files import InputError
 
 KEYS = {"step_s", "gen_s", "ref_s", "update_s", "replay_s", "peak_rss_mb", "tokens_per_s", "matmul_peak_share"}
@@ -69,3 +72,49 @@ def test_a_missing_peer_is_one_clear_line(monkeypatch):
 def test_flags_that_make_no_sense():
     with pytest.raises(InputError, match="at least 1"):
         benchmark.main(["--steps", "0"])
+
+
+def test_loss_and_gradient_of_one_batch_are_trls(tmp_path):
+    """Rewards, lengths and drift from the reference all differ, so every term of the loss is in play."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    model, reference = benchmark.build_model(16, 2), benchmark.build_model(16, 2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.05)
+    model.save_pretrained(tmp_path)
+    peer = LlamaForCausalLM.from_pretrained(tmp_path)  # its trainer loads it from there once more
+    prompts, rng = [[5, 6, 7], [8, 9, 10, 11, 12]], torch.Generator().manual_seed(0)
+    ids, mask, old = grpo.sample(model, prompts, 4, 9, list(range(2, 90)), 1.0, rng)
+    assert len(mask.sum(-1).unique()) > 2
+    rewards = torch.rand(2, 4, generator=rng)
+    advantages = grpo.group_advantages(rewards)
+    groups = [
+        grpo.RolloutGroup(n, torch.tensor(p), ids[n], mask[n], old[n], None, rewards[n], advantages[n], 1)
+        for n, p in enumerate(prompts)
+    ]
+    grpo.add_reference(reference, groups, 1.0, 2048)
+    config = Config(kl_coef=0.3)
+    loss, kl, _ = rerule.on_policy_gradient(model, groups, config, rerule.counts_of(groups, config))
+    assert abs(loss) > 1e-3 and kl > 1e-3
+
+    arguments = trl.GRPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", beta=0.3,
+        num_generations=4, per_device_train_batch_size=8, loss_type="grpo", use_bias_correction_kl=False,
+    )  # fmt: skip
+    trainer = trl.GRPOTrainer(
+        model=peer, args=arguments, reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        processing_class=benchmark.build_tokenizer(), train_dataset=Dataset.from_dict({"prompt": ["w1"]}),
+    )  # fmt: skip
+    batch = grpo.collate(groups, "cpu")
+    trainer.current_gradient_accumulation_steps = 1
+    theirs = trainer._compute_loss(peer, {
+        "prompt_ids": batch.prompt_ids.repeat_interleave(4, 0), "completion_ids": batch.response_ids,
+        "prompt_mask": batch.prompt_mask.long().repeat_interleave(4, 0), "completion_mask": batch.mask.long(),
+        "advantages": batch.advantages[:, 0], "ref_per_token_logps": batch.ref_logprobs,
+    })  # fmt: skip
+    theirs.backward()
+    assert loss == pytest.approx(theirs.item(), abs=1e-6)
+    for ours, other in zip(model.parameters(), peer.parameters(), strict=True):
+        assert torch.allclose(ours.grad, other.grad, atol=1e-6, rtol=1e-4)
