@@ -22,16 +22,27 @@ class InputError(Exception):
 
 
 def exit_on_input_error(main):
-    """Run a command's `main()`; an `InputError` becomes one line on stderr and exit code 2."""
+    """Run a command's `main()`; an `InputError` becomes one line on stderr and exit code 2.
+
+    A rank of torchrun then ends at once: while an interpreter takes itself apart, a thread of gloo's that still holds
+    a tensor aborts it (pytorch/pytorch#179291), and a run that was done would count as failed.
+    """
+    code = 0
     try:
         main()
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    if "WORLD_SIZE" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def read_rows(path, fields):

@@ -227,6 +227,20 @@ def test_errors_of_one_rank_are_everyones_and_said_once(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("launched", [False, True])
+@pytest.mark.parametrize("act, code", [("print('done')", 0), ("raise files.InputError('no')", 2)])
+def test_a_rank_ends_before_the_interpreter_takes_itself_apart(launched, act, code):
+    """A thread of gloo's may abort it there. What was printed is not lost, and a single process ends as ever."""
+    program = (
+        f"import atexit, files\natexit.register(print, 'late')\ndef main(): {act}\nfiles.exit_on_input_error(main)"
+    )
+    env = os.environ | ({"WORLD_SIZE": "2"} if launched else {})
+    done = subprocess.run([sys.executable, "-c", program], env=env, cwd=HERE.parent, capture_output=True, text=True)
+    assert done.returncode == code
+    assert ("done" in done.stdout, "error: no" in done.stderr) == (code == 0, code == 2)
+    assert ("late" in done.stdout) == (not launched)
+
+
 def test_offload_takes_one_process_of_the_same_driver(whole, tmp_path):
     ranks.drive("-", "--output_dir", tmp_path / "run", *FLAGS, "--offload", "--rollout_prompts", "4")
     same_run(tmp_path / "run", whole)
