@@ -209,6 +209,15 @@ def test_logits_of_all_positions_never_exist_at_once(model, monkeypatch):
     assert seen[grpo.plain_response_logprobs] >= n_rows * longest
 
 
+@pytest.mark.parametrize("way", [grpo.shared_response_logprobs, grpo.packed_response_logprobs])
+def test_the_head_sees_each_sampled_token_once(any_model, way):
+    batch, seen = grpo.collate(make_groups(any_model), "cpu"), []
+    any_model.get_output_embeddings().register_forward_hook(lambda head, args, out: seen.append(out[..., 0].numel()))
+    with torch.no_grad():
+        way(any_model, batch, 1.0)
+    assert sum(seen) == batch.mask.sum()
+
+
 def test_a_row_does_not_depend_on_its_batch(any_model):
     groups = make_groups(any_model)
     with torch.no_grad():

@@ -234,7 +234,7 @@ def test_a_rank_ends_before_the_interpreter_takes_itself_apart(launched, act, co
     program = (
         f"import atexit, files\natexit.register(print, 'late')\ndef main(): {act}\nfiles.exit_on_input_error(main)"
     )
-    env = os.environ | ({"WORLD_SIZE": "2"} if launched else {})
+    env = os.environ | {"PYTHONUNBUFFERED": ""} | ({"WORLD_SIZE": "2"} if launched else {})
     done = subprocess.run([sys.executable, "-c", program], env=env, cwd=HERE.parent, capture_output=True, text=True)
     assert done.returncode == code
     assert ("done" in done.stdout, "error: no" in done.stderr) == (code == 0, code == 2)
