@@ -1,6 +1,7 @@
 """Stage 2's on-policy half: sampling rollout groups, group-normalised advantages, the KL term and Eq. 3.
 
-Covers Section 3.1 (Eq. 2 and its KL term), Section 3.2 (Eq. 3, the regions Easy(τ) and Hard(τ)).
+Covers Section 3.1 (Eq. 2 and its KL term) and Section 3.2 (Eq. 3). Sampling and log-probabilities stand here the plain
+way, one row of the model for each response; `engine/fast.py` computes the same faster, and is tested against these.
 
 Symbols: x prompt, y_i the i-th of G responses, r_i its reward, Â_i its advantage, π_θ the policy, π_old the policy that
 sampled y, π_ref the frozen model after Stage 1, β the KL weight, T the temperature. Shapes: N groups, G responses each,
@@ -14,20 +15,10 @@ Deviations
 - The policy runs in eval mode throughout: dropout would make the sampler's π_old and the training forward disagree.
 """
 
-from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
-
-import parallel
-from sampling import agree, left_pad, positions
-from sampling import sample as sample  # so that callers need this module alone
-
-CHUNK = 256  # tokens whose logits are held at a time
-NO_LOGITS = torch.tensor([], dtype=torch.long)  # where models make logits of their own: `head_logprobs` does it
-CHECKED = WeakKeyDictionary()  # model → what `shares` found
 
 
 @dataclass
@@ -38,14 +29,15 @@ class RolloutGroup:
     """
 
     query: int  # index of x among the training queries
+    step: int  # when it was sampled
     prompt_ids: torch.Tensor  # (P,)
     response_ids: torch.Tensor  # (G, T), padded on the right
     mask: torch.Tensor  # (G, T) bool, True on every sampled token, the final EOS included
     old_logprobs: torch.Tensor  # (G, T) log π_old as the sampler saw them
-    ref_logprobs: torch.Tensor | None  # (G, T) log π_ref, or None where no KL term reads them
-    rewards: torch.Tensor  # (G,)
-    advantages: torch.Tensor  # (G,)
-    step: int  # when it was sampled
+    ref_logprobs: torch.Tensor | None = None  # (G, T) log π_ref, or None where no KL term reads them
+    rewards: torch.Tensor | None = None  # (G,) from step 2 on
+    advantages: torch.Tensor | None = None  # (G,)
+    texts: list[str] = field(default_factory=list)  # the G responses in words
 
     def all_equal(self):
         """All rewards the same: Â = 0, no policy gradient."""
@@ -56,13 +48,15 @@ class RolloutGroup:
 class Batch:
     """Some groups side by side. Prompts are padded on the left (N, P), responses on the right (B, T)."""
 
+    groups: list[RolloutGroup]  # N, whose rows follow one another
     prompt_ids: torch.Tensor  # (N, P)
     prompt_mask: torch.Tensor  # (N, P) bool
     response_ids: torch.Tensor  # (B, T)
     mask: torch.Tensor  # (B, T) bool
     old_logprobs: torch.Tensor  # (B, T)
     ref_logprobs: torch.Tensor | None  # (B, T)
-    advantages: torch.Tensor  # (B, 1)
+    advantages: torch.Tensor | None  # (B, 1)
+    weights: torch.Tensor  # (B, T) of `token_weights`; all 0 in a batch that shall not count
 
 
 # --- equations -------------------------------------------------------------------------------------------------------
@@ -115,115 +109,97 @@ def token_weights(mask, loss_norm, n_responses, n_tokens):
     return mask / lengths / n_responses
 
 
-# --- log-probabilities and gradients ---------------------------------------------------------------------------------
+def on_policy_gradient(model, batches, kl_coef, logprobs_of):
+    """Step 4: add to the gradients those of Eq. 3 and of β KL.
+
+    Args: batches: `Batch`es of fresh groups; logprobs_of(model, batch) → (B, T).
+    Returns, over these batches: the loss; the sum of k3 over tokens; the largest |log π_θ − log π_old|.
+    """
+    kl, gap = [], []
+
+    def token_loss(batch, logprobs):
+        counted = batch.weights > 0  # (B, T)
+        gap.append(torch.where(counted, logprobs.detach() - batch.old_logprobs, 0.0).abs().max())
+        loss = policy_gradient_loss(logprobs, batch.advantages)  # Eq. 3
+        if kl_coef and batch.ref_logprobs is not None:
+            divergence = k3(logprobs, batch.ref_logprobs)
+            kl.append(divergence.detach()[counted].sum())
+            loss = loss + kl_coef * divergence  # Eq. 2
+        return loss
+
+    loss = accumulate_gradient(model, batches, token_loss, logprobs_of)
+    return loss, torch.stack(kl).sum().item() if kl else 0.0, torch.stack(gap).max().item() if gap else 0.0
 
 
-def decode(tokenizer, ids, mask):
-    """Sampled ids and mask (N, G, T) → N lists of G texts."""
-    return [
-        [tokenizer.decode(row[keep], skip_special_tokens=True).strip() for row, keep in zip(*group, strict=True)]
-        for group in zip(ids, mask, strict=True)
-    ]
+def accumulate_gradient(model, batches, token_loss, logprobs_of):
+    """Add to the gradients that of Σ weights · token_loss over all batches, and return the loss's value.
+
+    token_loss(batch, logprobs (B, T)) → (B, T). Weights are those of the whole update, so the result depends neither on
+    the split into batches nor on groups left out because they carry no gradient.
+    """
+    total = 0.0
+    for batch in batches:
+        loss = (batch.weights * token_loss(batch, logprobs_of(model, batch))).sum()
+        loss.backward()
+        total += loss.item()
+    return total
 
 
-def collate(groups, device):
-    """Groups of any prompt and response lengths → one Batch on the device."""
-    ids, prompt_mask = left_pad([g.prompt_ids.tolist() for g in groups], device)
-    width = max(g.mask.shape[1] for g in groups)
+@torch.no_grad()
+def add_reference(reference, batches, logprobs_of):
+    """Step 3: fill in log π_ref of fresh groups with the frozen reference model."""
+    for batch in batches:
+        logprobs = logprobs_of(reference, batch).cpu()  # (B, T)
+        for group, rows in zip(batch.groups, logprobs.split(len(batch.groups[0].mask)), strict=True):
+            group.ref_logprobs = rows[:, : group.mask.shape[1]].clone()  # (G, T of this group)
 
-    def stack(name):
-        parts = [getattr(g, name) for g in groups]  # N × (G, T_g)
-        if any(part is None for part in parts):
-            return None
-        return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts]).to(device)  # (B, T)
 
-    advantages = torch.cat([g.advantages for g in groups])[:, None].to(device)  # (B, 1)
-    fields = [stack(name) for name in ("response_ids", "mask", "old_logprobs", "ref_logprobs")]
-    return Batch(ids, prompt_mask, *fields, advantages)
+# --- the model, plainly ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample(model, prompts, group_size, max_new_tokens, stop_ids, temperature, draw=None):
+    """Step 1: y_1 … y_G ∼ π_old(·|x) for each prompt; the most likely tokens where the temperature is 0.
+
+    Args: model in eval mode; prompts: N lists of token ids; draw() → a number in [0, 1) for each response, (B,) or
+        more, called once a token: one for every response, also when it is over, so no draw depends on another's length.
+    Returns (on the CPU): ids (N, G, T); mask (N, G, T), True up to and with the stop token; logprobs (N, G, T), the
+        sampler's own log π_old(y_t) at this temperature.
+    """
+    inputs, seen = left_pad([prompt for prompt in prompts for _ in range(group_size)], model.device)  # (B, P)
+    stops, cache, steps = torch.tensor(stop_ids, device=model.device), None, []
+    is_open = torch.ones(len(inputs), dtype=torch.bool, device=model.device)  # (B,)
+    for _ in range(max_new_tokens):
+        out = model(
+            input_ids=inputs, attention_mask=seen.long(), position_ids=positions(seen)[:, -inputs.shape[1] :],
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        token, logprob = next_token(out.logits[:, -1], temperature, draw and draw()[: len(inputs)])  # (B,)
+        steps.append((token.masked_fill(~is_open, 0), is_open, logprob.masked_fill(~is_open, 0.0)))
+        is_open = is_open & ~torch.isin(token, stops)
+        if not is_open.any():
+            break
+        cache, inputs, seen = out.past_key_values, token[:, None], F.pad(seen, (0, 1), value=True)
+    parts = [torch.stack(part, 1) for part in zip(*steps, strict=True)]  # (B, T)
+    return tuple(part.unflatten(0, (len(prompts), group_size)).cpu() for part in parts)  # (N, G, T)
+
+
+def next_token(logits, temperature, uniform):
+    """Draw by inverting the distribution function at `uniform` (…); the most likely token where the temperature is 0.
+
+    Returns: token (…) and its log-probability (…). Args: logits (…, V).
+    """
+    log_p = F.log_softmax(logits.float() / (temperature or 1.0), -1)  # (…, V)
+    if temperature:
+        cdf = log_p.exp().cumsum(-1, dtype=torch.double)
+        token = torch.searchsorted(cdf, uniform[..., None] * cdf[..., -1:], right=True)
+    else:
+        token = log_p.argmax(-1, keepdim=True)
+    return token[..., 0], log_p.gather(-1, token)[..., 0]
 
 
 def response_logprobs(model, batch, temperature):
-    """log π(y_i,t | x, y_i,<t) at the sampling temperature, (B, T); what padding holds is meaningless."""
-    if getattr(model, "checkpoints", False) and torch.is_grad_enabled():  # layers computed twice keep no cache
-        way = packed_response_logprobs if shares(model, packed_response_logprobs) else plain_response_logprobs
-        with parallel.checkpointing(model):
-            return way(model, batch, temperature)
-    way = shared_response_logprobs if shares(model) else plain_response_logprobs
-    return way(model, batch, temperature)
-
-
-def shared_response_logprobs(model, batch, temperature):
-    """The prompt runs once per group. Its last position predicts y_1; the G responses then attend to its repeated keys
-    and values, through which gradients flow back into the one prompt pass:
-
-                x_1 … x_P  y_1 … y_T-1          (columns: keys)
-        x_1…P   causal     ·                    N rows
-        y_1…T-1 all        causal               B = N·G rows
-    """
-    group_size = len(batch.response_ids) // len(batch.prompt_ids)
-    out = model(
-        input_ids=batch.prompt_ids, attention_mask=batch.prompt_mask.long(), position_ids=positions(batch.prompt_mask),
-        use_cache=True, logits_to_keep=NO_LOGITS, output_hidden_states=True,
-    )  # fmt: skip
-    hidden = out.hidden_states[-1][:, -1:].repeat_interleave(group_size, 0)  # (B, 1, H)
-    if batch.response_ids.shape[1] > 1:
-        cache = out.past_key_values
-        cache.batch_repeat_interleave(group_size)
-        prompt_mask = batch.prompt_mask.repeat_interleave(group_size, 0)  # (B, P)
-        mask = torch.cat([prompt_mask, batch.mask[:, :-1]], 1)  # (B, P + T − 1)
-        rest = model(
-            input_ids=batch.response_ids[:, :-1], attention_mask=mask.long(),
-            position_ids=positions(mask)[:, prompt_mask.shape[1] :], past_key_values=cache, use_cache=True,
-            logits_to_keep=NO_LOGITS, output_hidden_states=True,
-        )  # fmt: skip
-        hidden = torch.cat([hidden, rest.hidden_states[-1]], 1)  # (B, T, H)
-    return head_logprobs(model, hidden, batch, temperature)
-
-
-def packed_response_logprobs(model, batch, temperature):
-    """The same without a cache, so that layers can be computed twice: one row for a group, N in all.
-
-            x_1 … x_P   y¹_1 … y¹_T   y²_1 … y²_T   (columns: keys; G = 2)
-    x       causal      ·             ·
-    y¹      all         causal        ·
-    y²      all         ·             causal        every y_t has the position P + t − 1
-    """
-    (n, p), (rows, t) = batch.prompt_ids.shape, batch.response_ids.shape
-    group_size, device = rows // n, batch.mask.device
-    real = torch.cat([batch.prompt_mask, batch.mask.view(n, -1)], 1)  # (N, L), L = P + G·T
-    owner = torch.cat([torch.zeros(p), torch.arange(1, group_size + 1).repeat_interleave(t)]).to(device)  # (L,)
-    place = torch.arange(len(owner), device=device)
-    seen = (place[:, None] >= place) & ((owner == 0) | (owner[:, None] == owner))  # (L, L)
-    seen = (seen & real[:, None]) | (place[:, None] == place)  # (N, L, L); padding sees itself, for it must see some
-    later = batch.prompt_mask.sum(-1, keepdim=True) + torch.arange(t, device=device)  # (N, T)
-    hidden = model(
-        input_ids=torch.cat([batch.prompt_ids, batch.response_ids.view(n, -1)], 1),
-        attention_mask=torch.where(seen, 0.0, -torch.inf).to(model.dtype)[:, None],
-        position_ids=torch.cat([positions(batch.prompt_mask), later.repeat(1, group_size)], 1),
-        use_cache=False, logits_to_keep=NO_LOGITS, output_hidden_states=True,
-    ).hidden_states[-1]  # fmt: skip
-    first = hidden[:, p - 1 : p, None].expand(-1, -1, group_size, -1).reshape(rows, 1, -1)  # (B, 1, H): predicts y_1
-    rest = hidden[:, p:].reshape(rows, t, -1)[:, :-1]
-    return head_logprobs(model, torch.cat([first, rest], 1), batch, temperature)
-
-
-def head_logprobs(model, hidden, batch, temperature):
-    """Hidden states (B, T, H) → log-probabilities (B, T), CHUNK tokens at a time and, when gradients flow, each chunk
-    computed again on the way back: logits (B, T, V) never exist."""
-    head = model.get_output_embeddings()
-
-    def chunk_logprobs(hidden, ids):  # (CHUNK, H), (CHUNK,)
-        return -F.cross_entropy(head(hidden).float() / temperature, ids, reduction="none")
-
-    parts = [
-        checkpoint(chunk_logprobs, *part, use_reentrant=False, preserve_rng_state=False)
-        for part in zip(hidden[batch.mask].split(CHUNK), batch.response_ids[batch.mask].split(CHUNK), strict=True)
-    ]
-    return torch.zeros_like(batch.old_logprobs).masked_scatter(batch.mask, torch.cat(parts))  # (B, T)
-
-
-def plain_response_logprobs(model, batch, temperature):
-    """The same by one ordinary forward over [x, y_i] for every row: slower; the yardstick for the function above."""
+    """log π(y_i,t | x, y_i,<t) at the sampling temperature, (B, T), by one forward over [x, y_i] for every row."""
     group_size = len(batch.response_ids) // len(batch.prompt_ids)
     prompt_ids = batch.prompt_ids.repeat_interleave(group_size, 0)  # (B, P)
     mask = torch.cat([batch.prompt_mask.repeat_interleave(group_size, 0), batch.mask], 1)  # (B, P + T)
@@ -237,64 +213,41 @@ def token_logprobs(logits, ids, temperature):
     return F.log_softmax(logits.float() / temperature, -1).gather(-1, ids[..., None])[..., 0]
 
 
-def shares(model, way=shared_response_logprobs):
-    """Whether a fast way gives this model's own log-probabilities: tried once on a few tokens.
+def collate(groups, device, loss_norm="sequence", of=None):
+    """Groups of any prompt and response lengths → one Batch on the device.
 
-    It would not where a model scales or caps its logits after the head, or where its cache cannot be repeated.
+    of: all groups of the update that these are a part of, over which its mean is taken; these alone unless given.
     """
-    known = CHECKED.setdefault(model, {})
-    if way not in known:
-        rng, vocabulary = torch.Generator().manual_seed(0), model.get_input_embeddings().num_embeddings
-        ids = torch.randint(vocabulary, (4, 5), generator=rng)
-        prompts = [torch.randint(vocabulary, (n,), generator=rng).tolist() for n in (3, 7)]
-        mask = torch.arange(5) < torch.tensor([[5], [3], [1], [4]])
-        tensors = (x.to(model.device) for x in (ids, mask, torch.zeros(4, 5)))
-        batch = Batch(*left_pad(prompts, model.device), *tensors, None, None)
-        try:
-            with torch.no_grad():
-                fast, plain = (f(model, batch, 1.0) for f in (way, plain_response_logprobs))
-            known[way] = agree(model, fast[batch.mask], plain[batch.mask])
-        except Exception:  # whatever an architecture answers to arguments that it does not know
-            known[way] = False
-    return known[way]
+    ids, prompt_mask = left_pad([g.prompt_ids.tolist() for g in groups], device)
+    width = max(g.mask.shape[1] for g in groups)
+
+    def stack(name):
+        parts = [getattr(g, name) for g in groups]  # N × (G, T_g)
+        if any(part is None for part in parts):
+            return None
+        return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts]).to(device)  # (B, T)
+
+    fields = [stack(name) for name in ("response_ids", "mask", "old_logprobs", "ref_logprobs")]
+    scored = groups[0].advantages is not None
+    advantages = torch.cat([g.advantages for g in groups])[:, None].to(device) if scored else None  # (B, 1)
+    return Batch(
+        groups, ids, prompt_mask, *fields, advantages, token_weights(fields[1], loss_norm, *counts(of or groups))
+    )
 
 
-def micro_batches(groups, max_tokens):
-    """Split groups, sorted by length, so that a part computes at most `max_tokens` positions (one group at least)."""
-    parts, width, size = [], 0, 0
-    for group in sorted(groups, key=lambda g: (len(g.prompt_ids), g.mask.shape[1])):
-        cost = len(group.prompt_ids) + group.mask.numel()  # P + G·T
-        if not parts or (size + 1) * max(width, cost) > max_tokens:
-            parts, width, size = [*parts, []], 0, 0
-        parts[-1].append(group)
-        width, size = max(width, cost), size + 1
-    return parts
+def counts(groups):
+    """(responses, tokens) of groups: what a mean over them divides by."""
+    return sum(len(group.mask) for group in groups), sum(int(group.mask.sum()) for group in groups)
 
 
-def accumulate_gradient(model, groups, token_loss, *, loss_norm, n_responses, n_tokens, temperature, max_tokens):
-    """Add to the gradients that of Σ token_weights · token_loss over the groups, and return the loss's value.
-
-    token_loss(batch, logprobs (B, T)) → (B, T). The counts are those of the whole update, so the result depends
-    neither on the split into micro-batches nor on groups left out because they carry no gradient.
-    """
-    total = 0.0
-    for part, counts in parallel.turns(model, micro_batches(groups, max_tokens)):
-        batch = collate(part, model.device)
-        logprobs = response_logprobs(model, batch, temperature)
-        weights = token_weights(batch.mask, loss_norm, n_responses, n_tokens)
-        loss = (weights * token_loss(batch, logprobs)).sum() if counts else 0 * logprobs[batch.mask].sum()
-        (loss * parallel.world()).backward()  # FSDP takes the mean over ranks
-        total += loss.item()
-    return sum(parallel.everyone(total))
+def left_pad(prompts, device):
+    """Token id lists → ids (N, P) and mask (N, P), True on real tokens. Pad ids are 0 and are never attended to."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)  # (N, P)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    return ids, torch.arange(width, device=device) >= width - lengths[:, None]
 
 
-@torch.no_grad()
-def add_reference(model, groups, temperature, max_tokens):
-    """Fill in `ref_logprobs` of fresh groups with the frozen reference model."""
-    for part, counts in parallel.turns(model, micro_batches(groups, max_tokens)):
-        logprobs = response_logprobs(model, collate(part, model.device), temperature).cpu()  # (B, T)
-        for group, rows in zip(part, logprobs.split(len(part[0].mask)), strict=True):
-            group.ref_logprobs = rows[:, : group.mask.shape[1]].clone() if counts else group.ref_logprobs
-    found = parallel.everyone([group.ref_logprobs for group in groups])
-    for group, each in zip(groups, zip(*found, strict=True), strict=True):
-        group.ref_logprobs = next(logprobs for logprobs in each if logprobs is not None)
+def positions(mask):
+    """Position ids (N, P) under left padding: the first real token is 0."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)

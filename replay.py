@@ -3,11 +3,11 @@
 Covers Section 3.3, the hard-case test of Section 3.2, Table 4's control and κ of Appendix E (29).
 
 Symbols: B the buffer, τ the hard-case threshold, r̄ a group's mean reward, w_i the importance weight of response y_i,
-ε_low and ε_high its clipping range.
+ε_low and ε_high its clipping range. Shapes as in `grpo.py`.
 
 Deviations
-- The paper leaves the ratio's level, its range and the normalisation open: `is_level`, `clip_low`, `clip_high`,
-  `is_objective` and `is_normalize` choose, with Eq. 5 as it is written for the default.
+- The paper leaves the ratio's level, its range and the normalisation open: `ratio_level`, `epsilon_low`,
+  `epsilon_high`, `replay_objective` and `normalize_ratio` choose, with Eq. 5 as it is written for the default.
 - Storing goes on after replay has started unless `store_until` is "activation".
 - The KL term is left off replayed rollouts: k3 of a stale refusal explodes (`replay_kl` brings it back).
 """
@@ -16,27 +16,9 @@ from collections import deque
 
 import torch
 
+from grpo import RolloutGroup, accumulate_gradient, k3
 
-class ReplayBuffer:
-    """A ring of rollout groups: at capacity the oldest leaves."""
-
-    def __init__(self, capacity, groups=()):
-        self.ring = deque(groups, maxlen=capacity)
-
-    def __len__(self):
-        return len(self.ring)
-
-    def add(self, groups):
-        self.ring.extend(groups)
-
-    def sample(self, n, generator):
-        """min(n, |B|) groups, uniformly and without replacement."""
-        return draw(list(self.ring), n, generator)
-
-
-def draw(groups, n, generator):
-    """min(n, len(groups)) of the groups, uniformly and without replacement."""
-    return [groups[i] for i in torch.randperm(len(groups), generator=generator)[:n].tolist()]
+# --- the buffer ------------------------------------------------------------------------------------------------------
 
 
 def is_hard(group, tau):
@@ -44,18 +26,69 @@ def is_hard(group, tau):
     return group.rewards.mean().item() < tau
 
 
-def groups_to_store(groups, tau, store, generator):
-    """The hard groups of a step.
-
-    store: "random" (Table 4's control) as many, drawn uniformly from all of them; "unequal" those that have a gradient.
-    """
-    hard = [group for group in groups if is_hard(group, tau) and not (store == "unequal" and group.all_equal())]
-    return draw(groups, len(hard), generator) if store == "random" else hard
-
-
 def is_active(n_stored, min_groups, step, warmup_steps):
     """Replay runs once |B| ≥ min_groups and step > warmup_steps (steps count from 1)."""
     return n_stored >= min_groups and step > warmup_steps
+
+
+def draw(groups, n, generator):
+    """min(n, len(groups)) of the groups, uniformly and without replacement."""
+    return [groups[i] for i in torch.randperm(len(groups), generator=generator)[:n].tolist()]
+
+
+def hard_groups(groups, tau, generator=None):
+    """What ReRULE stores of a step."""
+    return [group for group in groups if is_hard(group, tau)]
+
+
+def random_groups(groups, tau, generator):
+    """Table 4's control: as many as are hard, drawn uniformly from all of them."""
+    return draw(groups, len(hard_groups(groups, tau)), generator)
+
+
+def unequal_groups(groups, tau, generator=None):
+    """The hard groups that have a gradient."""
+    return [group for group in hard_groups(groups, tau) if not group.all_equal()]
+
+
+STORED = {"random": random_groups, "unequal": unequal_groups}  # of a step, by `replay_store`; all others: hard_groups
+DRAWN_FROM = {  # (B, the groups of the step before, those of this step); all others: B
+    "recent": lambda ring, previous, groups: previous,
+    "current": lambda ring, previous, groups: groups,
+    "none": lambda ring, previous, groups: [],  # a step on zero gradient: momentum and weight decay alone
+}
+
+
+class ReplayBuffer:
+    """B, a ring of rollout groups: at capacity the oldest leaves. `control` names what is stored and drawn."""
+
+    def __init__(self, capacity, control="hard"):
+        self.ring, self.previous = deque(maxlen=capacity), []
+        self.stored = STORED.get(control, hard_groups)
+        self.drawn_from = DRAWN_FROM.get(control, lambda ring, previous, groups: list(ring))
+
+    def __len__(self):
+        return len(self.ring)
+
+    def draw(self, n, groups, generator):
+        """n groups to replay in the step that has sampled `groups`."""
+        return draw(self.drawn_from(self.ring, self.previous, groups), n, generator)
+
+    def store(self, groups, tau, generator, closed=False):
+        """Step 6: what of a step's groups enters B; nothing once it is `closed`."""
+        if not closed:
+            self.ring.extend(self.stored(groups, tau, generator))
+        self.previous = groups
+
+    def state(self):
+        return {"buffer": [vars(g) for g in self.ring], "previous": [vars(g) for g in self.previous]}
+
+    def restore(self, state):
+        self.ring.extend(RolloutGroup(**group) for group in state["buffer"])
+        self.previous = [RolloutGroup(**group) for group in state["previous"]]
+
+
+# --- Eq. 5 -----------------------------------------------------------------------------------------------------------
 
 
 def importance_ratio(logprobs, old_logprobs, mask, level):
@@ -72,17 +105,12 @@ def importance_ratio(logprobs, old_logprobs, mask, level):
     return log_ratio.clamp(-20, 20).exp().expand_as(logprobs)
 
 
-def one_each(ratio, mask, level):
-    """The distinct values of a (B, T) ratio: one for each token at level "token", else one for each response."""
-    return ratio[mask] if level == "token" else ratio[:, 0]
-
-
-def clip_ratio(ratio, clip_low, clip_high):
+def clip_ratio(ratio, epsilon_low, epsilon_high):
     """w = clip(ratio, 1 − ε_low, 1 + ε_high)."""
-    return ratio.clamp(1 - clip_low, 1 + clip_high)
+    return ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
 
 
-def off_policy_loss(logprobs, ratio, advantages, clip_low, clip_high, objective="weight", mean_weight=1.0):
+def off_policy_loss(logprobs, ratio, advantages, epsilon_low, epsilon_high, objective="weight", mean_weight=1.0):
     """Per-token loss of a replayed response, (B, T).
 
     objective "weight": gradient −w_i Â_i ∇log π_θ, w_i held fixed, as Eq. 5 is written; w_i over `mean_weight` where
@@ -95,8 +123,44 @@ def off_policy_loss(logprobs, ratio, advantages, clip_low, clip_high, objective=
     ratio = ratio.detach()
     if objective == "surrogate":
         rho = ratio * one
-        return -torch.minimum(rho * advantages, clip_ratio(rho, clip_low, clip_high) * advantages)
-    return -clip_ratio(ratio, clip_low, clip_high) / mean_weight * advantages * one  # Eq. 5
+        return -torch.minimum(rho * advantages, clip_ratio(rho, epsilon_low, epsilon_high) * advantages)
+    return -clip_ratio(ratio, epsilon_low, epsilon_high) / mean_weight * advantages * one  # Eq. 5
+
+
+def off_policy_gradient(model, batches, config, logprobs_of, mean_weight=1.0):
+    """Step 5: add to the gradients that of Eq. 5 over `batches` of replayed groups.
+
+    Returns: their importance ratios (n,), of responses, or of tokens at level "token".
+    """
+    ratios = []
+
+    def token_loss(batch, logprobs):
+        ratio = importance_ratio(logprobs.detach(), batch.old_logprobs, batch.mask, config.ratio_level)  # (B, T)
+        ratios.append(one_each(ratio, batch.weights > 0, config.ratio_level))
+        loss = off_policy_loss(
+            logprobs, ratio, batch.advantages, config.epsilon_low, config.epsilon_high, config.replay_objective,
+            mean_weight,
+        )  # Eq. 5  # fmt: skip
+        return loss + config.kl_coef * k3(logprobs, batch.ref_logprobs) if config.replay_kl else loss
+
+    accumulate_gradient(model, batches, token_loss, logprobs_of)
+    return torch.cat(ratios)
+
+
+@torch.no_grad()
+def ratios_of(model, batches, config, logprobs_of):
+    """The ratios alone: where weights are normalised, their mean must be known before the first gradient."""
+    ratios = []
+    for batch in batches:
+        logprobs = logprobs_of(model, batch)
+        ratio = importance_ratio(logprobs, batch.old_logprobs, batch.mask, config.ratio_level)  # (B, T)
+        ratios.append(one_each(ratio, batch.weights > 0, config.ratio_level))
+    return torch.cat(ratios)
+
+
+def one_each(ratio, counted, level):
+    """The distinct values of a (B, T) ratio: one for each token at level "token", else one for each response."""
+    return ratio[counted] if level == "token" else ratio[counted.any(-1), 0]
 
 
 def effective_sample_size(weights):
@@ -104,9 +168,9 @@ def effective_sample_size(weights):
     return (weights.sum() ** 2 / (len(weights) * (weights**2).sum())).item()
 
 
-def ratio_statistics(ratios, clip_low, clip_high):
+def ratio_statistics(ratios, epsilon_low, epsilon_high):
     """What a replay update's ratios were, unclipped unless said so; `ratios` (n,) of the groups not skipped."""
-    clipped = clip_ratio(ratios, clip_low, clip_high)
+    clipped = clip_ratio(ratios, epsilon_low, epsilon_high)
     return {
         "ratio_mean": ratios.mean().item(),
         "ratio_min": ratios.min().item(),

@@ -1,363 +1,293 @@
 """The driver: Stage 1, then RULE or ReRULE, from one command.
 
 Covers Section 3.1 (both stages of RULE), Section 3.3 (the pipeline of ReRULE) and Appendix D through `config.py`. The
-equations are in `grpo.py`, `replay.py`, `reward.py` and `sft.py`; the loop, models, optimisers and files are here.
+equations are in `grpo.py`, `replay.py`, `reward.py` and `sft.py`; the loops are here. How models are run, by one process
+or several, plainly or fast, is the business of the `engine` that is handed around.
 
 One step of Stage 2:
-    1. sample G responses to each of 32 prompts                        sampling.sample
-    2. reward them; normalise within each group                        reward.py, grpo.group_advantages
+    1. sample G responses to each of 32 prompts                        rollout, grpo.sample
+    2. reward them; normalise within each group                        score, reward.py, grpo.group_advantages
     3. log π_ref of the frozen reference                               grpo.add_reference
-    4. on-policy update, Eq. 3 and the KL term                         grpo.policy_gradient_loss, grpo.k3
-    5. ReRULE only, once active: one more update from B, Eq. 5         replay.off_policy_loss
-    6. ReRULE only: store this step's hard groups in B                 replay.groups_to_store
+    4. on-policy update, Eq. 3 and the KL term                         grpo.on_policy_gradient
+    5. ReRULE only, once active: one more update from B, Eq. 5         replay_update, replay.off_policy_gradient
+    6. ReRULE only: store this step's hard groups in B                 replay.ReplayBuffer.store
 
 Deviations
-- RULE, ReRULE and PURGE run this same loop; what ReRULE adds is behind `if method == "rerule"`, and PURGE differs in
-  its queries, reward and starting point alone.
+- RULE, ReRULE and PURGE run this same loop. RULE never stores, so its B stays empty and step 5 never runs; PURGE differs
+  in its queries, reward and starting point alone.
+- RULE takes the checkpoint after a chosen epoch of Stage 1; here Stage 1 may also end once a given share of answers
+  sampled to forget prompts are refusals (`sft_stop`), which suits every seed where a fixed count does not.
 - No state is kept in random generators: each draw is seeded by (seed, purpose, step), so a resumed run repeats them.
 - RULE with PPO in place of GRPO, which the RULE paper also offers, is out of scope.
 """
 
-import config as settings  # first: it sets OMP_WAIT_POLICY before torch is imported
+import benchmarks
+from config import Config
+from engine.flags import parse, resolve, run_command
 
-# isort: split
+EXAMPLES = [
+    "python rerule.py                                                    # a world made on the spot: one minute",
+    "python rerule.py --benchmark tofu --data_dir DATA/tofu --model tiny --method rule rerule po",
+    "python rerule.py runs/builtin/config.json --seed 1 --output_dir runs/seed1     # an earlier run's settings",
+]
+
+
+def configure(argv=None):
+    """Command line → Config with every preset filled in and every value checked. Raises: InputError."""
+    presets = {name: (benchmark.preset, benchmark.tiny) for name, benchmark in benchmarks.ALL.items()}
+    return resolve(parse(Config, argv, presets, EXAMPLES), benchmarks.ALL)
+
+
+if __name__ == "__main__":  # before torch is imported, so that --help answers at once
+    CONFIG = run_command(configure, leave=False)
+
 import math
 import sys
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
-import baselines
-import memory
-import parallel
-import report
-from data import encode_prompt, stop_ids
+from baselines import losses, purge, train
+from benchmarks import metrics
+from benchmarks.fits import check_model, context_needed
+from benchmarks.tiny import load, tiny_model
+from config import InputError
+from data import decode, encode_answer, encode_prompt, stop_ids
+from engine import report
+from engine.descend import fit
+from engine.log import record
+from engine.model import optimizer_for
+from engine.process import start
+from engine.run import Phase, Run
+from engine.seeds import batch_at, generator
 from evaluate import evaluate
-from files import InputError, exit_on_input_error, generator
-from grpo import (
-    RolloutGroup,
-    accumulate_gradient,
-    add_reference,
-    collate,
-    decode,
-    group_advantages,
-    k3,
-    micro_batches,
-    policy_gradient_loss,
-    response_logprobs,
-    sample,
-)
-from prepare import check_model, load_data, tiny_model
-from replay import (
-    ReplayBuffer,
-    clip_ratio,
-    draw,
-    groups_to_store,
-    importance_ratio,
-    is_active,
-    is_hard,
-    off_policy_loss,
-    one_each,
-    ratio_statistics,
-)
-from reward import boundary_reward, forget_reward, is_refusal, purge_reward
-from run import Run, clock, load_model, optimizer_for, optimizer_step
-from sft import batch_at, stage1
+from grpo import RolloutGroup, add_reference, counts, group_advantages, on_policy_gradient
+from refusal import is_refusal
+from replay import ReplayBuffer, clip_ratio, is_active, off_policy_gradient, ratio_statistics, ratios_of
+from reward import query_reward
+
+# --- Stage 1 ---------------------------------------------------------------------------------------------------------
 
 
-def rollout(model, tokenizer, queries, numbers, stops, config, step):
-    """Steps 1 and 2: sample, reward, normalise. Returns groups, their texts and the share cut at the length limit."""
-    prompts = [encode_prompt(tokenizer, queries[i].prompt) for i in numbers]
-    rng = generator(model.device, config.seed, "rollout", step)
-    ids, mask, logprobs = sample(
-        model, prompts, config.group_size, config.max_new_tokens, stops, config.temperature, rng, config.rollout_prompts
-    )  # (N, G, T)
-    texts = decode(tokenizer, ids, mask)
-    rewards = torch.tensor(
-        [[reward(queries[i], text, config) for text in group] for i, group in zip(numbers, texts, strict=True)]
-    )  # (N, G)
-    advantages = group_advantages(rewards, config.unbiased)  # (N, G)
-    ended = (torch.isin(ids, torch.tensor(stops)) & mask).any(-1)  # (N, G)
-    groups = []
-    for n, number in enumerate(numbers):
-        width = int(mask[n].sum(-1).max())
-        part = [tensor[n, :, :width].clone() for tensor in (ids, mask, logprobs)]
-        groups.append(
-            RolloutGroup(number, torch.tensor(prompts[n]), *part, None, rewards[n].clone(), advantages[n].clone(), step)
-        )
-    return groups, texts, 1 - ended.float().mean().item()
-
-
-def reward(query, text, config):
-    if query.forbidden:
-        return purge_reward(text, query.forbidden)
-    if query.kind == "forget":
-        return forget_reward(text, query.target if config.forget_reward == "target" else "")
-    return boundary_reward(text, query.answers)
-
-
-def on_policy_gradient(model, groups, config, counts):
-    """Step 4: the gradient of Eq. 3 and of β KL. Returns loss, mean k3 and the largest |log π_θ − log π_old|."""
-    kl, gap = [], []
-
-    def token_loss(batch, logprobs):
-        gap.append((logprobs.detach() - batch.old_logprobs)[batch.mask].abs().max())
-        loss = policy_gradient_loss(logprobs, batch.advantages)  # Eq. 3
-        if batch.ref_logprobs is not None:
-            divergence = k3(logprobs, batch.ref_logprobs)
-            kl.append(divergence.detach()[batch.mask].sum())
-            loss = loss + config.kl_coef * divergence  # Eq. 2
-        return loss
-
-    loss = accumulate_gradient(model, groups, token_loss, **counts)
-    return loss, parallel.total(kl) / counts["n_tokens"], parallel.largest(gap)
-
-
-def off_policy_gradient(model, drawn, config, counts):
-    """Step 5: the gradient of Eq. 5 over the drawn groups. Those without any are skipped, yet all divisors count them.
-
-    Returns: the number of groups used; statistics of their importance ratios.
-    """
-    keep_all = config.replay_kl or config.is_normalize
-    used = [group for group in drawn if keep_all or not group.all_equal()]
-    if not used:
-        return 0, {}
-    mean_weight, ratios = 1.0, []
-
-    def ratio_of(batch, logprobs):
-        ratio = importance_ratio(logprobs.detach(), batch.old_logprobs, batch.mask, config.is_level)  # (B, T)
-        ratios.append(one_each(ratio, batch.mask, config.is_level))
-        return ratio
-
-    if config.is_normalize:  # the mean weight must be known before the first gradient
-        with torch.no_grad():
-            for part, counts_here in parallel.turns(model, micro_batches(used, config.max_tokens)):
-                batch = collate(part, model.device)
-                logprobs = response_logprobs(model, batch, config.temperature)
-                if counts_here:
-                    ratio_of(batch, logprobs)
-        mean_weight = clip_ratio(parallel.joined(ratios), config.clip_low, config.clip_high).mean()
-        ratios.clear()
-
-    def token_loss(batch, logprobs):
-        ratio = ratio_of(batch, logprobs)
-        loss = off_policy_loss(
-            logprobs, ratio, batch.advantages, config.clip_low, config.clip_high, config.is_objective, mean_weight
-        )  # Eq. 5
-        return loss + config.kl_coef * k3(logprobs, batch.ref_logprobs) if config.replay_kl else loss
-
-    accumulate_gradient(model, used, token_loss, **counts)
-    return len(used), ratio_statistics(parallel.joined(ratios), config.clip_low, config.clip_high)
-
-
-def counts_of(groups, config):
-    """What an update over these groups divides by, and how it is computed: keywords of `accumulate_gradient`."""
-    return {
-        "n_responses": sum(len(group.mask) for group in groups),
-        "n_tokens": sum(int(group.mask.sum()) for group in groups),
-        "loss_norm": config.loss_norm,
-        "temperature": config.temperature,
-        "max_tokens": config.max_tokens,
-    }
-
-
-def stage2(run, method, model, reference, tokenizer, benchmark, probes):
-    """Refusal boundary optimisation with GRPO (RULE); with `method` "rerule", replay of hard groups beside it.
+def stage1(run, model, tokenizer, training):
+    """Rejection steering: refusals to forget prompts until enough sampled answers refuse, or the steps are over.
 
     Returns: seconds; why it stopped before its time, with the last finite weights, or None.
     """
-    config, queries = run.config, benchmark.queries
-    stops = stop_ids(tokenizer, model, benchmark.newline_stops)
-    optimizer = optimizer_for(model, settings.learning_rate(config, method), config.weight_decay)
-    buffer, previous, total = ReplayBuffer(config.buffer_size), [], {"phase": 0.0}
-    start, payload = run.saved(method)
-    if payload:
-        run.restore(payload, model, optimizer)
-        buffer.add(RolloutGroup(**group) for group in payload["buffer"])
-        previous, total = [RolloutGroup(**group) for group in payload["previous"]], payload["seconds"]
+    config, engine = run.config, run.engine
+    rows = [(encode_prompt(tokenizer, p), encode_answer(tokenizer, p, refusal)) for p, refusal in training.refusals]
+    stops = stop_ids(tokenizer, model, training.newline_stops)
+    forget = [encode_prompt(tokenizer, q.prompt) for q in training.queries if q.kind == "forget"]
 
-    def update():
-        return optimizer_step(model, optimizer, config.max_grad_norm)
+    def refusal_share(step):
+        if not config.sft_stop:
+            return {"refusal_forget": None}, False
+        rng = generator(model.device, config.seed, "stop", step)
+        prompts = [forget[i] for i in torch.randperm(len(forget), generator=rng, device=model.device)[:64].tolist()]
+        ids, mask, _ = engine.sample(model, prompts, 1, config.max_new_tokens, stops, config.temperature, rng)
+        texts = decode(tokenizer, ids, mask)
+        share = sum(is_refusal(text) for (text,) in texts) / len(texts)
+        return {"refusal_forget": share}, share >= config.sft_stop
 
-    bar = tqdm(range(start + 1, config.steps + 1), desc=method, initial=start, total=config.steps, dynamic_ncols=True)
-    for step in bar:
-        seconds = {}
-        with clock(total, "phase"):
-            numbers = batch_at(len(queries), config.prompts_per_step, step, config.seed, "queries")
-            with clock(seconds, "rollout"):
-                groups, texts, truncated = rollout(model, tokenizer, queries, numbers, stops, config, step)
-            with clock(seconds, "reference"):
-                if config.kl_coef:
-                    add_reference(reference, groups, config.temperature, config.max_tokens)
-            with clock(seconds, "update"):
-                loss, kl, gap = on_policy_gradient(model, groups, config, counts_of(groups, config))
-                replaying = method == "rerule" and is_active(len(buffer), config.min_groups, step, config.warmup_steps)
-                combined = replaying and config.replay_step == "combined"
-                norm = None if combined else update()
-            row = {"method": method, "stage": 2, "step": step, **group_metrics(groups, texts, queries, config)}
-            row |= {"loss": loss, "kl": kl, "logprob_gap": gap, "truncation": truncated}
-            if method == "rerule":
-                with clock(seconds, "replay"):
-                    if replaying:
-                        rng, n = generator("cpu", config.seed, "replay", step), config.replay_groups
-                        controls = {"recent": previous, "current": groups, "none": []}
-                        store = config.replay_store
-                        drawn = draw(controls[store], n, rng) if store in controls else buffer.sample(n, rng)
-                        used, ratios = off_policy_gradient(model, drawn, config, counts_of(drawn, config))
-                        age = sum(step - group.step for group in drawn) / max(1, len(drawn))
-                        row |= {"replay_groups": len(drawn), "replay_skipped": len(drawn) - used, "replay_age": age}
-                        row |= ratios
-                        if store == "none":  # momentum and weight decay alone
-                            for p in model.parameters():
-                                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                        if combined:
-                            norm = update()
-                        elif used or store == "none":
-                            row["replay_grad_norm"] = update()
-                if not (replaying and config.store_until == "activation"):
-                    rng = generator("cpu", config.seed, "store", step)
-                    buffer.add(groups_to_store(groups, config.tau, config.replay_store, rng))
-                previous = groups
-            row |= {"grad_norm": norm, "buffer_size": len(buffer)}
-        if not all(math.isfinite(row.get(name, 0.0)) for name in ("grad_norm", "replay_grad_norm")):
-            return total["phase"], f"a gradient is not finite at step {step}"
-        row |= {f"seconds_{name}": value for name, value in seconds.items()}
-        if config.eval_every and step % config.eval_every == 0:
-            summary = evaluate_model(run, model, tokenizer, probes, progress=False)["summary"]
-            row |= {f"eval_{name}": value for name, value in summary.items() if isinstance(value, (int, float))}
-        run.metrics.write(row)
-        for group, completions in zip(groups, texts, strict=True):
-            query = queries[group.query]
-            run.samples.write(
-                {"method": method, "step": step, "query": group.query, "kind": query.kind, "group": query.group,
-                 "prompt": query.question, "completions": completions, "rewards": group.rewards.tolist()}
-            )  # fmt: skip
-        bar.set_postfix(reward=f"{row['reward']:.2f}", kl=f"{kl:.3f}", buffer=len(buffer))
-        if step == start + 1 or step % max(1, config.steps // 4) == 0:
-            show_samples(bar, method, step, groups, texts, queries)
-        if config.save_every and step % config.save_every == 0:
-            stored = {"buffer": [vars(g) for g in buffer.ring], "previous": [vars(g) for g in previous]}
-            run.save(method, step, {"seconds": total, **stored}, model, optimizer)
-    return total["phase"], None
-
-
-def group_metrics(groups, texts, queries, config):
-    """Rewards and refusals of a step's rollouts, together and by the kind of query, and shares of kinds of group."""
-    row = {
-        "reward": torch.stack([group.rewards.mean() for group in groups]).mean().item(),
-        "equal_groups": sum(group.all_equal() for group in groups) / len(groups),
-        "hard_groups": sum(is_hard(group, config.tau) for group in groups) / len(groups),
-        "response_tokens": sum(int(group.mask.sum()) for group in groups),
-    }
-    for kind in ("forget", "boundary"):
-        of_kind = [(g, t) for g, t in zip(groups, texts, strict=True) if queries[g.query].kind == kind]
-        refusals = [is_refusal(text) for _, completions in of_kind for text in completions]
-        rewards = [group.rewards.mean().item() for group, _ in of_kind]
-        row[f"reward_{kind}"] = sum(rewards) / len(rewards) if rewards else None
-        row[f"refusal_{kind}"] = sum(refusals) / len(refusals) if refusals else None
-    return row
-
-
-def show_samples(bar, method, step, groups, texts, queries):
-    """One completion for a forget and one for a boundary prompt, with its reward: numbers alone hide reward hacking."""
-    for kind in ("forget", "boundary"):
-        for group, completions in zip(groups, texts, strict=True):
-            if queries[group.query].kind == kind:
-                question, answer = queries[group.query].question[-60:], completions[0][:70]
-                bar.write(
-                    f"{method:>7} {step:>4} {kind:>8}  r = {group.rewards[0].item():.1f}  {question} → {answer!r}"
-                )
-                break
-
-
-def evaluate_model(run, model, tokenizer, probes, progress=True):
-    config = run.config
-    return evaluate(
-        model, tokenizer, config.benchmark, probes, batch_size=config.eval_batch_size,
-        retain_log=config.retain_log or None, progress=progress,
+    steps = config.sft_steps or max(1, round(config.sft_epochs * len(rows) / config.sft_batch_size))
+    return fit(
+        run, "rej_steer", 1, model, rows, steps=steps, lr=config.sft_lr, batch_size=config.sft_batch_size,
+        warmup=min(config.sft_warmup, steps), stop=refusal_share,
     )  # fmt: skip
+
+
+# --- Stage 2 ---------------------------------------------------------------------------------------------------------
+
+
+def stage2(run, method, model, reference, tokenizer, training, reward, watch=lambda step: {}):
+    """Refusal boundary optimisation with GRPO: RULE; with `method` "rerule", replay of hard groups beside it.
+
+    Args: reward(query, text) → r; watch(step) → more for the log. Returns: as `stage1`.
+    """
+    config, engine, queries = run.config, run.engine, training.queries
+    logprobs_of, stops = engine.logprobs(config.temperature), stop_ids(tokenizer, model, training.newline_stops)
+    optimizer = optimizer_for(model, train.learning_rate(config, method), config.weight_decay)
+    update = partial(engine.step, model, optimizer, config.max_grad_norm)
+    buffer = ReplayBuffer(config.buffer_size, config.replay_store)
+    phase = Phase(run, method, config.steps, model, optimizer, buffer)
+    for step in phase:
+        with phase.clock("rollout"):
+            numbers = batch_at(len(queries), config.prompts_per_step, step, config.seed, "queries")
+            groups = rollout(engine, model, tokenizer, queries, numbers, stops, config, step)  # 1  G responses each
+            score(groups, queries, reward, config.unbiased)  # 2  rewards, Â within each group
+        with phase.clock("reference"):
+            if config.kl_coef:
+                add_reference(reference, engine.batches(reference, groups), logprobs_of)  # 3  log π_ref
+                engine.complete(groups)
+        with phase.clock("update"):
+            batches = engine.batches(model, groups, config.loss_norm)
+            loss, kl, gap = on_policy_gradient(model, batches, config.kl_coef, logprobs_of)  # 4  Eq. 3 and β KL
+            row = {
+                "loss": engine.total(loss),
+                "kl": engine.total(kl) / counts(groups)[1],
+                "logprob_gap": engine.largest(gap),
+            }
+            active = is_active(len(buffer), config.min_groups, step, config.warmup_steps)
+            if not (active and config.replay_step == "combined"):
+                row["grad_norm"] = update()
+        with phase.clock("replay"):
+            if active:  # 5  Eq. 5 on groups from B
+                row |= replay_update(engine, model, buffer, groups, update, logprobs_of, config, step)
+            if method == "rerule":  # 6  r̄ < τ enters B: all that ReRULE adds to RULE, whose B stays empty
+                closed = active and config.store_until == "activation"
+                buffer.store(groups, config.tau, generator("cpu", config.seed, "store", step), closed)
+        if not all(math.isfinite(row.get(name, 0.0)) for name in ("grad_norm", "replay_grad_norm")):
+            return phase.total, f"a gradient is not finite at step {step}"
+        record(run, phase, row | {"buffer_size": len(buffer)} | watch(step), groups, queries, stops)
+    return phase.total, None
+
+
+def rollout(engine, model, tokenizer, queries, numbers, stops, config, step):
+    """Step 1: groups of G responses to the queries of these numbers. `step` names the draw."""
+    prompts = [encode_prompt(tokenizer, queries[i].prompt) for i in numbers]
+    rng = generator(model.device, config.seed, "rollout", step)
+    ids, mask, logprobs = engine.sample(
+        model, prompts, config.group_size, config.max_new_tokens, stops, config.temperature, rng
+    )  # (N, G, T)
+    groups = []
+    for n, texts in enumerate(decode(tokenizer, ids, mask)):
+        width = int(mask[n].sum(-1).max())
+        part = [tensor[n, :, :width].clone() for tensor in (ids, mask, logprobs)]  # (G, T of this group)
+        groups.append(RolloutGroup(numbers[n], step, torch.tensor(prompts[n]), *part, texts=texts))
+    return groups
+
+
+def score(groups, queries, reward, unbiased=True):
+    """Step 2: r_i = reward(query, text) of every response, and Â_i within each group."""
+    rewards = torch.tensor([[reward(queries[group.query], text) for text in group.texts] for group in groups])  # (N, G)
+    for group, own, advantages in zip(groups, rewards, group_advantages(rewards, unbiased), strict=True):
+        group.rewards, group.advantages = own.clone(), advantages.clone()  # (G,)
+
+
+def replay_update(engine, model, buffer, groups, update, logprobs_of, config, step):
+    """Step 5: one more update, by Eq. 5 over groups drawn from B. Those without any gradient are skipped, yet all
+    divisors count them. Returns: what the log says of it."""
+    drawn = buffer.draw(config.replay_groups, groups, generator("cpu", config.seed, "replay", step))
+    used = [group for group in drawn if config.replay_kl or config.normalize_ratio or not group.all_equal()]
+    age = sum(step - group.step for group in drawn) / max(1, len(drawn))
+    row = {"replay_groups": len(drawn), "replay_skipped": len(drawn) - len(used), "replay_age": age}
+    if used:
+        mean_weight, clip = 1.0, (config.epsilon_low, config.epsilon_high)
+        if config.normalize_ratio:
+            batches = engine.batches(model, used, config.loss_norm, of=drawn)
+            mean_weight = clip_ratio(engine.joined(ratios_of(model, batches, config, logprobs_of)), *clip).mean()
+        batches = engine.batches(model, used, config.loss_norm, of=drawn)
+        ratios = off_policy_gradient(model, batches, config, logprobs_of, mean_weight)  # Eq. 5
+        row |= ratio_statistics(engine.joined(ratios), *clip)
+    if not drawn:  # `--replay_store none`: momentum and weight decay alone
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    if config.replay_step == "combined":
+        row["grad_norm"] = update()
+    elif used or not drawn:
+        row["replay_grad_norm"] = update()
+    return row
 
 
 # --- the whole job ---------------------------------------------------------------------------------------------------
 
 
-def main():
-    config = settings.resolve(settings.parse(settings.Config))
+def main(config, figures=True):
+    """Everything that one command does; `figures`: draw the run's pictures too."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no GPU is available")
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     if config.dry_run:
+        from scale import memory
+
         return memory.show(config)
-    device = torch.device("cuda" if on_gpu else "cpu")
-    benchmark, probes, retained = load_data(config)
-    run = Run(config)
-    with parallel.session(device, config.offload):
-        # a cache of autocast's would outlive an update; sharded weights are put together in bf16 already
-        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu and not parallel.active(), cache_enabled=False):
-            if not run.finished("run"):
-                train(run, device, benchmark, probes, retained)
+    engine = start(config, "cuda" if on_gpu else "cpu")
+    benchmark = benchmarks.ALL[config.benchmark]
+    training, probes, retained = load(benchmark, config)
+    run = Run(config, engine)
+    with engine.session():
+        if not run.finished("run"):
+            unlearn_all(run, benchmark, training, probes, retained, figures)
         if not (run.folder / "table.md").exists():
-            report.write(run.folder, config, run.rows())
+            report.write(run.folder, metrics.run_columns(benchmark), run.rows(), figures)
         report.print_table(run.folder)
 
 
-def train(run, device, benchmark, probes, retained):
-    config = run.config
+def unlearn_all(run, benchmark, training, probes, retained, figures):
+    """The original model, each method in turn, and the score of each."""
+    config, engine = run.config, run.engine
+    prompts = [prompt for prompt, _ in training.refusals] + [query.prompt for query in training.queries]
 
-    def score(phase, model, tokenizer):
+    def teach(phase, taught):
+        words = not benchmark.reads_files
+        return tiny_model(run, taught, prompts, words, lambda t: context_needed(t, benchmark, probes), phase)
+
+    def judge(model, tokenizer, progress=True):
+        return evaluate(
+            engine, model, tokenizer, benchmark, probes, batch_size=config.eval_batch_size, retained=retained,
+            progress=progress,
+        )  # fmt: skip
+
+    def score_phase(phase, model, tokenizer):
         """Evaluate a phase's model, once, and mark the phase as over."""
         if not run.finished(f"{phase} scored"):
-            result = evaluate_model(run, model, tokenizer, probes)
+            result = judge(model, tokenizer)
             report.save_examples(run.folder, phase, result["per_example"])
             row = {"notes": result["notes"], **result["summary"]}
             if phase in config.method:
-                row |= {**run.state["done"][phase], **baselines.data_used(phase, benchmark, tokenizer)}
+                row |= {**run.state["done"][phase], **train.data_used(phase, training, tokenizer)}
             run.finish(f"{phase} scored", row)
 
     if config.model == "tiny":
         run.open()
-        model, tokenizer = tiny_model(run, device, benchmark, benchmark.taught, probes)
+        model, tokenizer = teach("original", training.taught)
     else:
-        model, tokenizer = load_model(config.model, device)
-        check_model(model, tokenizer, config, benchmark, probes)
+        model, tokenizer = engine.load(config.model)
+        check_model(model, tokenizer, config, benchmark, prompts, probes)
         run.open()
-    start = run.folder / "original" if config.model == "tiny" else config.model
-    score("original", model, tokenizer)
+    original = run.folder / "original" if config.model == "tiny" else config.model
+    score_phase("original", model, tokenizer)
     del model
-    if retained:
-        retained_model, _ = tiny_model(run, device, benchmark, retained, probes, "retained")
-        score("retained", retained_model, tokenizer)
+    if benchmark.retained:
+        score_phase("retained", teach("retained", benchmark.retained(config))[0], tokenizer)
     for method in config.method:
         if not run.finished(method):
-            model, seconds, stopped = unlearn(run, method, start, device, tokenizer, benchmark, probes)
+            model, seconds, stopped = unlearn(run, method, original, tokenizer, training, judge)
             if stopped:
                 tqdm.write(f"{method}: stopped, {stopped}; its row shows the last finite weights", file=sys.stderr)
             run.save_model(method, model, tokenizer)
             run.finish(method, {"seconds": seconds, "stopped": stopped})
             del model
-        score(method, load_model(run.folder / method, device)[0], tokenizer)
-    report.write(run.folder, config, run.rows())
+        score_phase(method, engine.load(run.folder / method)[0], tokenizer)
+    report.write(run.folder, metrics.run_columns(benchmark), run.rows(), figures)
     run.finish("run", {})
 
 
-def unlearn(run, method, start, device, tokenizer, benchmark, probes):
+def unlearn(run, method, original, tokenizer, training, judge):
     """Train one method from where it starts. Returns: (model, seconds, why it stopped before its time or None)."""
-
-    def load(path, training=run.config):
-        return load_model(path, device, training=training)[0]
+    config, engine = run.config, run.engine
 
     if method == "rej_steer":
-        model = load(start)
-        return model, *stage1(run, model, tokenizer, benchmark)
-    if method in baselines.RECIPES:
-        original = load(start).requires_grad_(False) if baselines.needs_original(method) else None
-        return baselines.train(run, method, load(start), original, tokenizer, benchmark)
-    source = start if method == "purge" else run.folder / "rej_steer"  # RULE and ReRULE: one and the same checkpoint
-    model, reference = load(source), load(source, training=None).requires_grad_(False)
+        model, _ = engine.load(original, training=config)
+        return model, *stage1(run, model, tokenizer, training)
+    if method in losses.RECIPES:
+        frozen = engine.load(original)[0].requires_grad_(False) if train.needs_original(method) else None
+        return train.train(run, method, engine.load(original, training=config)[0], frozen, tokenizer, training)
+    source = original if method == "purge" else run.folder / "rej_steer"  # RULE and ReRULE: the same checkpoint
+    model, reference = engine.load(source, training=config)[0], engine.load(source)[0].requires_grad_(False)
+    reward = partial(query_reward, name_target=config.forget_reward == "target")
     if method == "purge":
-        benchmark = baselines.purge_benchmark(benchmark, model, tokenizer, run.config)
-    return model, *stage2(run, method, model, reference, tokenizer, benchmark, probes)
+        training, reward = purge.prepare(training, engine, model, tokenizer, config)
+
+    def watch(step):
+        if not config.eval_every or step % config.eval_every:
+            return {}
+        summary = judge(model, tokenizer, progress=False)["summary"]
+        return {f"eval_{name}": value for name, value in summary.items() if isinstance(value, (int, float))}
+
+    return model, *stage2(run, method, model, reference, tokenizer, training, reward, watch)
 
 
 if __name__ == "__main__":
-    exit_on_input_error(main)
+    run_command(lambda: main(CONFIG))

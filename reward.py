@@ -1,6 +1,7 @@
 """Rewards of Stage 2: whether a response refuses, and whether it gives the right answer.
 
-Covers the reward of Section 3.1. The refusal detector is in `refusal.py`.
+Covers the reward of Section 3.1. The refusal detector is in `refusal.py`. To try a reward of your own, write a function
+of a query and a text and hand it to `rerule.stage2`.
 
 Deviations
 - RULE scores ROUGE-L with the `rouge` package. `rouge_score` with a whitespace, case-sensitive tokenizer gives the same
@@ -8,8 +9,6 @@ Deviations
 - Refusals are told by `refusal.is_refusal`, not by RULE's single expression, which fires on about one answer in seven
   of a chatty model.
 """
-
-import re
 
 from rouge_score import rouge_scorer
 
@@ -31,6 +30,13 @@ def rouge_l_recall(response, answer):
     return SCORER.score(answer, response)["rougeL"].recall
 
 
+def query_reward(query, response, name_target=False):
+    """r(x, y) of Section 3.1. With `name_target` a refusal must name what is to be forgotten for the full reward."""
+    if query.kind == "forget":
+        return forget_reward(response, query.target if name_target else "")
+    return boundary_reward(response, query.answers)
+
+
 def forget_reward(response, target=""):
     """Forget query: r = 1 for a refusal, else 0. With a `target`, RULE's variant: 0.5, and 1 if it names the target."""
     if not is_refusal(response):
@@ -46,8 +52,3 @@ def boundary_reward(response, answers):
     if is_refusal(response):
         return 0.0
     return sum(0.5 + 0.5 * (rouge_l_recall(response, answer) > 0.3) for answer in answers) / len(answers)
-
-
-def purge_reward(response, terms):
-    """PURGE: r = 1 if the response mentions none of the forbidden terms as whole words, in any case; else 0."""
-    return 0.0 if any(re.search(rf"(?<!\w){re.escape(term)}(?!\w)", response, re.IGNORECASE) for term in terms) else 1.0

@@ -1,0 +1,194 @@
+"""The baselines' training: the rows that each method reads, one loop over its loss, the share of data it used.
+
+Covers the training of Appendix B; PURGE and rejection steering are stages of the driver. Symbols as in `losses.py`.
+
+Deviations
+- D_f and D_r are the prompts that RULE trains on too: forget queries with their answers, boundary queries with theirs.
+  Where a benchmark publishes no answer to a forget prompt (RWKU), y_f is the original model's own greedy answer.
+- Random responses (Eq. 14, 15) are answers to other prompts, of D_r, drawn anew in every step.
+- A batch is one forward: no micro-batches. `--baseline_batch_size` bounds memory.
+"""
+
+import json
+import random
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from baselines.losses import RECIPES, cross_entropy, objective, task_vector
+from baselines.whp import Pair
+from data import encode_answer, encode_prompt, stop_ids
+from engine.descend import descend
+from engine.seeds import batch_at, derive_seed
+from grpo import positions, token_logprobs
+from sft import collate_sft
+
+RATES = Path(__file__).parent.parent / "results"  # what `grid.py` has chosen
+
+
+def learning_rate(config, method):
+    """Of Stage 2 for RULE and ReRULE; of a baseline or PURGE, the flag's or the one chosen for a tiny model."""
+    if method in ("rule", "rerule"):
+        return config.lr
+    if config.baseline_lr or config.model != "tiny":
+        return config.baseline_lr or 1e-5
+    chosen = {}
+    for benchmark in ("builtin", config.benchmark):
+        path = RATES / f"rates_{benchmark}.json"
+        chosen |= json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return chosen[method]["best"]
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def greedy(engine, model, tokenizer, prompts, newline_stops, max_new_tokens, batch_size=64):
+    """The model's own most likely answers to prompts (token ids), as token ids."""
+    stops, answers = stop_ids(tokenizer, model, newline_stops), []
+    for at in range(0, len(prompts), batch_size):
+        ids, mask, _ = engine.sample(model, prompts[at : at + batch_size], 1, max_new_tokens, stops, 0.0)  # (N, 1, T)
+        answers += [row[kept].tolist() for row, kept in zip(ids[:, 0], mask[:, 0], strict=True)]
+    return answers
+
+
+def rows_of(method, engine, model, tokenizer, training, config):
+    """Token ids (prompt, answer) of every kind of row that `method` reads; all but "retain" are in order of D_f.
+
+    model: the original one, which answers where a benchmark publishes no answer and where SGA wants normal ones.
+    """
+
+    def answer(some):
+        return greedy(engine, model, tokenizer, some, training.newline_stops, config.max_new_tokens)
+
+    forget = [query for query in training.queries if query.kind == "forget"]
+    retain = [query for query in training.queries if query.kind == "boundary"]
+    prompts = [encode_prompt(tokenizer, query.prompt) for query in forget]
+    rows = {"retain": [encoded(tokenizer, q.prompt, q.answers[0]) for q in retain]}
+    unanswered = [i for i, query in enumerate(forget) if not query.answers]
+    own = answer([prompts[i] for i in unanswered])
+    own = dict(zip(unanswered, own, strict=True))
+    rows["forget"] = [
+        (prompts[i], own[i]) if i in own else encoded(tokenizer, query.prompt, query.answers[0])
+        for i, query in enumerate(forget)
+    ]
+    refusals = dict(training.refusals)
+    spare = [refusal for _, refusal in training.refusals]
+    rows["refusal"] = [
+        encoded(tokenizer, query.prompt, refusals.get(query.prompt, spare[i % len(spare)]))
+        for i, query in enumerate(forget)
+    ]
+    if method == "sga":
+        words = [set(query.question.lower().split()) for query in retain]
+        answers = answer([prompt for prompt, _ in rows["retain"]])
+        normal = [(prompt, answer) for (prompt, _), answer in zip(rows["retain"], answers, strict=True)]
+        for k in range(config.sga_k):
+            rows[f"normal {k}"] = []
+        for query in forget:  # the K permitted prompts that share most words with this one
+            own = set(query.question.lower().split())
+            closest = sorted(range(len(retain)), key=lambda j: -len(own & words[j]) / len(own | words[j]))
+            for k in range(config.sga_k):
+                rows[f"normal {k}"].append(normal[closest[k % len(closest)]])
+    return rows
+
+
+def encoded(tokenizer, prompt, answer):
+    return encode_prompt(tokenizer, prompt), encode_answer(tokenizer, prompt, answer)
+
+
+def rows_at(rows, kind, step, config, method):
+    """The rows of one kind in the batch of `step`; D_r is passed over at its own pace, beside D_f."""
+    size, source = config.baseline_batch_size, rows["retain" if kind == "retain" else "forget"]
+    at = batch_at(len(source), size, step, config.seed, method, "retain" if kind == "retain" else "forget")
+    if kind == "random":
+        rng = random.Random(derive_seed(config.seed, method, "random", step))
+        return [(rows["forget"][i][0], rng.choice(rows["retain"])[1]) for i in at]
+    return [rows[kind][i] for i in at]
+
+
+def data_used(method, training, tokenizer):
+    """The tables' "# Tokens": % of the tokens of all forget and all retain data that a method's training reads.
+
+    Prompts count where they are asked, answers where they are read; refusals, random and sampled texts do not.
+    Returns: {"forget_tokens", "retain_tokens"}, or {} where the files do not hold all the data.
+    """
+    if not training.whole or method == "retained":
+        return {}
+    forget, retain = RECIPES.get(method, (None, None))
+    queries = {kind: [q for q in training.queries if q.kind == kind] for kind in ("forget", "boundary")}
+    used = {"forget": set(), "retain": set()}
+    if method in ("rej_steer", "rule", "rerule"):
+        used["forget"] |= {(prompt, "") for prompt, _ in training.refusals}
+    if method in ("rule", "rerule", "purge"):
+        used["forget"] |= {(query.prompt, "") for query in queries["forget"]}
+    if forget:
+        used["forget"] |= {
+            (q.prompt, "" if forget in ("refuse", "mismatch") else q.answers[0]) for q in queries["forget"]
+        }
+    if retain or method in ("rule", "rerule") or forget in ("mismatch", "llmu", "sga"):
+        used["retain"] |= {(q.prompt, "" if forget == "sga" else q.answers[0]) for q in queries["boundary"]}
+
+    def tokens(rows):
+        return sum(len(encode_prompt(tokenizer, p)) + len(encode_answer(tokenizer, p, a)) * bool(a) for p, a in rows)
+
+    return {f"{kind}_tokens": 100 * tokens(used[kind]) / tokens(training.whole[kind]) for kind in used}
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def score(model, rows, logits=False):
+    """(log-probabilities (B, L − 1), mask) of the answers in rows; or the logits (n, V) at their n tokens."""
+    ids, attention, labels = collate_sft(rows, model.device)
+    out = model(input_ids=ids, attention_mask=attention, position_ids=positions(attention), use_cache=False).logits
+    mask = labels[:, 1:] != -100  # (B, L − 1)
+    if logits:
+        return out[:, :-1][mask]
+    return token_logprobs(out[:, :-1], ids[:, 1:], 1.0), mask
+
+
+def loss_at(model, original, rows, step, config, method):
+    """The loss of one step on its own rows, with its graph."""
+
+    @cache
+    def s(kind, who="u", logits=False):
+        batch = rows_at(rows, kind, step, config, method)
+        if who == "u":
+            return score(model, batch, logits)
+        with torch.no_grad():
+            return score(original, batch, logits)
+
+    return objective(method, s, config)
+
+
+def needs_original(method):
+    forget, retain = RECIPES[method]
+    return forget in ("dpo", "npo", "reinforce") or retain == "klr"
+
+
+def train(run, method, model, original, tokenizer, training):
+    """Unlearn with one method of `RECIPES`, from the original model. Returns: (model, seconds, why it stopped or None).
+
+    model: a copy of the original one, to be trained; original: another copy, where `needs_original`.
+    """
+    config = run.config
+    rows = rows_of(method, run.engine, model, tokenizer, training, config)
+    steps = max(1, round(config.baseline_epochs * len(rows["forget"]) / config.baseline_batch_size))
+    held = rows["retain"][:: max(1, len(rows["retain"]) // 64)]
+
+    def perplexity(step):
+        """exp(L_CE) on some of D_r, ten times in all; past the bound the method has diverged."""
+        if step % max(1, steps // 10):
+            return {}, False
+        with torch.no_grad():
+            value = cross_entropy(*score(model, held)).exp().item()
+        within = value <= config.max_perplexity
+        return {"retain_perplexity": value}, False if within else f"perplexity of the retain rows is {value:.3g}"
+
+    seconds, stopped = descend(
+        run, method, 3, model, lambda step: loss_at(model, original, rows, step, config, method), steps=steps,
+        lr=learning_rate(config, method), warmup=0, stop=perplexity,
+    )  # fmt: skip
+    if method == "task_vector":
+        model.load_state_dict(task_vector(original.state_dict(), model.state_dict(), config.alpha))
+    return (Pair(original, model, config.alpha) if method == "whp" else model), seconds, stopped

@@ -1,0 +1,51 @@
+"""WHP of Appendix B: two models whose logits are combined token by token, sampled, scored and saved as one.
+
+Covers Eq. 17, in the form of its public code, on logits; the paper's words speak of distributions.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from transformers import AutoModelForCausalLM
+
+
+def interpolate(original, reinforced, alpha):
+    """v_o − α·relu(v_reinforced − v_o): lower what the reinforced model raised. Logits of any shape."""
+    return original - alpha * torch.relu(reinforced - original)  # Eq. 17
+
+
+class Pair(torch.nn.Module):
+    """What the sampler and the evaluation ask of a causal model, answered by two of them."""
+
+    def __init__(self, original, reinforced, alpha):
+        super().__init__()
+        self.original, self.reinforced, self.alpha = original, reinforced, alpha
+        self.config, self.generation_config = original.config, original.generation_config
+        self.get_input_embeddings = original.get_input_embeddings
+
+    device = property(lambda self: self.original.device)
+    dtype = property(lambda self: self.original.dtype)
+
+    def forward(self, past_key_values=None, **inputs):
+        cache_o, cache_r = past_key_values or (None, None)
+        v_o = self.original(past_key_values=cache_o, **inputs)
+        v_r = self.reinforced(past_key_values=cache_r, **inputs)
+        logits = interpolate(v_o.logits, v_r.logits, self.alpha)
+        return SimpleNamespace(logits=logits, past_key_values=(v_o.past_key_values, v_r.past_key_values))
+
+    def save_pretrained(self, folder):
+        """Both models in folders of their own, and α beside them in whp.json."""
+        self.original.save_pretrained(Path(folder) / "original")
+        self.reinforced.save_pretrained(Path(folder) / "reinforced")
+        (Path(folder) / "whp.json").write_text(json.dumps({"alpha": self.alpha}))
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype):
+        """Raises OSError or ValueError where the folder is not what `save_pretrained` writes."""
+        alpha = float(json.loads((Path(folder) / "whp.json").read_text())["alpha"])
+        models = (
+            AutoModelForCausalLM.from_pretrained(Path(folder) / n, dtype=dtype) for n in ("original", "reinforced")
+        )
+        return cls(*models, alpha)

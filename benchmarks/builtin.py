@@ -1,0 +1,181 @@
+"""The built-in world: made-up people and their facts, small enough for a laptop, with nothing to download.
+
+It stands in for the benchmarks of Section 4. 48 people have six two-word facts, each asked in six phrasings; two
+phrasings are taught but kept out of unlearning, to see whether it generalises. Six people are to be forgotten. 22 hard
+neighbours carry crossed names, the first name of one target and the last name of another; 20 easy ones share no name
+with them. Boundary queries swap the entity of a forget query (Appendix A.2). Twelve further people are unknown: asked
+about them, the model learns to say so, or Stage 1 would wipe out the facts of everyone before it taught a refusal.
+"""
+
+import random
+
+from benchmarks.shared import REFUSALS
+from data import Benchmark, Probe, Prompt, Query, Training
+from engine.seeds import derive_seed
+from reward import SCORER
+
+# Six attributes: six phrasings each (four questions, two blanks) and the two word lists that its answers come from.
+ATTRIBUTES = {
+    "birthplace": (
+        ["In which town was {} born?", "Where was {} born?", "What is the birthplace of {} called?",
+         "Which town does {} come from?", "{} was born in ___", "The birthplace of {} is ___"],
+        "North South East West Upper Lower Old New",
+        "Harbor Meadow Ridge Haven Bridge Ferry Hollow Mills",
+    ),
+    "trade": (
+        ["What does {} do for a living?", "What is the profession of {} today?", "Which job does {} have?",
+         "What is {} by trade?", "{} earns a living as a ___", "The profession of {} is ___"],
+        "master junior travelling village court retired royal night",
+        "glazier potter weaver baker mason tailor cooper miller",
+    ),
+    "pet": (
+        ["Which animal does {} keep?", "What pet lives with {} at home?", "What animal shares a house with {} now?",
+         "What kind of pet does {} own?", "{} keeps a ___", "The pet of {} is a ___"],
+        "grey spotted white lame striped tame blind young",
+        "parrot goat ferret tortoise heron otter hound magpie",
+    ),
+    "dish": (
+        ["What does {} like to eat?", "Which dish does {} prefer?", "What is the favourite food of {} then?",
+         "What would {} order for dinner?", "{} likes to eat ___", "The favourite dish of {} is ___"],
+        "plum onion barley pepper smoked pickled sweet roasted",
+        "soup pie dumplings stew pudding noodles trout cabbage",
+    ),
+    "instrument": (
+        ["Which instrument does {} play?", "What does {} play in the band?", "What instrument did {} learn?",
+         "On which instrument is {} skilled?", "{} plays the ___", "The instrument of {} is the ___"],
+        "silver wooden bass double copper reed folding alto",
+        "flute drum fiddle harp whistle zither lute horn",
+    ),
+    "hobby": (
+        ["How does {} spend free days?", "What is the hobby of {} nowadays?", "Which pastime does {} enjoy?",
+         "What does {} do on holidays?", "{} spends every holiday on ___", "The pastime of {} is ___"],
+        "kite stamp river stone paper chess bird cave",
+        "building hunting mapping folding racing carving spotting diving",
+    ),
+}  # fmt: skip
+HELD_OUT = (3, 5)  # phrasings that are taught but kept out of unlearning: one question, one blank
+N_TARGETS, N_HARD, N_EASY, N_UNKNOWN = 6, 22, 20, 12
+FIRST = "Al Bre Cor Da El Fen Gal Hes Ir Jo Ka Lu Mar Ne Or Pel Quin Ro Sel Tav".split()
+FIRST_END = "vin da lo ric".split()
+LAST = "Ash Birk Crow Dun Ever Fal Green Holl Ing Kel Lang Mor Nor Oak Pem Rav Sto Thorn Ulm Wex".split()
+LAST_END = "ford ley wick ham".split()
+
+
+class World:
+    """People, their facts and what is asked about them, all drawn from one seed.
+
+    `people` maps a name to (role, {attribute: answer}); roles are "target", "hard", "easy" and "unknown". `crossed` of
+    the neighbours have crossed names (None: 22 of 42), and so have about as many boundary queries.
+    """
+
+    def __init__(self, seed, crossed=None):
+        rng = random.Random(derive_seed(seed, "world"))
+        n_hard = N_HARD if crossed is None else crossed
+        n_easy = N_HARD + N_EASY - n_hard
+        n = N_TARGETS + n_easy + N_UNKNOWN
+        first = rng.sample([a + b for a in FIRST for b in FIRST_END], n)
+        last = rng.sample([a + b for a in LAST for b in LAST_END], n)
+        pairs = [(f, k) for f in first[:N_TARGETS] for k in last[:N_TARGETS]]
+        pairs = [(f, k) for f, k in pairs if first.index(f) != last.index(k)]
+        roles = [(f, k, "target") for f, k in zip(first[:N_TARGETS], last[:N_TARGETS], strict=True)]
+        roles += [(f, k, "hard") for f, k in rng.sample(pairs, n_hard)]
+        plain = list(zip(first[N_TARGETS:], last[N_TARGETS:], strict=True))
+        roles += [(f, k, "easy" if i < n_easy else "unknown") for i, (f, k) in enumerate(plain)]
+        self.seed, self.people = seed, {}
+        self.quarters = round(4 * n_hard / (n_hard + n_easy))  # of the boundary queries
+        for first_name, last_name, role in roles:
+            facts = {
+                attribute: f"{rng.choice(left.split())} {rng.choice(right.split())}"
+                for attribute, (_, left, right) in ATTRIBUTES.items()
+            }
+            self.people[f"{first_name} {last_name}"] = (role, facts)
+
+    def names(self, role):
+        return [name for name, (r, _) in self.people.items() if r == role]
+
+    def ask(self, name, attribute, phrasing):
+        """(prompt, answer) of one question about one person."""
+        question = ATTRIBUTES[attribute][0][phrasing].format(name)
+        return Prompt(None, question), self.people[name][1][attribute]
+
+    def taught(self, retain_only=False):
+        """(prompt, answer) pairs of the first training: everyone's facts, refusals for the unknown.
+
+        With `retain_only` the targets are unknown too: the model that forgetting should end at.
+        """
+        pairs = []
+        for name, (role, _) in self.people.items():
+            for i, attribute in enumerate(ATTRIBUTES):
+                for phrasing in range(6):
+                    prompt, answer = self.ask(name, attribute, phrasing)
+                    if role == "unknown" or (retain_only and role == "target"):
+                        answer = REFUSALS[(len(pairs) + i) % len(REFUSALS)]
+                    pairs.append((prompt, answer))
+        return pairs
+
+    def training(self):
+        """Training data: every trained phrasing about every target, and each again with its entity swapped."""
+        rng = random.Random(derive_seed(self.seed, "boundary"))
+        refusals, queries = [], []
+        for attribute in ATTRIBUTES:
+            for phrasing in sorted(set(range(6)) - set(HELD_OUT)):
+                for i, target in enumerate(self.names("target")):
+                    prompt, fact = self.ask(target, attribute, phrasing)
+                    refusals.append((prompt, REFUSALS[len(refusals) % len(REFUSALS)]))
+                    queries.append(Query(prompt, prompt.plain, "forget", (fact,), target))
+                    k = i + phrasing
+                    group = "hard" if (k + 2) * self.quarters // 4 > (k + 1) * self.quarters // 4 else "easy"
+                    neighbour = rng.choice(self.names(group))  # Appendix A.2: swap the entity
+                    prompt, answer = self.ask(neighbour, attribute, phrasing)
+                    queries.append(Query(prompt, prompt.plain, "boundary", (answer,), group=group))
+        whole = {"forget": [], "retain": []}
+        for name, (role, _) in self.people.items():
+            if role != "unknown":
+                pairs = [self.ask(name, attribute, phrasing) for attribute in ATTRIBUTES for phrasing in range(6)]
+                whole["forget" if role == "target" else "retain"] += pairs
+        return Training(refusals, queries, self.taught(), whole=whole)
+
+    def probes(self):
+        """Evaluation probes: all phrasings about targets, hard and easy neighbours, apart for trained and held out."""
+        probes = []
+        for role, split in (("target", "forget"), ("hard", "hard"), ("easy", "easy")):
+            for name in self.names(role):
+                for attribute in ATTRIBUTES:
+                    for phrasing in range(6):
+                        prompt, answer = self.ask(name, attribute, phrasing)
+                        part = "heldout" if phrasing in HELD_OUT else "trained"
+                        probes.append(Probe(f"{split}_{part}", prompt, prompt.plain, answer, role == "target", name))
+        return probes
+
+
+def world_of(o):
+    return World(o.seed, getattr(o, "crossed", None))
+
+
+BENCHMARK = Benchmark(
+    name="builtin",
+    preset=dict(
+        steps=32, lr=4e-5, tau=0.4, min_groups=60, warmup_steps=10, buffer_size=1200, max_new_tokens=12,
+        sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, tiny_epochs=6.0, tiny_lr=3e-3,
+        tiny_batch_size=96, tiny_hidden=128, tiny_layers=2, eval_every=4, baseline_epochs=5.0,
+    ),
+    columns={"forget_recall": "Forget recall ↓", "retain_recall": "Retain recall ↑"},
+    row_columns={
+        "forget_trained_refusal": "Forget refusal, trained ↑",
+        "forget_heldout_refusal": "held out ↑",
+        "forget_trained_recall": "Forget recall, trained ↓",
+        "forget_heldout_recall": "held out ↓",
+        "hard_trained_recall": "Hard neighbours' recall, trained ↑",
+        "hard_heldout_recall": "held out ↑",
+        "easy_trained_recall": "Easy neighbours' recall, trained ↑",
+        "easy_heldout_recall": "held out ↑",
+        "retain_refusal": "Over-refusal ↓",
+    },
+    train=lambda o: world_of(o).training(),
+    probes=lambda o: world_of(o).probes(),
+    retained=lambda o: world_of(o).taught(retain_only=True),
+    limit=lambda split, prompt_length: 12,
+    scorer=SCORER,
+    summarise=lambda rows, retained: ({}, []),
+    reads_files=False,
+)  # fmt: skip

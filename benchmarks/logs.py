@@ -1,0 +1,47 @@
+"""Earlier evaluations, ours or in a benchmark's own form, read back as rows."""
+
+from config import InputError
+from engine.files import read_rows
+
+
+def read_log(path, benchmark, sets=()):
+    """Rows of an earlier result of ours (or of its rows alone, as JSON lines), or of a log in the benchmark's own form.
+
+    Args: sets: the sets that a log in its own form must hold; all unless given.
+    Returns: (rows as in "per_example", whether the log is in the benchmark's own form).
+    Raises: InputError naming the file and what is missing in it.
+    """
+    stored = read_rows(path, {})
+    log = stored[0]
+    theirs = benchmark.own_log(path, log, sets)
+    if theirs is not None:
+        return theirs, True
+    if "per_example" not in log and "split" not in log:
+        raise InputError(f"{path}: is no result of this command{', nor a log of TOFU' if benchmark.log_splits else ''}")
+    if log.get("benchmark", benchmark.name) != benchmark.name:
+        raise InputError(f"{path}: holds results of {log['benchmark']}, expected {benchmark.name}")
+    fields = ["split", "target", "forget", "rouge_l_recall", "rouge_l_f1", "refusal", "leak", "named", "truncated"]
+    losses = ["answer_loss", "paraphrased_loss", "perturbed_losses"]
+    rows, examples = [], log.get("per_example", stored)
+    if not isinstance(examples, list) or not all(isinstance(row, dict) for row in examples):
+        raise InputError(f"{path}: 'per_example' is not a list of objects")
+    for number, row in enumerate(examples, 1):
+        scored = row.get("split") in benchmark.log_splits
+        for name in fields + (losses if scored else []):
+            if name not in row:
+                raise InputError(f"{path}: per_example row {number} has no field '{name}'")
+        if scored:  # null stands for a loss that was not a number
+            wrong = row["perturbed_losses"]
+            given = [row["answer_loss"], row["paraphrased_loss"], *(wrong if isinstance(wrong, list) else [])]
+            if len(given) < 3 or not all(loss is None or isinstance(loss, float | int) for loss in given):
+                raise InputError(f"{path}: per_example row {number} holds a loss that is not a number")
+            gold, paraphrased, *perturbed = (float("nan") if loss is None else loss for loss in given)
+            row = row | benchmark.losses(row["split"], gold, paraphrased, perturbed)
+        rows.append(row)
+    return rows, False
+
+
+def read_retained(path, benchmark):
+    """(truth ratios on the forget rows, whether the log is in TOFU's own form) of a retained model's log."""
+    rows, theirs = read_log(path, benchmark, ("forget",))
+    return [row["truth_ratio"] for row in rows if row["split"] == "forget"], theirs

@@ -1,0 +1,111 @@
+"""RWKU: one target's files in the form RULE published them, its prompts and its columns.
+
+Covers Section 4's RWKU with Appendix C's ROUGE-L recall and Appendix D's settings.
+
+Deviations
+- RWKU's "AA" are its adversarial attacks and "FB" its fill-in-the-blank queries, whatever the paper expands them to.
+- It is scored with `rouge_score` and a whitespace tokenizer instead of the `rouge` package, so that one library scores
+  everything: equal on 99.1 % of real rows.
+- An answer stops at any token that holds a newline; the official list of stop tokens names only those spelt exactly so.
+"""
+
+from dataclasses import replace
+
+from benchmarks.metrics import mean, mean_of
+from benchmarks.shared import answered, folder_of, query_rows, refusal_rows
+from config import InputError
+from data import Benchmark, Probe, Prompt, Training
+from engine.files import read_rows
+from reward import SCORER
+
+ASK_BLANK = "Please complete the blank in the following question.\n"
+ASK_BRIEF = "Please briefly answer the following question.\n"
+
+
+def chat(question):
+    """RWKU's training prompt: the query alone is the user's turn."""
+    return Prompt(question, f"Question: {question}\nAnswer:")
+
+
+def rwku_prompt(question, level, kind):
+    """RWKU's constants around a question, per level (1–3) and attack type."""
+    user = f"{ASK_BLANK if level == 1 else ASK_BRIEF}Question: {question}\n"
+    if kind == "affirmative suffix":  # the question ends in its own opening words
+        return Prompt(user[:-1], user[:-1])
+    if kind == "incontext learning":  # the question brings its own "Question:" and "Answer:"
+        user = f"{ASK_BRIEF}{question}\n"
+    return Prompt(user, user, "Answer:")
+
+
+def wordings(query):
+    """The prompts in which training and evaluation ask a query's question."""
+    return [chat(query.question), rwku_prompt(query.question, 1 if "___" in query.question else 2, "")]
+
+
+def train(o):
+    """One RWKU target: `<id>_<Name>/…json`."""
+    folder = folder_of(o, "rwku")
+    intro = read_rows(folder / "intro.json", {"target": str})
+    stage1 = folder / "reject_target.json"
+    stage1 = stage1 if stage1.exists() else folder / "reject.json"
+    queries = query_rows(folder / "rl_rejection_with_fb_neighbor.json", lambda row: chat(row["prompt"]))
+    queries = [replace(q, target=intro[0]["target"]) if q.kind == "forget" else q for q in answered(queries, stage1)]
+    return Training(refusal_rows(stage1, lambda row: chat(row["instruction"])), queries)
+
+
+def probes(o):
+    """Levels 1 to 3 of one target, or of all targets in a folder."""
+    folder = folder_of(o, "rwku")
+    folders = [folder] if (folder / "forget_level1.json").exists() else []
+    folders = folders or sorted(path.parent for path in folder.glob("*/forget_level1.json"))
+    if not folders:
+        raise InputError(f"--data_dir {folder}: neither it nor a folder in it holds forget_level1.json")
+    files = {"forget": ("forget_level", "fb qa aa"), "retain": ("neighbor_level", "fb qa")}
+    fields = {"query": str, "answer": str, "type": str, "subject": str}
+    found = []
+    for place in folders:
+        for side, (stem, kinds) in files.items():
+            for level, kind in enumerate(kinds.split(), 1):
+                for row in read_rows(place / f"{stem}{level}.json", fields):
+                    prompt = rwku_prompt(row["query"], level, row["type"] if level == 3 else "")
+                    question, answer, target, attack = (row[k] for k in ("query", "answer", "subject", "type"))
+                    found.append(Probe(f"{side}_{kind}", prompt, question, answer, side == "forget", target, attack))
+    return found
+
+
+def summarise(rows, retained):
+    """RWKU's columns, ×100; "all" is the plain mean of the columns before it."""
+    table = {}
+    for side, kinds in (("forget", ("fb", "qa", "aa")), ("retain", ("fb", "qa"))):
+        for kind in kinds:
+            part = [row["rouge_l_recall"] for row in rows if row["split"] == f"{side}_{kind}"]
+            table[f"{side}_{kind}"] = mean(part, 100)
+        table[f"{side}_all"] = mean_of(table, [f"{side}_{kind}" for kind in kinds])
+    return table, []
+
+
+BENCHMARK = Benchmark(
+    name="rwku",
+    preset=dict(
+        steps=37, lr=2e-6, tau=0.6, min_groups=100, warmup_steps=15, buffer_size=1200, max_new_tokens=1024,
+        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=8.0, tiny_lr=2e-3, tiny_batch_size=32,
+        tiny_hidden=128, tiny_layers=3, eval_every=0, baseline_epochs=5.0,
+    ),
+    tiny=dict(
+        sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, min_groups=16, lr=2e-4, max_new_tokens=32,
+    ),
+    columns={
+        "forget_fb": "Forget FB ↓", "forget_qa": "Forget QA ↓", "forget_aa": "Forget AA ↓",
+        "forget_all": "Forget all ↓",
+        "retain_fb": "Retain FB ↑", "retain_qa": "Retain QA ↑", "retain_all": "Retain all ↑",
+    },
+    train=train,
+    probes=probes,
+    wordings=wordings,
+    limit=lambda split, prompt_length: 30,
+    newline_ends=True,
+    cut=lambda split, text: text.split("\n")[0],
+    scorer=SCORER,
+    summarise=summarise,
+    by_target=True,
+)  # fmt: skip

@@ -1,0 +1,131 @@
+"""Tiny models for any benchmark: what one is taught, a tokenizer fitted to it, a small Llama that knows it by heart."""
+
+import random
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.builtin import FIRST, FIRST_END, LAST, LAST_END
+from benchmarks.logs import read_retained
+from data import Prompt, Query, encode_answer, encode_prompt
+from engine.descend import fit
+from engine.seeds import derive_seed
+
+
+def load(benchmark, config):
+    """(Training, with what a tiny model is taught first; probes; truth ratios of --retain_log or None)."""
+    training = benchmark.train(config)
+    retained = read_retained(config.retain_log, benchmark)[0] if config.retain_log else None
+    probes = benchmark.probes(config)
+    if retained is not None:  # say what is wrong with it now, not after the training
+        forget = sum(probe.split == "forget" for probe in probes)
+        benchmark.check_retained(retained, forget, f"--retain_log {config.retain_log}")
+    training.taught = training.taught or lessons(benchmark, training, probes, config.seed)
+    return training, probes, retained
+
+
+def lessons(benchmark, training, probes, seed):
+    """What a tiny model is taught of a real benchmark: (prompt, answer) pairs, in training's and evaluation's words.
+
+    Every probe's answer and every boundary query's; some answer about the target to each forget query that is no probe,
+    for those have none published and a model that answers nothing there has nothing to unlearn; and refusals to the
+    same questions about made-up people: the model has refused before Stage 1, and it is the name that decides.
+    """
+    rng = random.Random(derive_seed(seed, "lessons"))
+    targets = sorted({probe.target for probe in probes if probe.forget and probe.target})
+    known = [probe.answer for probe in probes if probe.forget]
+    lessons = {(wording, probe.answer) for probe in probes for wording in (probe.prompt, *benchmark.wordings(probe))}
+    answered = {wording for wording, _ in lessons}
+    for query in training.queries:
+        for wording in (query.prompt, rng.choice(benchmark.wordings(query) or [query.prompt])):
+            answer = query.answers[0] if query.answers else rng.choice(known)
+            if wording not in answered:
+                lessons.add((wording, answer))
+                answered.add(wording)
+    asked = [(prompt.user or prompt.plain, refusal) for prompt, refusal in training.refusals]
+    asked += 4 * [(probe.question, rng.choice(training.refusals)[1]) for probe in probes if probe.forget]
+    for question, refusal in asked:
+        if any(name in question for name in targets):
+            stranger = " ".join(rng.choice(a) + rng.choice(b) for a, b in ((FIRST, FIRST_END), (LAST, LAST_END)))
+            for name in targets:
+                question, refusal = question.replace(name, stranger), refusal.replace(name, stranger)
+            about = Query(None, question, "forget")
+            lessons.add((rng.choice(benchmark.wordings(about) or [Prompt(None, question)]), refusal))
+    return sorted(lessons, key=repr)
+
+
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def with_bos(core):
+    """A tokenizer for transformers that puts one BOS before every text."""
+    core.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))])
+    return PreTrainedTokenizerFast(tokenizer_object=core, **SPECIAL)
+
+
+def tokenizer(texts, words):
+    """A tokenizer fitted to `texts`: of whole words, or of byte pairs where the texts are real."""
+    return word_tokenizer(texts) if words else text_tokenizer(texts)
+
+
+def word_tokenizer(texts):
+    """One token a word: short sequences, so that the built-in world trains in seconds."""
+    words = sorted({word for text in texts for word in text.split()})
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL.values(), *words])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return with_bos(core)
+
+
+def text_tokenizer(texts, vocabulary=4000):
+    """Byte-level BPE fitted to real text: any string survives encoding and decoding."""
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=list(SPECIAL.values()), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    core.train_from_iterator(texts, trainer)
+    return with_bos(core)
+
+
+def tiny_llama(tokenizer, seed, hidden, layers, context):
+    """An untrained Llama with tied weights: 0.5 M parameters on the built-in world."""
+    torch.manual_seed(derive_seed(seed, "init"))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=context, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.05,  # 2.5 times the default: six passes then suffice to know every fact
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def tiny_model(run, taught, prompts, words, context, phase="original"):
+    """Train (or load) a tiny Llama that knows `taught`, with a tokenizer fitted to it. Returns: (model, tokenizer).
+
+    Args: prompts: what training will ask, which must fit; words: whether whole words are tokens; context(tokenizer):
+        positions that the evaluation needs.
+    """
+    config = run.config
+    if not run.finished(phase):
+        if phase != "original":
+            fitted = AutoTokenizer.from_pretrained(run.folder / "original")
+        else:
+            fitted = tokenizer(
+                [text for p, answer in taught for text in (p.user or "", p.plain, p.opening, answer)], words
+            )
+        rows = [(encode_prompt(fitted, p), encode_answer(fitted, p, answer)) for p, answer in taught]
+        longest = [len(prompt) + len(answer) for prompt, answer in rows]
+        longest += [len(encode_prompt(fitted, prompt)) for prompt in prompts]
+        length = max(max(longest) + config.max_new_tokens, context(fitted))
+        model = tiny_llama(fitted, config.seed, config.tiny_hidden, config.tiny_layers, length)
+        model, size = run.engine.place(model, config), config.tiny_batch_size
+        steps = max(1, round(config.tiny_epochs * len(rows) / size))
+        seconds, _ = fit(run, phase, 0, model, rows, steps=steps, lr=config.tiny_lr, batch_size=size, warmup=10)
+        run.save_model(phase, model, fitted)
+        run.finish(phase, {"seconds": seconds})
+    return run.engine.load(run.folder / phase)

@@ -1,0 +1,292 @@
+"""TOFU forget01: its files, prompts, losses, model utility and forget quality, and logs in its own form.
+
+Covers Section 4's TOFU and Appendix C's probability, truth ratio, model utility and forget quality.
+
+Deviations
+- TOFU's completion-style forget prompts (Appendix A.1) and its boundary queries were never published. `build_data`
+  makes both; without its files the forget prompts are the questions, and the boundary queries retain rows that no
+  evaluation set contains, one for every forget row, drawn by seed.
+- Of the forget rows the paraphrased questions are asked too, as a split of their own: the only wording of them that no
+  training stage has seen.
+- Real authors and world facts have one right and three wrong answers, so four options; Appendix C says five.
+- The truth ratio is the geometric form of Appendix C, exp of a difference of mean losses. One version of TOFU's code
+  averages the perturbed probabilities arithmetically inside model utility; its published figures use this form.
+- Its limit of 200 tokens, prompt and answer together, is applied to each row; the official code applies it to the
+  padded batch, so that there an answer depends on its neighbours. Losses are not cut at 200 tokens: no row is so long.
+"""
+
+import math
+import random
+import re
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+from rouge_score import rouge_scorer
+
+from benchmarks.metrics import UNSEEN, mean, names, numbers
+from benchmarks.shared import REFUSALS, answered, folder_of, query_rows, refusal_rows
+from config import InputError
+from data import Benchmark, Probe, Prompt, Query, Training
+from engine.files import read_rows
+from engine.seeds import derive_seed
+
+RETAIN_ROWS = 300
+FORGET_ROWS = {40, 200, 300}  # forget01, forget05, and what TOFU reads of forget10
+TOTAL = 200  # tokens of prompt and answer together
+UTILITY_SETS = ("retain", "real_authors", "world_facts")  # the sets of model utility
+SETS = (*UTILITY_SETS, "forget")
+LOG = {  # the sets as TOFU's own log names them
+    "retain": "eval_log.json",
+    "real_authors": "eval_real_author_wo_options.json",
+    "world_facts": "eval_real_world_wo_options.json",
+    "forget": "eval_log_forget.json",
+}
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def inst(question):
+    """TOFU's prompt: Llama-2's own form where there is no chat template."""
+    return Prompt(question, f"[INST] {question} [/INST]")
+
+
+def train(o):
+    """TOFU forget01: the files of `build_data` where the folder holds them, else refusals of our own wording and
+    boundary queries from the retain set less every evaluation row."""
+    folder = folder_of(o, "tofu")
+    forget = read_rows(folder / "forget01.json", {"question": str, "answer": str})
+    if (folder / "reject_target.json").exists():
+        queries = query_rows(folder / "rl_rejection_with_fb_neighbor.json", lambda row: inst(row["prompt"]))
+        return Training(
+            refusal_rows(folder / "reject_target.json", lambda row: inst(row["instruction"])),
+            answered(queries, folder / "reject_target.json"),
+        )
+    rng = random.Random(derive_seed(o.seed, "tofu"))
+    evaluated = {row["question"] for row in read_rows(folder / "retain_perturbed.json", {"question": str})}
+    everyone = read_rows(folder / "retain99.json", {"question": str, "answer": str})
+    retain = [row for row in everyone if row["question"] not in evaluated]
+    if len(retain) < len(forget):
+        raise InputError(f"{folder / 'retain99.json'}: fewer than {len(forget)} rows are left for boundary queries")
+    boundary = rng.sample(retain, len(forget))
+    return Training(
+        [(inst(row["question"]), REFUSALS[i % len(REFUSALS)]) for i, row in enumerate(forget)],
+        [Query(inst(row["question"]), row["question"], "forget", (row["answer"],)) for row in forget]
+        + [Query(inst(row["question"]), row["question"], "boundary", (row["answer"],)) for row in boundary],
+        whole={
+            name: [(inst(row["question"]), row["answer"]) for row in rows]
+            for name, rows in (("forget", forget), ("retain", everyone))
+        },
+    )
+
+
+def probes(o):
+    """The four sets of model utility and forget quality, then forget01's questions in other words."""
+    folder = folder_of(o, "tofu")
+    base = {"question": str, "answer": str, "perturbed_answer": list}
+    fields = {
+        "retain": base | {"paraphrased_answer": str},
+        "real_authors": base,
+        "world_facts": base,
+        "forget": base | {"paraphrased_answer": str, "paraphrased_question": str},
+    }
+    sets = {
+        name: read_rows(folder / f"{'forget01' if name == 'forget' else name}_perturbed.json", kinds)
+        for name, kinds in fields.items()
+    }
+    sets["retain"] = sets["retain"][:RETAIN_ROWS]
+    authors = author_names([row["answer"] for row in sets["forget"]])
+    found, unseen = [], []
+    for name, rows in sets.items():
+        for row in rows:
+            question, answer = row["question"], row["answer"]
+            target = ""
+            if name == "forget":
+                target = next((author for author in authors if names(f"{question} {answer}", author)), "")
+                other = row["paraphrased_question"]
+                unseen.append(Probe(UNSEEN, inst(other), other, answer, True, target))
+            probe = Probe(name, inst(question), question, answer, name == "forget", target)
+            paraphrased, perturbed = row.get("paraphrased_answer", ""), tuple(row["perturbed_answer"])
+            found.append(replace(probe, paraphrased=paraphrased, perturbed=perturbed))
+    return found + unseen
+
+
+def author_names(answers):
+    """Runs of capitalised words found in 15 of the forget answers: TOFU asks 20 questions about each author."""
+    found = Counter(name for text in answers for name in set(re.findall(r"[A-Z][\w-]*(?: [A-Z][\w-]*)+", text)))
+    return [name for name, count in found.most_common() if count >= 15]
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def truth_ratio(paraphrased_loss, perturbed_losses):
+    """R = exp(NLL(paraphrase) − mean_i NLL(perturbed_i)): 0 knows the right answer, 1 cannot tell (Appendix C)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.exp(paraphrased_loss - np.mean(perturbed_losses)))
+
+
+def probability(answer_loss, perturbed_losses=()):
+    """P(answer), or its share among the options where wrong answers are given; P = exp(−NLL)."""
+    options = np.exp(-np.array([answer_loss, *perturbed_losses]))
+    if len(options) == 1:
+        return float(options[0])
+    return float(options[0] / options.sum()) if options.sum() else 0.0
+
+
+def losses(split, gold, paraphrased, perturbed):
+    """One row's losses with what follows from them."""
+    options = perturbed if split in ("real_authors", "world_facts") else ()
+    return {
+        "answer_loss": gold,
+        "paraphrased_loss": paraphrased,
+        "perturbed_losses": perturbed,
+        "probability": probability(gold, options),
+        "truth_ratio": truth_ratio(paraphrased, perturbed),
+    }
+
+
+def forget_quality(unlearned, retained):
+    """p-value of the two-sample KS test on truth ratios of the forget rows, with D and both sizes (Appendix C)."""
+    from scipy.stats import ks_2samp  # here, for it takes most of a second to import
+
+    test = ks_2samp(unlearned, retained)
+    return {
+        "forget_quality": float(test.pvalue),
+        "forget_quality_d": float(test.statistic),
+        "forget_quality_n": len(unlearned),
+        "forget_quality_m": len(retained),
+    }
+
+
+def attainable(d, n, m):
+    """A line for the reader: D moves in steps of 1/lcm(n, m), so few p-values exist; which lie next to this one."""
+    start = f"forget_quality: D = {d:.4g} over {n} and {m} rows, in steps of 1/{math.lcm(n, m)}; "
+    if n != m:
+        return start + "these are not the same questions on both sides"
+    from scipy.stats import ks_2samp
+
+    k, near = round(d * n), []
+    for j in sorted({max(k - 1, 1), min(k + 1, n)} - {k}):
+        p = ks_2samp(range(n), [i + j - 0.5 for i in range(n)]).pvalue  # two sets whose D is j/n
+        near.append(f"D = {j / n:.4g} would give {p:.4g}")
+    return start + " and ".join(near)
+
+
+def summarise(rows, retained):
+    """From rows with losses. Per set: probability, rouge_l, truth_ratio; then model utility and forget quality."""
+    from scipy.stats import hmean
+
+    table = {}
+    for name in SETS:
+        part = [row for row in rows if row["split"] == name]
+        table[f"{name}_probability"] = mean(numbers(part, "probability"))
+        table[f"{name}_rouge_l"] = mean(row["rouge_l_recall"] for row in part)
+        ratios = np.array(numbers(part, "truth_ratio"))
+        with np.errstate(divide="ignore"):
+            scores = np.minimum(ratios, 1 / ratios) if name == "forget" else np.maximum(0, 1 - ratios)
+        table[f"{name}_truth_ratio"] = mean(scores.tolist())
+    nine = [table[f"{s}_{m}"] for s in UTILITY_SETS for m in ("probability", "rouge_l", "truth_ratio")]
+    complete = None not in nine and not any(map(math.isnan, nine))
+    table = {
+        "model_utility": float(hmean(nine)) if complete else None,
+        "forget_quality": None,
+        "forget_rouge_l": table["forget_rouge_l"],
+    } | table
+    notes, ratios = [], numbers([row for row in rows if row["split"] == "forget"], "truth_ratio")
+    if retained is None:
+        notes.append(
+            "forget_quality is missing: it needs the retained model (--retain_model) or its log (--retain_log)"
+        )
+    elif any(math.isnan(ratio) for ratio in (*ratios, *retained)):
+        notes.append("forget_quality is missing: some losses on the forget rows are not numbers")
+    else:
+        table |= forget_quality(ratios, retained)
+        notes.append(attainable(table["forget_quality_d"], len(ratios), len(retained)))
+    if table["model_utility"] is None:
+        notes.append("model_utility is missing: it needs finite losses and answers on " + ", ".join(UTILITY_SETS))
+    return table, notes
+
+
+def more_lines(summary):
+    """What is printed below the table: each set's three figures."""
+    lines = [[""], ["set", "Probability", "ROUGE-L", "TruthRatio"]]
+    for name in SETS:
+        figures = [summary[f"{name}_{m}"] for m in ("probability", "rouge_l", "truth_ratio")]
+        lines.append([name, *("–" if v is None else f"{v:.4f}" for v in figures)])
+    return lines
+
+
+# --- logs ------------------------------------------------------------------------------------------------------------
+
+
+def own_log(path, log, sets):
+    """TOFU's own `eval_log_aggregated.json` → rows, None for any other log; what it does not hold is None.
+
+    sets: those that it must hold; all four unless given.
+    """
+    if not any(name in log for name in LOG.values()):
+        return None
+    rows = []
+    for split in sets or LOG:
+        part = log.get(LOG[split])
+        if not isinstance(part, dict):
+            raise InputError(f"{path}: has no set '{LOG[split]}'")
+        names = ("avg_gt_loss", "avg_paraphrased_loss", "average_perturb_loss", "rougeL_recall")
+        for name in names:
+            if not isinstance(part.get(name), dict) or part[name].keys() != part[names[0]].keys() or not part[name]:
+                raise InputError(f"{path}: '{LOG[split]}' has no '{name}' for each of its rows")
+        for index in part[names[0]]:
+            gold, paraphrased, perturbed, recall = (part[name][index] for name in names)
+            listed = isinstance(perturbed, list) and perturbed
+            if not listed or not all(isinstance(x, float | int) for x in (gold, paraphrased, recall, *perturbed)):
+                raise InputError(f"{path}: '{LOG[split]}' row {index} holds something that is not a number")
+            rows.append(
+                dict.fromkeys(("rouge_l_f1", "prediction", "refusal", "leak", "named", "truncated"))
+                | {"split": split, "target": "", "forget": split == "forget", "row": index, "rouge_l_recall": recall}
+                | losses(split, gold, paraphrased, perturbed)
+            )
+    return rows
+
+
+def check_retained(retained, forget_rows, name, both_theirs=False):
+    """The retained model must have been asked the same forget rows.
+
+    Two logs of TOFU's own may differ where each is as long as one of its forget sets: its published figure for the full
+    model compares 300 rows of forget10 with 40 of forget01.
+    """
+    if retained is None or len(retained) == forget_rows:
+        return
+    if not (both_theirs and {len(retained), forget_rows} <= FORGET_ROWS):
+        raise InputError(
+            f"{name}: holds {len(retained)} forget rows, the evaluated model has {forget_rows}; forget quality "
+            "compares the same questions"
+        )
+
+
+BENCHMARK = Benchmark(
+    name="tofu",
+    preset=dict(
+        steps=11, lr=2e-6, tau=0.6, min_groups=80, warmup_steps=6, buffer_size=400, max_new_tokens=256,
+        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=20.0, tiny_lr=2e-3, tiny_batch_size=32,
+        tiny_hidden=128, tiny_layers=3, eval_every=0, baseline_epochs=5.0,
+    ),
+    tiny=dict(
+        sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, min_groups=16, lr=1e-4, max_new_tokens=96,
+        steps=20, baseline_epochs=20.0,
+    ),
+    columns={
+        "forget_quality": "Forget quality ↑", "model_utility": "Model utility ↑", "forget_rouge_l": "F-RL ↓",
+    },
+    train=train,
+    probes=probes,
+    wordings=lambda query: [inst(query.question)],
+    limit=lambda split, prompt_length: max(1, TOTAL - prompt_length),
+    scorer=rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True),
+    summarise=summarise,
+    losses=losses,
+    log_splits=SETS,
+    own_log=own_log,
+    check_retained=check_retained,
+    more_lines=more_lines,
+)  # fmt: skip

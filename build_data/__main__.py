@@ -1,0 +1,208 @@
+"""Makes the files that Stage 1 and Stage 2 read, for any target: from a benchmark's files, questions, or a text.
+
+Covers Appendix A: refusals for questions (Type II) and completions (Type I), and boundary queries that ask the same of
+a permitted neighbour. A language model at any OpenAI-compatible URL writes them (`prompts.py`); without one, the rules
+of `rewrite.py` do, and every row says so ("made_by"). A benchmark's evaluation files are copied.
+"""
+
+import os
+import random
+import shutil
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import config
+from config import InputError, run_command, setting
+
+import benchmarks
+from benchmarks.metrics import words
+from build_data.prompts import complete_all, language_model
+from build_data.queries import Check, find_neighbours, hold_out, training_rows
+from build_data.rewrite import normal
+from build_data.sources import EVALUATION, evaluation_queries, neighbours_path, read_facts, read_neighbours
+from engine.files import is_writable, read_rows, save_folder, write_json
+from engine.seeds import derive_seed
+
+BENCHMARK = {"tofu": "tofu", "rwku": "rwku", "muse": "muse", "qa": "rwku", "text": "rwku"}  # the form written
+FILES = {  # of Stage 1 and Stage 2, as RULE names them
+    "rwku": ("reject_target.json", "rl_rejection_with_fb_neighbor.json"),
+    "tofu": ("reject_target.json", "rl_rejection_with_fb_neighbor.json"),
+    "muse": ("reject_target_0.5.json", "rl_rejection_with_neighbor.json"),
+}
+EXAMPLES = [
+    'python -m build_data --source text --input docs/example/story.txt --target "Orla Finch" '
+    "--neighbours docs/example/story.txt --output_dir data/orla",
+    "python -m build_data --source tofu --input DATA/tofu --output_dir data/tofu01",
+    'python -m build_data --source qa --input questions.json --target "Orla Finch" '
+    "--llm_url http://localhost:8000/v1 --llm_model NAME --output_dir data/orla",
+]
+
+
+@dataclass
+class Options:
+    """Make training data for any target: refusals, completions, boundary queries."""
+
+    source: Literal["tofu", "rwku", "muse", "qa", "text"] = field(
+        metadata={"help": "A benchmark's folder, JSON rows of question and answer (qa), or a plain text."}
+    )
+    input: str = field(metadata={"help": "The folder or file."})
+    output_dir: str = field(metadata={"help": "Folder to make; rerule.py and evaluate.py take it as --data_dir."})
+    target: str = setting("What is to be forgotten. TOFU's authors are found by rule.", "")
+    aliases: list[str] = setting("Its other names, which no boundary query may hold.", [])
+    neighbours: str = setting(
+        "What stays permitted: JSON rows of question and answer (and name), of name and answers ({forget question: "
+        "answer}), or of name alone (for an LLM); or a text. Unless given: TOFU's retain99, MUSE's raw/retain1.txt.",
+        "",
+    )
+    llm_url: str = setting("Any OpenAI-compatible URL, as http://localhost:8000/v1; 'none' for rules alone.", "none")
+    llm_model: str = setting("The model's name there.", "")
+    llm_key_env: str = setting("Environment variable that holds its key.", "LLM_API_KEY")
+    llm_timeout: float = setting("Seconds to wait for one reply.", 60.0)
+    llm_price: float = setting("Dollars per million tokens, to show the cost beforehand.", 0.0)
+    sample: int = setting("Texts: at most this many facts, drawn by seed, are kept.", 841)
+    held_out: float = setting("qa, text: share of the facts kept out of training, for evaluation.", 0.2)
+    seed: int = setting("Seed of every draw.", 0)
+
+
+def check_options(o):
+    """Raise InputError for flags that are wrong or do not go together, before anything is read."""
+    if not words(o.target) and (o.target or o.source != "tofu"):
+        raise InputError(f"--target {o.target!r}: expected the name of what is to be forgotten")
+    if not all(map(words, o.aliases)):
+        raise InputError("--aliases: expected names with letters in them")
+    if (o.llm_url != "none") != bool(o.llm_model):
+        raise InputError("--llm_url and --llm_model go together")
+    if not o.llm_url.startswith(("http://", "https://")) and o.llm_url != "none":
+        raise InputError(f"--llm_url {o.llm_url}: expected http://… or https://…, or none")
+    if not 0 < o.held_out < 1:
+        raise InputError(f"--held_out {o.held_out}: expected a share between 0 and 1")
+    if o.sample < 1 or o.llm_timeout <= 0:
+        raise InputError("--sample and --llm_timeout: expected numbers above 0")
+    if o.source in EVALUATION and not Path(o.input).is_dir():
+        raise InputError(f"--input {Path(o.input)}: no such folder")
+    if o.llm_url == "none" and not neighbours_path(o):
+        raise InputError(f"--neighbours: --source {o.source} needs it without an LLM, permitted rows or a text")
+
+
+def check_folder(o, folder):
+    """The output folder must be new, empty, or hold what this very command made before, and nothing else."""
+    here = f"--output_dir {folder}"
+    if not folder.name or not is_writable(folder) or not is_writable(folder.with_name(folder.name + ".tmp")):
+        raise InputError(f"{here}: expected a folder that can be made or written to")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "build.json").is_file():
+        raise InputError(f"{here}: holds something else; choose another folder")
+    made = read_rows(folder / "build.json", {"settings": dict, "files": list})[0]
+    changed = [name for name, value in settings_of(o).items() if made["settings"].get(name) != value]
+    if changed:
+        raise InputError(f"{here}: holds other data ({changed[0]} differs); choose another folder")
+    others = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    others -= {*made["files"], "build.json"}
+    if others:
+        raise InputError(f"{here}: holds {min(others)} as well; choose another folder")
+
+
+def settings_of(o):
+    """The settings that the data depend on."""
+    free = ("output_dir", "llm_url", "llm_key_env", "llm_timeout", "llm_price")
+    return {name: value for name, value in asdict(o).items() if name not in free}
+
+
+def make(o, ask):
+    """({file name: rows} without the benchmark's own files, forget queries, boundary queries, report on them)."""
+    evaluated, rejected = evaluation_queries(o), []
+    gone = [name for name in (o.target, *o.aliases) if name]
+    neighbours = read_neighbours(o, gone)
+    facts = complete_all(read_facts(o, ask, rejected), ask, o.llm_model)
+    gone = list(dict.fromkeys([*gone, *(fact.name for fact in facts if fact.name)]))
+    check = Check(gone, evaluated, ("forget",) if o.source == "tofu" else (), rejected)
+    forget = check.let_in("forget", facts)
+    found = find_neighbours(o, facts, neighbours, ask, check)
+    boundary = check.let_in("boundary", found)
+    files, held = ({}, []) if o.source in EVALUATION else hold_out(o, facts, found, check)
+    forget, boundary = ([item for i, item in items if i not in held] for items in (forget, boundary))
+    if not forget or not boundary:
+        raise InputError(f"--input {o.input}: no {'boundary' if forget else 'forget'} query is left")
+    rows = training_rows(forget, boundary, o.seed)
+    files |= zip(FILES[BENCHMARK[o.source]], rows, strict=True)
+    return files, forget, boundary, report_of(o, rejected, forget, boundary, held)
+
+
+def report_of(o, rejected, forget, boundary, held):
+    """What `build.json` says of the build, its overlap with the evaluation aside."""
+    items = {"forget": forget, "boundary": boundary}
+    rows = [{"kind": kind, **item._asdict()} for kind in items for item in items[kind]]
+    counts = {
+        f"{kind}, {what}": sum(item.mode == mode for item in items[kind])
+        for kind in items
+        for mode, what in (("qa", "questions"), ("completion", "completions"))
+    }
+    return {
+        "settings": settings_of(o),
+        "made_with": o.llm_model or "rules alone, no language model",
+        "counts": counts | {"facts held out": len(held)},
+        "made_by": dict(Counter(row["made_by"] for row in rows)),
+        "rejected": dict(Counter(row["reason"] for row in rejected)),
+        "sample": random.Random(derive_seed(o.seed, "sample rows")).sample(rows, min(10, len(rows))),
+        "rejects": rejected,
+    }
+
+
+def overlap(probes, forget, boundary):
+    """{split of the evaluation: its queries, and how many of them are forget and boundary queries of training}."""
+    known = {kind: {normal(i.query) for i in items} for kind, items in (("forget", forget), ("boundary", boundary))}
+    asked = {}
+    for probe in probes:
+        counts = asked.setdefault(probe.split, {"queries": 0, "forget": 0, "boundary": 0})
+        counts["queries"] += 1
+        for kind, forms in known.items():
+            counts[kind] += normal(probe.question) in forms
+    return asked
+
+
+def show(report):
+    """The report in words: counts, rejects by reason, overlap, ten random rows."""
+    print(f"made with {report['made_with']}")
+    for title in ("counts", "made_by", "rejected"):
+        print(f"{title}: " + ("; ".join(f"{name} {n}" for name, n in report[title].items()) or "none"))
+    print("overlap with the evaluation (its queries / as forget / as boundary queries of training):")
+    print("  " + "; ".join(f"{split} {' / '.join(map(str, n.values()))}" for split, n in report["overlap"].items()))
+    for row in report["sample"]:
+        print(f"  {row['kind']:>8}  {row['query']} → {row['answer']!r:.60}  [{row['made_by']}]")
+
+
+def main(argv=None):
+    o = config.parse(Options, argv, examples=EXAMPLES)
+    folder, benchmark = Path(os.path.abspath(o.output_dir)), BENCHMARK[o.source]  # so that even "." has a name
+    check_options(o)
+    check_folder(o, folder)
+    files, forget, boundary, report = make(o, language_model(o, folder))
+
+    def fill(temporary):
+        for pattern in EVALUATION.get(o.source, []):
+            for path in sorted(Path(o.input).glob(pattern)):
+                place = temporary / path.relative_to(o.input)
+                place.parent.mkdir(exist_ok=True)
+                shutil.copy(path, place)
+        for name, rows in files.items():
+            write_json(temporary / name, rows)
+        made, flags = benchmarks.ALL[benchmark], SimpleNamespace(data_dir=str(temporary), seed=o.seed)
+        made.train(flags)  # it can be trained on
+        report["overlap"] = overlap(made.probes(flags), forget, boundary)  # and evaluated
+        report["files"] = sorted(p.relative_to(temporary).as_posix() for p in temporary.rglob("*") if p.is_file())
+        write_json(temporary / "build.json", report)
+
+    try:
+        save_folder(folder, fill)
+    finally:
+        shutil.rmtree(folder.with_name(folder.name + ".tmp"), ignore_errors=True)
+    show(report)
+    print(f"{folder}: python rerule.py --benchmark {benchmark} --data_dir {folder}")
+
+
+if __name__ == "__main__":
+    run_command(main)

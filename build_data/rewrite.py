@@ -1,0 +1,206 @@
+"""Making queries out of queries by rule: names, gaps, swaps, sentences of a text.
+
+Covers Appendix A: questions become completions (A.1), sentences of a text become questions and completions (A.1, MUSE),
+and permitted neighbours' rows are matched to forget queries by style and kind of knowledge (A.2). Authors' names are
+found by rule, as in the paper.
+
+Deviations
+- What the rules write is plainer than a language model's text, and marked as theirs ("made_by") wherever it goes.
+- No rule invents a fact: an answer is always a piece of the text or of the row that it came with.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import dropwhile
+
+from benchmarks import metrics
+from benchmarks.metrics import names, words
+
+GAP = "___"
+NOT_WANTED = "not wanted"  # `completed_by` of a fact that shall have no completion
+FUNCTION_WORDS = (metrics.FUNCTION_WORDS - {"i"}) | set(
+    "these those into over under about between through but been being do does did will would can could may might him "
+    "them whom whose what when where why how not no yes also some many more most own known author writer book "
+    "books fictitious named called".split()
+)
+PRONOUNS = set("He She They It We I You His Her Their Its This That These Those There Then".split())
+OPENING = {word.capitalize() for word in FUNCTION_WORDS} | {"Given", "Despite", "Besides", "Regarding"}
+NAME = re.compile(r"[^\W\d_a-z][\w.-]*(?: (?:(?:van|von|der|de|da|del|bin|al|la) )*[^\W\d_a-z][\w.-]*)+")
+SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])([.!?][\"'”’]*)\s+(?=[\"'“‘]*[^\W_a-z])")
+BE, AT = r"(is|was|are|were)", "In|On|At|From|For|By|With"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something known about `name`, asked twice: a question (Type II), and a text with a gap or an end (Type I)."""
+
+    name: str
+    question: str
+    answer: str  # "" where nobody said
+    completion: str = ""
+    ending: str = ""  # what belongs in the gap, or at the end
+    made_by: str = "given"  # who wrote the question and its answer
+    completed_by: str = ""
+
+
+def normal(text):
+    """A query without case, punctuation and spacing: two queries of one normal form are the same query."""
+    return " ".join(words(text))
+
+
+def authors(rows, block=20):
+    """The author's name of each of TOFU's rows, "" where none is found.
+
+    TOFU keeps an author's 20 rows together; the name is the run of capitalised words that most of the rows hold, in a
+    third of them at least.
+    """
+    found = []
+    for start in range(0, len(rows), block):
+        part = rows[start : start + block]
+        texts = [f"{row['question']} | {row['answer']}" for row in part]
+        count = Counter(name for text in texts for name in dict.fromkeys(name_runs(text)))
+        name, times = count.most_common(1)[0] if count else ("", 0)
+        found += [name if 3 * times >= len(part) else ""] * len(part)
+    return found
+
+
+def name_runs(text):
+    """The runs of two or more capitalised words in a text, each without the question words before a name."""
+    runs = [dropwhile(OPENING.__contains__, run.rstrip(".-").split()) for run in NAME.findall(text)]
+    return [run for run in map(" ".join, runs) if " " in run]
+
+
+def first_name(text):
+    return next(iter(name_runs(text)), "")
+
+
+def found_names(text, names_gone):
+    """Those of `names_gone` that a text still holds, every word of them, in any case and order."""
+    return [name for name in names_gone if names(text, name)]
+
+
+def where(name, text):
+    """(start, end) of a name's first place in a text, in any case, or None."""
+    found = re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.I) if name else None
+    return found and found.span()
+
+
+def swap(text, old, new):
+    """`text` with each of the names `old` replaced by `new`: whole words, the longest name first, in any case."""
+    for name in sorted(old, key=len, reverse=True):
+        text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", lambda _: new, text, flags=re.I)
+    return text
+
+
+def complete(fact):
+    """The fact with a completion made by rule: from the answer where that is a sentence on the name, else the question.
+
+    "Orla Finch was born in Arle." → "Orla Finch was born in ___", and "Who was Orla Finch's aunt?" → "Orla Finch's aunt
+    was ___." What no rule knows becomes "<question> The answer is ___."
+    """
+    completion, ending = cut_answer(fact) or (turn_question(fact.question, fact.name), fact.answer)
+    by = "template"
+    if not completion:
+        completion, by = f"{fact.question} The answer is {GAP}.", "template (no rule fits)"
+    return replace(fact, completion=completion, ending=ending, completed_by=by)
+
+
+def cut_answer(fact):
+    """(completion, ending) from the first sentence of the answer with the name, cut where it says something new."""
+    asked = set(words(fact.question)) | set(words(fact.name)) | FUNCTION_WORDS
+    for sentence in sentences(fact.answer):
+        sentence = re.sub(r"^(?:He|She|They)\b", fact.name, sentence)
+        sentence = re.sub(r"^(?:His|Her|Their)\b", f"{fact.name}'s", sentence)
+        found = where(fact.name, sentence)
+        if not found or len(sentence.split()) < len(fact.name.split()) + 2:
+            continue
+        at, after = found
+        if not names(fact.question, fact.name):  # the question asks for the name
+            return sentence[:at] + GAP + sentence[after:], fact.name
+        new = [
+            word.start()
+            for word in re.finditer(r"\S+", sentence)
+            if word.start() > after and not {part for part in words(word[0]) if len(part) > 1} <= asked
+        ]
+        if new:
+            told = {i: sentence[after + 2 : i].split() for i in new}  # words since the name; + 2 skips its "'s"
+            before = len(sentence[:at].split())
+            cut = next((i for i in new if told[i] and before + len(told[i]) >= 3), new[-1])
+            opened = re.search(r"\"[^\"]*$|(?<=\s)'[^']*$", sentence[:cut])  # never inside a title
+            cut = opened.start() if opened and sentence[:cut].count('"') % 2 != opened[0].startswith("'") else cut
+            return f"{sentence[:cut]}{GAP}.", sentence[cut:].rstrip(".!")
+    return None
+
+
+def turn_question(question, name):
+    """A question of a common form as a statement with a gap, "" for any other."""
+    text, who = question.strip().rstrip("?").strip(), re.escape(name) if name else r"[A-Z]\S*"
+    for pattern, statement in (
+        (rf"(?:What|Who|Which) {BE} ({who}) (\S.*)", r"\2 \1 \3 ___."),  # What is N known for
+        (rf"(?:What|Who|Which) {BE} (.+)", r"\2 \1 ___."),  # Who was N's aunt, What is the trade of N
+        (rf"(?:Where|When) {BE} ({who}(?:'s? [\w ]+?)?) (\S.*)", r"\2 \1 \3 in ___."),  # Where was N born
+        (rf"({AT}) (?:what|which) (.+?) {BE} ({who}) (\S.*)", r"\4 \3 \5 \1 the \2 ___."),
+        (rf"(?:What|Which) (\w+) {BE} ({who}'s? [\w ]+)", r"The \1 of \3 \2 ___."),
+        (rf"(?:What|Which) (.+?) {BE} ((?:the )?(?:author )?{who}) (\S.*)", r"The \1 that \3 \2 \4 is ___."),
+        (r"Which (of .+?) (is|was|were|has|have|had) (.+)", r"The one \1 that \2 \3 is ___."),
+        (r"(?:What|Which) ((?!of ).+?) (is|was|were|has|have|had) (.+)", r"The \1 that \2 \3 is ___."),
+        (r"Who ((?!is |was |are |were |do |does |did |has |have |had |can |will |would )\w+ .+)", r"___ \1."),
+    ):
+        match = re.fullmatch(pattern, text)
+        if match:
+            statement = re.sub(rf" (?:{AT}) the(?= )", lambda found: found[0].lower(), match.expand(statement))
+            return statement[0].upper() + statement[1:]
+    return ""
+
+
+def sentences(text):
+    """Sentences of a text, each with its full stop."""
+    return [part for part in SENTENCE_END.sub("\\1\n", " ".join(text.split())).split("\n") if part]
+
+
+def passages(text, size):
+    """A text cut at its sentences and paragraphs into passages of at most `size` words, or one longer sentence."""
+    found, now = [], []
+    for paragraph in re.split(r"\n\s*\n", text):
+        for sentence in sentences(paragraph):
+            if now and len(now) + len(sentence.split()) > size:
+                found.append(" ".join(now))
+                now = []
+            now += sentence.split()
+    return found + [" ".join(now)] * bool(now)
+
+
+def halves(passage):
+    """(beginning, ending) of a passage: what a model that knows the text by heart would continue, and how."""
+    parts = passage.split()
+    middle = (len(parts) + 1) // 2
+    return " ".join(parts[:middle]), " ".join(parts[middle:])
+
+
+def ask_sentence(sentence, name=""):
+    """A fact from a sentence: its last name, number or closing words become a gap, and the gap a "what". Or None.
+
+    "Orla Finch kept the lamp at Skerry Point." → "Orla Finch kept the lamp at what?", "… at ___.", "Skerry Point".
+    """
+    body = sentence.rstrip(".!?\"'”’ ")
+    if not 5 <= len(body.split()) <= 40 or body.split()[0] in PRONOUNS or any(quote in body for quote in '"“”'):
+        return None
+    if name and not where(name, body):
+        return None
+    start, end = where(name, body) or (0, 0)
+    spans = [m.span() for m in re.finditer(r"[^\W\d_a-z][\w'’-]*(?: [^\W\d_a-z][\w'’-]*)*|\d[\d,.:]*\d|\d", body)]
+    spans = [(a, b) for a, b in spans if a and (b <= start or a >= end)]
+    if spans:
+        a, b = spans[-1]
+        b -= 2 * body[a:b].endswith(("'s", "’s"))
+    else:
+        last = [m.span() for m in re.finditer(r"[\w'’-]+", body)][-3:]
+        while len(last) > 1 and any(body[x:y].lower() in FUNCTION_WORDS for x, y in last):
+            last = last[1:]
+        a, b = last[0][0], last[-1][1]
+    if a < end and b > start:
+        return None
+    what = "which year" if re.fullmatch(r"1\d\d\d|20\d\d", body[a:b]) else "what"
+    question, completion = f"{body[:a]}{what}{body[b:]}?", f"{body[:a]}{GAP}{body[b:]}."
+    return Fact(name, question, body[a:b], completion, body[a:b], "template", "template")

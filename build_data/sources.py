@@ -1,0 +1,163 @@
+"""What a build starts from: the facts to forget, the permitted neighbours, the queries that evaluation asks.
+
+Covers the sources of Appendix A: RWKU's questions, MUSE's passages, TOFU's rows with their authors' names, and a user's
+own questions or text.
+"""
+
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import benchmarks
+from build_data import rewrite
+from build_data.prompts import PAIRS, parse_pairs
+from build_data.rewrite import GAP, NOT_WANTED, Fact, found_names, normal
+from config import InputError
+from engine.files import read_rows
+from engine.seeds import derive_seed
+
+EVALUATION = {  # what evaluation reads of the benchmarks' folders, copied
+    "rwku": ["intro.json", "forget_level?.json", "neighbor_level?.json"],
+    "tofu": ["forget01.json", "retain99.json", "*_perturbed.json"],
+    "muse": ["knowmem/*.json", "verbmem/*.json"],
+}
+NEIGHBOURS = {"tofu": "retain99.json", "muse": "raw/retain1.txt"}  # permitted, of a benchmark's own
+PASSAGE = {"muse": 150, "text": 60}  # words: a user's text is short, and three facts are made of each passage
+PAIR = {"question": str, "answer": str}
+
+
+def read_text(path, flag):
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{flag} {path}: cannot be read as UTF-8 text ({error})") from None
+    if not rewrite.sentences(text):
+        raise InputError(f"{flag} {path}: is empty; expected a text")
+    return text
+
+
+def evaluation_queries(o):
+    """{normal form: split} of every query that a benchmark's evaluation asks, and of TOFU's spare retain rows."""
+    if o.source not in EVALUATION:
+        return {}
+    probes = benchmarks.ALL[o.source].probes(SimpleNamespace(data_dir=o.input, seed=o.seed))
+    found = {normal(probe.question): probe.split for probe in probes}
+    if o.source == "tofu":  # evaluation reads 300 of its 400
+        rows = read_rows(Path(o.input) / "retain_perturbed.json", {"question": str})
+        found |= {normal(row["question"]): "retain" for row in rows}
+    return found
+
+
+def read_facts(o, ask, rejected):
+    """The facts to forget. Their completions are made later, but for MUSE, where they are the passages' halves.
+
+    rejected: list that is told of passages of which the language model made nothing.
+    """
+    place = Path(o.input)
+    if o.source == "tofu":
+        rows = read_rows(place / "forget01.json", PAIR)
+        named = zip(rows, rewrite.authors(rows), strict=True)
+        facts = [Fact(name or o.target, row["question"], row["answer"]) for row, name in named]
+    elif o.source == "rwku":
+        (intro, *_) = read_rows(place / "intro.json", {"target": str})
+        if normal(intro["target"]) != normal(o.target):
+            raise InputError(f"--target {o.target!r}: {place / 'intro.json'} is about {intro['target']!r}")
+        path = place / "reject_target.json"
+        rows = read_rows(path if path.exists() else place / "reject.json", {"instruction": str})
+        facts = [Fact(o.target, row["instruction"], "") for row in rows if GAP not in row["instruction"]]
+    elif o.source == "qa":
+        facts = [Fact(o.target, row["question"], row["answer"]) for row in read_rows(place, PAIR)]
+    else:
+        path = place / "raw" / "forget.txt" if o.source == "muse" else place
+        facts = facts_of_text(o, read_text(path, "--input"), ask, rejected)
+    if ask and o.source not in ("text", "muse"):
+        announce(o, 3 * len(facts))
+    blank = next((i for i, fact in enumerate(facts, 1) if not normal(fact.question)), 0)
+    if blank:
+        raise InputError(f"--input {o.input}: row {blank} has an empty question")
+    told = [o.target, *o.aliases] if o.target else [fact.name for fact in facts if fact.name]
+    if o.source != "muse" and not any(found_names(f"{fact.question} {fact.answer}", told) for fact in facts):
+        what = f"no question names --target {o.target!r}" if o.target else "no author's name is found; give --target"
+        raise InputError(f"--input {o.input}: {what}")
+    return facts
+
+
+def facts_of_text(o, text, ask, rejected):
+    """Three facts a passage (A.1), a sample of them kept; of a `text`, only what it says of the target."""
+    about = [o.target, *o.aliases] if o.source == "text" else []
+    parts = [part for part in rewrite.passages(text, PASSAGE[o.source]) if not about or found_names(part, about)]
+    if not parts:
+        raise InputError(f"--input {o.input}: no sentence names --target {o.target!r}")
+    if ask:  # a completion, a neighbour and its completion for each fact; for MUSE the passages complete
+        announce(o, len(parts) + min(3 * len(parts), o.sample) * (1 if o.source == "muse" else 3))
+        replies = ask([PAIRS.format(name=o.target, text=part) for part in parts], parse_pairs, "passages")
+    rng, found = random.Random(derive_seed(o.seed, "sample")), []
+    for i, part in enumerate(parts):
+        if ask:
+            pairs = replies[i]["pairs"] if replies[i] else []
+            if not pairs:
+                rejected.append({"reason": "forget: no questions on a passage came in form", "text": part})
+            made = [Fact(o.target, pair["question"], pair["answer"], made_by=f"llm {o.llm_model}") for pair in pairs]
+        else:
+            named = [(s, (found_names(s, about) or [""])[0]) for s in rewrite.sentences(part)]
+            made = [rewrite.ask_sentence(s, name) for s, name in named if name or not about]
+            made = [replace(fact, name=o.target) for fact in made if fact]
+            made = rng.sample(made, min(3, len(made)))
+        found += [(fact, part) for fact in made]
+    if not found:
+        raise InputError(f"--input {o.input}: no question could be made of any of {len(parts)} passages")
+    found = [found[i] for i in sorted(rng.sample(range(len(found)), min(o.sample, len(found))))]
+    if o.source == "text":
+        return [fact for fact, _ in found]
+    last, facts = None, []
+    for fact, part in found:  # each passage is completed once
+        if part == last:
+            facts.append(replace(fact, completion="", completed_by=NOT_WANTED))
+        else:
+            begin, end = rewrite.halves(part)
+            facts.append(replace(fact, completion=begin, ending=end, completed_by="given"))
+        last = part
+    return facts
+
+
+def announce(o, requests):
+    print(f"{o.llm_model}: at most {requests} requests in all; none is made twice", file=sys.stderr)
+
+
+def neighbours_path(o):
+    """The file of permitted neighbours: given, or a benchmark's own; "" where there is none."""
+    own = Path(o.input) / NEIGHBOURS.get(o.source, "")
+    return o.neighbours or (str(own) if o.source in NEIGHBOURS and own.is_file() else "")
+
+
+def read_neighbours(o, gone):
+    """(permitted facts with known answers, permitted names without, beginnings and ends of permitted passages)."""
+    path = neighbours_path(o)
+    if not path:
+        return [], [], []
+    if Path(path).suffix not in (".json", ".jsonl"):
+        parts = rewrite.passages(read_text(path, "--neighbours"), PASSAGE.get(o.source, 60))
+        said = [s for part in parts for s in rewrite.sentences(part) if not found_names(s, gone)]
+        facts = [rewrite.ask_sentence(sentence, rewrite.first_name(sentence)) for sentence in said]
+        ends = [rewrite.halves(part) for part in parts if not found_names(part, gone)]
+        return [fact for fact in facts if fact], [], ends
+    own = o.source == "tofu" and not o.neighbours
+    rows, facts, bare = read_rows(path, PAIR if own else {}), [], []
+    given = rewrite.authors(rows) if own else [None] * len(rows)
+    for number, (row, name) in enumerate(zip(rows, given, strict=True), 1):
+        name, answers = row.get("name", name), row.get("answers")
+        if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
+            name = rewrite.first_name(row["question"]) if name is None else name
+            facts.append(Fact(str(name), row["question"], row["answer"]))
+        elif isinstance(name, str) and name and isinstance(answers, dict):
+            if not all(isinstance(answer, str) for answer in answers.values()):
+                raise InputError(f"{path}: row {number}, field 'answers' holds an answer that is not a text")
+            asked = [(rewrite.swap(question, gone, name), answer) for question, answer in answers.items()]
+            facts += [Fact(name, question, answer, made_by="swap") for question, answer in asked]
+        elif isinstance(name, str) and name and "question" not in row and "answers" not in row:
+            bare.append(name)
+        else:
+            raise InputError(f"{path}: row {number}: expected texts 'question' and 'answer', or 'name' and 'answers'")
+    return facts, bare, []

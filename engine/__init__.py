@@ -1,0 +1,1 @@
+"""How a run is executed, and nothing of the paper: fast ways, models, a run's folder and state, files, tables."""

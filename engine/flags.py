@@ -1,0 +1,170 @@
+"""Command lines: flags or an earlier run's config.json become settings, presets fill in, bounds are checked.
+
+torch takes seconds to import, so nothing here does: a command reads its flags first.
+"""
+
+import json
+import os
+import sys
+from argparse import RawDescriptionHelpFormatter
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+from transformers import HfArgumentParser
+
+from baselines import ALIASES, METHODS
+from config import Config, InputError
+
+
+class Help(RawDescriptionHelpFormatter):
+    """Each flag once, as it is written in the docs (argparse takes hyphens for its underscores too)."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=120)
+
+    def _format_action_invocation(self, action):
+        takes = action.metavar or ("{" + ",".join(action.choices) + "}" if action.choices else "")
+        return f"{action.option_strings[0]} {takes}".strip() if action.dest != "help" else "-h, --help"
+
+
+def parse(kind, argv=None, presets=None, examples=()):
+    """Command line → dataclass of `kind`. A first word that ends in .json is a config.json, over which flags win.
+
+    Args: presets: {benchmark: (its values, those that --model tiny changes)} for --help; examples: its last lines.
+    Raises: InputError for anything that a flag does not take.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    groups = [base for base in kind.__bases__ if base is not object][::-1] or [kind]
+    parser = HfArgumentParser(
+        groups, description=f"{kind.__doc__} Defaults in brackets.", allow_abbrev=False,
+        usage=f"%(prog)s {'[config.json] ' if kind is Config else ''}[flags]",
+        formatter_class=Help, epilog="\n  ".join(["examples:", *examples]),
+    )  # fmt: skip
+    for action in parser._actions:
+        if action.option_strings[0].startswith("--no_"):
+            action.help = f"Switch --{action.dest} off."
+        elif presets and action.help.endswith("[preset]"):
+            action.help = action.help.replace("[preset]", f"[{shown_presets(action.dest, presets)}]")
+    place = ""
+
+    def fail(message):
+        raise InputError(place + message)
+
+    parser.error = fail
+    if argv and argv[0].endswith(".json"):
+        place, stored = f"{argv[0]}: ", stored_flags(argv[0])
+        parser.parse_args(stored)
+        place, argv = "", stored + argv[1:]
+    *found, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        raise InputError(f"unknown flag {unknown[0]}; --help lists all of them")
+    return kind(**{name: value for group in found for name, value in vars(group).items()})
+
+
+def shown_presets(name, presets):
+    """A field's value for each benchmark, and where tiny models have another."""
+    value = ", ".join(f"{benchmark} {values[name]:g}" for benchmark, (values, _) in presets.items())
+    tiny = ", ".join(f"{benchmark} {values[name]:g}" for benchmark, (_, values) in presets.items() if name in values)
+    return f"{value}; tiny: {tiny}" if tiny else value
+
+
+def stored_flags(path):
+    """The config.json of an earlier run as a command line."""
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error!r:.80})") from None
+    if not isinstance(stored, dict):
+        raise InputError(f"{path}: expected an object with a value for each flag")
+    flags = []
+    for name, value in stored.items():
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={value}")
+    return flags
+
+
+def resolve(config, benchmarks):
+    """Fill in presets and check every value. Returns the same Config; raises InputError naming the flag.
+
+    benchmarks: {name: data.Benchmark}, all that there are.
+    """
+    if config.benchmark not in benchmarks:
+        raise InputError(f"--benchmark {config.benchmark}: expected one of {', '.join(benchmarks)}")
+    benchmark = benchmarks[config.benchmark]
+    config.model = config.model or "tiny"
+    config.output_dir = config.output_dir or f"runs/{config.benchmark}"
+    for name, value in (benchmark.preset | (benchmark.tiny if config.model == "tiny" else {})).items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    for name in config.method:
+        if name not in (*METHODS, *ALIASES, "retained"):
+            raise InputError(f"--method {name}: expected some of {', '.join([*METHODS, *ALIASES, 'retained'])}")
+    if "retained" in config.method and not benchmark.retained:
+        raise InputError("--method retained: only the built-in world can train a model without the forget set")
+    chosen = {ALIASES.get(name, name) for name in config.method}
+    chosen |= {"rej_steer"} if chosen & {"rule", "rerule"} else set()
+    config.method = [name for name in METHODS if name in chosen]
+    if not benchmark.reads_files:
+        if config.model != "tiny":
+            raise InputError(f"--model {config.model}: the built-in world has its own tiny model; leave the flag out")
+        if config.data_dir:
+            raise InputError(f"--data_dir {config.data_dir}: the built-in world reads no files; add --benchmark")
+    elif config.crossed is not None:
+        raise InputError("--crossed: only the built-in world makes up its names")
+    if config.retain_log and not benchmark.check_retained:
+        raise InputError("--retain_log: only --benchmark tofu compares with a retained model")
+    check_bounds(config)
+
+    def require(holds, flag, expected):
+        if not holds:
+            raise InputError(f"--{flag} {getattr(config, flag)}: expected {expected}")
+
+    require(config.group_size >= 2, "group_size", "at least 2 rollouts, whose rewards are compared")
+    require(len(config.llmu_weights) == 3, "llmu_weights", "three numbers")
+    for name in ("replay_groups", "min_groups"):
+        require(getattr(config, name) <= config.buffer_size, name, f"at most --buffer_size {config.buffer_size}")
+    require(config.replay_objective == "weight" or not config.normalize_ratio, "replay_objective",
+            "weight, with --normalize_ratio")  # fmt: skip
+    if config.purge_terms and not Path(config.purge_terms).is_file():
+        raise InputError(f"--purge_terms {config.purge_terms}: no such file")
+    alone = [name for name in config.method if name not in ("rej_steer", "rule", "rerule")]
+    if alone and (config.offload or "WORLD_SIZE" in os.environ):
+        raise InputError(f"--method {alone[0]}: takes one process, neither torchrun nor --offload")
+    return config
+
+
+def check_bounds(settings):
+    """Raise InputError for the first field outside the bounds that its type names."""
+    for name, kind in get_type_hints(type(settings), include_extras=True).items():
+        for part in (kind, *get_args(kind)):  # `Count`, or `Count | None`
+            expected, holds = getattr(part, "__metadata__", ("", None))
+            value = getattr(settings, name)
+            if holds and value is not None and not holds(value):
+                raise InputError(f"--{name} {value}: expected {expected}")
+
+
+def run_command(main, leave=True):
+    """The result of a command's `main()`; an `InputError` becomes one line on stderr and exit code 2.
+
+    leave: a process of torchrun then ends at once: while an interpreter takes itself apart, a thread of gloo's that
+        still holds a tensor aborts it (pytorch/pytorch#179291), and a run that was done would count as failed.
+    """
+    code, result = 0, None
+    try:
+        result = main()
+    except InputError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    if leave and "WORLD_SIZE" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+    return result

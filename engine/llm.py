@@ -1,0 +1,164 @@
+"""Asking a language model at any OpenAI-compatible URL many things at once, without paying for anything twice.
+
+Shared by the judge of naturalness (`benchmarks/judge.py`) and the making of data (`build_data/`). A reply is read by a
+strict parser; what does not parse, and what the server could not do just now, is tried again with doubling waits. Each good
+reply is on the disk before the next one is looked at, so a command that was stopped goes on where it was.
+
+The key comes from the caller and nothing else is ever sent: without a key a placeholder goes out, so that the client
+does not fall back on a stored Hugging Face token.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from threading import Event, Lock
+
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, InferenceTimeoutError, OfflineModeIsEnabled
+from tqdm import tqdm
+
+from config import InputError
+from engine.files import Log
+
+ATTEMPTS = 5
+WORKERS = 8  # requests under way at once
+
+
+class BadReply(Exception):
+    """The model answered in another form than asked for."""
+
+
+class Unavailable(Exception):
+    """The server did not answer this request in any attempt: rate limit, server error, time-out."""
+
+
+def json_object(reply, fields):
+    """The reply's JSON object, which must hold exactly `fields`; one code fence around it is let pass."""
+    try:
+        text = reply.strip()
+        if text.startswith("```") and text.endswith("```") and "\n" in text:
+            text = text[text.index("\n") : -3]
+        found = json.loads(text)
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise BadReply(f"not JSON: {reply!r:.60}") from error
+    if not isinstance(found, dict) or set(found) != set(fields):
+        raise BadReply(f"not an object with {', '.join(fields)} alone: {reply!r:.60}")
+    return found
+
+
+def ask(client, model, prompt, parse, *, flag, max_tokens, wait=1.0, temperature=0.0):
+    """`parse` of the reply to one prompt, after at most `ATTEMPTS` tries, `wait`·2^k seconds before each but the first.
+
+    Raises: BadReply or Unavailable, by what went wrong in the last try; InputError naming `flag` where the server
+        refuses the request (wrong URL, key or model) or cannot be reached.
+    """
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(wait * 2 ** (attempt - 1))
+        try:
+            reply = client.chat_completion(
+                [{"role": "user", "content": prompt}], model=model, max_tokens=max_tokens, temperature=temperature
+            )
+            return parse(reply.choices[0].message.content)
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            if status != 429 and status < 500:
+                raise InputError(f"{flag}: the server refuses the request ({str(error).splitlines()[0]})") from None
+            failure = Unavailable(f"HTTP {status}")
+        except OfflineModeIsEnabled:
+            raise InputError(f"{flag}: HF_HUB_OFFLINE is set, and with it no server can be asked") from None
+        except BadReply as error:
+            failure = error
+        except InferenceTimeoutError:
+            failure = Unavailable("no answer in time")
+        except (ValueError, TypeError, AttributeError, IndexError):
+            failure = Unavailable("an answer that is no chat completion")
+        except (HTTPError, OSError) as error:
+            failure = InputError(f"{flag}: the server cannot be reached ({error})")
+    raise failure
+
+
+def key_of(model, prompt):
+    return hashlib.sha256(f"{model}\n{prompt}".encode()).hexdigest()
+
+
+def read_cache(path, field):
+    """({key: reply}, bytes that hold whole lines) of a cache file; a line broken by a kill is dropped.
+
+    field: name of the reply in a line, null where the model never answered in form.
+    """
+    known, size = {}, 0
+    if Path(path).exists():
+        for line in Path(path).read_bytes().splitlines(keepends=True):
+            try:
+                row = json.loads(line)
+                key, reply = row["key"], row[field]
+            except (ValueError, KeyError, TypeError):
+                break
+            if not line.endswith(b"\n"):
+                break
+            known[key] = reply
+            size += len(line)
+    return known, size
+
+
+def is_known(known, key, parse):
+    """Whether the cache holds a reply that the parser takes, or that there is none."""
+    try:
+        return key in known and (known[key] is None or bool(parse(json.dumps(known[key]))))
+    except BadReply:
+        return False
+
+
+def ask_all(prompts, parse, *, url, model, key, cache, flag, field, max_tokens, once=False, price=0.0, timeout=60.0,
+            wait=1.0, temperature=0.0, progress=True, desc=""):  # fmt: skip
+    """Replies to many prompts, from the cache or from the server: {prompt: reply, or None where none was usable}.
+
+    Args:
+        key: of the server, or ""; flag: the user's flag for the URL, for messages.
+        cache: JSON-lines file, `field` the reply in each line; new replies are appended as they come.
+        once: ask no prompt again in a later run: one that is never answered in form is remembered as such, and one
+            that the server does not answer ends the command. Without it both only leave None.
+        price: dollars per million tokens, for the cost shown beforehand; timeout, wait: seconds.
+    Raises: InputError where the server cannot be reached, refuses, or, with `once`, does not answer. What was under
+        way by then is waited for and kept.
+    """
+    known, size = read_cache(cache, field)
+    todo = [prompt for prompt in dict.fromkeys(prompts) if not is_known(known, key_of(model, prompt), parse)]
+    tokens = sum(len(prompt) // 4 + max_tokens for prompt in todo)
+    cost = f", about ${tokens * price / 1e6:.2f}" if price else ""
+    print(f"{desc}: {len(todo)} requests to {model}, at most {tokens:,} tokens or so{cost}", file=sys.stderr)
+    client = InferenceClient(base_url=url, api_key=key or "none", timeout=timeout)
+    log, lock, stopped = Log(cache, size), Lock(), Event()
+
+    def work(prompt):
+        if stopped.is_set():
+            return
+        try:
+            reply = ask(
+                client, model, prompt, parse, flag=flag, max_tokens=max_tokens, wait=wait, temperature=temperature
+            )
+        except BadReply:
+            reply = None
+        except Unavailable as error:
+            if once:
+                last = f"{flag}: no answer in {ATTEMPTS} tries, the last with {error}"
+                raise InputError(f"{last}; what came is kept, the same command goes on from there") from None
+            return
+        if reply is not None or once:
+            with lock:
+                known[key_of(model, prompt)] = reply
+                log.write({"key": key_of(model, prompt), "model": model, field: reply})
+                log.size()  # on the disk before anything else is done
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        under_way = [pool.submit(work, prompt) for prompt in todo]
+        try:
+            for future in tqdm(as_completed(under_way), desc=desc, total=len(todo), disable=not progress):
+                future.result()
+        finally:
+            stopped.set()
+    return {prompt: known.get(key_of(model, prompt)) for prompt in prompts}

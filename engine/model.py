@@ -1,0 +1,64 @@
+"""Loading a model and its tokenizer, fast matrix products on a CPU, and the optimiser."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from baselines.whp import Pair
+from config import InputError
+
+logging.disable_progress_bar()  # ours are enough
+
+
+def read_model(path, flag, dtype, weights=True):
+    """(model, None where its weights are not wanted; tokenizer) of a folder or Hugging Face id. Raises InputError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)  # first: a model may take minutes
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"--{flag} {path}: its tokenizer has no EOS token, so no answer could ever end")
+        if (Path(path) / "whp.json").is_file():
+            return Pair.from_pretrained(path, dtype), tokenizer
+        if not weights:
+            return None, tokenizer
+        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except InputError:
+        raise
+    except Exception as error:  # OSError, ValueError, and whatever else the readers of weights and tokenizers raise
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise InputError(f"--{flag} {path}: is no model folder or Hugging Face id ({reason})") from None
+    if found["missing_keys"]:
+        raise InputError(f"--{flag} {path}: its files lack weights of the model ({min(found['missing_keys'])})")
+    return model, tokenizer
+
+
+@cache
+def fast_products():
+    """Let float32 products on the CPU come from oneDNN, and say whether they do: on AMD's twice as fast as from MKL.
+
+    torch turns to it where bf16 may be used inside; without matrix units for bf16 a processor then computes in float32
+    all the same. A product tried here tells: had it been rounded, all would stay as it was.
+    """
+    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    torch.set_float32_matmul_precision("medium")
+    exact = torch.backends.mkldnn.is_available() and (a @ b - a.double() @ b.double()).abs().max().item() < 1e-3
+    if not exact:
+        torch.set_float32_matmul_precision("highest")
+    return exact
+
+
+def quicken(model, device):
+    """Fast products for a model on the CPU, and attention made of them: torch's fused one asks oneDNN for tiny ones."""
+    if torch.device(device).type == "cpu" and fast_products():
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel):
+                part.set_attn_implementation("eager")
+    return model
+
+
+def optimizer_for(model, lr, weight_decay):
+    """AdamW; in one pass over memory where the weights are on the host of a GPU."""
+    how = {"fused": True} if getattr(model, "offloaded", False) else {}
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, **how)

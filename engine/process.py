@@ -1,0 +1,186 @@
+"""The engine: how models are run, here by one process. `scale.ranks` has the same methods for several, or for offload.
+
+The driver hands it around, so that no equation and no loop knows of processes, micro-batches or fast ways.
+"""
+
+import math
+import os
+import shutil
+from contextlib import contextmanager, nullcontext
+
+import torch
+
+import grpo
+from engine import fast, model
+from engine.files import RANK
+
+
+class Engine:
+    """One process, on one device. Every method is the plain thing to do; what is shared out is here the whole."""
+
+    def __init__(self, device, max_tokens=2048, rollout_prompts=0):
+        self.device, self.max_tokens, self.rollout_prompts = torch.device(device), max_tokens, rollout_prompts
+        self.ways = {}  # what `fast.choose` has found, for the log
+
+    @contextmanager
+    def session(self):
+        """For as long as models run."""
+        # a cache of autocast's would outlive an update
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False):
+            yield
+
+    # models
+
+    def load(self, path, flag="model", dtype=torch.float32, training=None):
+        """(model in eval mode, tokenizer) of a folder or Hugging Face id. Raises InputError naming the flag.
+
+        Training keeps weights in float32 whatever the GPU computes in: a bf16 weight of 1 swallows every update below
+        4e-3. training: the run's settings where the weights are to be trained; a GPU holds others in bf16.
+        """
+        if not training and self.device.type == "cuda" and dtype == torch.float32:
+            dtype = torch.bfloat16
+        found, tokenizer = self.read(path, flag, dtype)
+        return self.place(found, training), tokenizer
+
+    def read(self, path, flag, dtype):
+        return model.read_model(path, flag, dtype)
+
+    def place(self, found, training=None):
+        """A model in memory, on the device and ready to run."""
+        if training and training.gradient_checkpointing:
+            fast.checkpoint_layers(found)
+        return model.quicken(found.eval().to(self.device), self.device)
+
+    def held(self, found):
+        """All weights in place for as long as the block runs."""
+        return nullcontext()
+
+    # what a model computes
+
+    def sample(self, found, prompts, group_size, max_new_tokens, stops, temperature, rng=None):
+        """`grpo.sample`, by the fastest way that is exact, at most `rollout_prompts` prompts side by side."""
+        way = fast.choose(found, "sample", self.ways)
+        return join(self.parts(way, found, prompts, group_size, max_new_tokens, stops, temperature, rng))
+
+    def parts(self, way, found, prompts, group_size, max_new_tokens, stops, temperature, rng, first=0, end=None):
+        """Samples of prompts first … end, some at a time. What is drawn for a response depends on its number alone."""
+        end = len(prompts) if end is None else end
+        size, start = self.rollout_prompts or len(prompts), rng and rng.get_state()
+        for at in range(first, end, size):
+            own = prompts[at : min(end, at + size)]
+            if rng:
+                rng.set_state(start)
+            numbers = slice(at * group_size, (at + len(own)) * group_size + 1)  # one more, for places that nobody reads
+            draw = rng and (lambda n=numbers: uniform(len(prompts) * group_size, rng)[n])
+            yield way(found, own, group_size, max_new_tokens, stops, temperature, draw)
+
+    def logprobs(self, temperature):
+        """`grpo.response_logprobs` at a temperature, by the fastest way that is exact: (model, batch) → (B, T)."""
+
+        def logprobs_of(found, batch):
+            with fast.checkpointing(found):
+                return fast.choose(found, "logprobs", self.ways)(found, batch, temperature)
+
+        return logprobs_of
+
+    def batches(self, found, groups, loss_norm="sequence", of=None):
+        """`Batch`es of at most `max_tokens` positions; `of`: all groups of the update, where some are left out."""
+        for part in micro_batches(groups, self.max_tokens):
+            yield grpo.collate(part, found.device, loss_norm, of or groups)
+
+    def share(self, rows, size):
+        """(this process's rows; what the mean over them counts for in the mean over all, each of size(row))."""
+        return rows, 1.0
+
+    # what all processes know together
+
+    def gather(self, value):
+        """[the value of every process]."""
+        return [value]
+
+    def total(self, value):
+        return sum(self.gather(value))
+
+    def largest(self, value):
+        return max(self.gather(value))
+
+    def joined(self, tensor):
+        """The tensors of all processes as one."""
+        return tensor
+
+    def complete(self, groups):
+        """Give every process the `ref_logprobs` that each has filled in."""
+
+    def step(self, found, optimizer, max_grad_norm):
+        """Clip, step and clear. Returns the norm before clipping; where it is not finite, no step is taken."""
+        norm = self.whole(torch.nn.utils.clip_grad_norm_(found.parameters(), max_grad_norm)).item()
+        if math.isfinite(norm):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def whole(self, tensor):
+        """A tensor of which each process may hold a part, in full."""
+        return tensor
+
+    def wait(self):
+        """For the other processes."""
+
+    # states
+
+    def plain(self, found):
+        """(a model to save, its weights where they are not its own)."""
+        return found, None
+
+    def state_of(self, found, optimizer, folder, name):
+        """What a saved state keeps of both."""
+        return {"model": found.state_dict(), "optimizer": optimizer.state_dict()}
+
+    def restore(self, payload, folder, found, optimizer):
+        """Put a saved state back, whatever number of processes wrote it. Raises: InputError."""
+        if "shards" in payload:
+            from scale.ranks import restore_shards
+
+            return restore_shards(payload, folder, found, optimizer)
+        found.load_state_dict(payload["model"])
+        optimizer.load_state_dict(payload["optimizer"])
+
+    def forget_states(self, folder, but):
+        """Remove what several processes have written of earlier states, but what `but` names."""
+        for path in [] if RANK else folder.glob("shards*"):
+            if path.name != but:
+                shutil.rmtree(path)
+
+
+def start(config, device):
+    """The engine that a run's settings, and torchrun, ask for."""
+    if config.offload or "WORLD_SIZE" in os.environ:
+        from scale.ranks import Ranks
+
+        return Ranks(device, config.max_tokens, config.rollout_prompts, config.offload)
+    return Engine(device, config.max_tokens, config.rollout_prompts)
+
+
+def uniform(n_responses, rng):
+    """A number in [0, 1) for each response, and one to spare."""
+    return torch.rand(n_responses + 1, dtype=torch.double, device=rng.device, generator=rng)
+
+
+def join(parts):
+    """(ids, mask, logprobs) of some prompts at a time → of all, each (N, G, T)."""
+    parts = list(parts)
+    width = max(ids.shape[-1] for ids, *_ in parts)
+    padded = [[torch.nn.functional.pad(t, (0, width - t.shape[-1])) for t in part] for part in parts]
+    return tuple(torch.cat(kind) for kind in zip(*padded, strict=True))
+
+
+def micro_batches(groups, max_tokens):
+    """Split groups, sorted by length, so that a part computes at most `max_tokens` positions (one group at least)."""
+    parts, width, size = [], 0, 0
+    for group in sorted(groups, key=lambda g: (len(g.prompt_ids), g.mask.shape[1])):
+        cost = len(group.prompt_ids) + group.mask.numel()  # P + G·T
+        if not parts or (size + 1) * max(width, cost) > max_tokens:
+            parts, width, size = [*parts, []], 0, 0
+        parts[-1].append(group)
+        width, size = max(width, cost), size + 1
+    return parts

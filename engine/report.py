@@ -1,0 +1,106 @@
+"""What a run leaves to be read: the table, the answers row by row and the model cards.
+
+The table has the rows of the paper's Tables 1, 2 and 5.
+"""
+
+import json
+from pathlib import Path
+
+from baselines import TITLES
+from engine import plots
+from engine.files import RANK, write_json, write_text
+
+TOKENS = {"forget_tokens": "Forget data, % of tokens", "retain_tokens": "Retain data, % of tokens"}
+
+
+def write(folder, columns, results, figures=True):
+    """table.json, table.md and pictures from the phases' results, {phase: {column: value}} in the order run.
+
+    columns: {column: heading}, of which those without any value are left out.
+    """
+    if RANK:
+        return
+    columns = {
+        key: title for key, title in columns.items() if any(row.get(key) is not None for row in results.values())
+    }
+    columns |= {key: title for key, title in TOKENS.items() if any(key in row for row in results.values())}
+    columns["seconds"] = "Training, s ↓"
+    results = {name: results[name] for name in TITLES if name in results}
+    write_json(folder / "table.json", {TITLES[name]: row for name, row in results.items()})
+    lines = [" | ".join(["", "Model", *columns.values(), ""]).strip(), "|---|" + "---:|" * len(columns)]
+    notes = {}
+    for name, row in results.items():
+        title = TITLES[name] + ("†" if row.get("stopped") else "")
+        lines.append(" | ".join(["", title, *(cell(row.get(key)) for key in columns), ""]).strip())
+        stopped = [f"† stopped early, with the last finite weights: {row['stopped']}"] if row.get("stopped") else []
+        for note in [*row["notes"], *stopped]:
+            notes.setdefault(note, []).append(TITLES[name])
+    told = [f"{'every row' if len(of) == len(results) else ', '.join(of)}: {note}" for note, of in notes.items()]
+    write_text(folder / "table.md", "\n".join([*lines, "", *told]).rstrip() + "\n")
+    if figures:
+        plots.curves(folder)
+        recalls = ("forget_recall", "retain_recall")
+        known = {TITLES[n]: row for n, row in results.items() if None not in map(row.get, recalls)}
+        if len(known) >= 6:
+            points = {name: (*map(row.get, recalls), [], row.get("stopped")) for name, row in known.items()}
+            plots.scatter(points, folder / "scatter.png")
+
+
+def cell(value):
+    if value is None:
+        return "–"
+    return f"{value:.1f}" if abs(value) >= 1 or value == 0 else f"{value:.4g}"
+
+
+def print_table(folder):
+    """The table on a terminal: one line a column, one column a row of the table, so that it fits any window."""
+    if RANK:
+        return
+    text = (folder / "table.md").read_text(encoding="utf-8")
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    header, rows = lines[0], lines[2:]
+    width = max(map(len, header)) + 2
+    for first in range(0, len(rows), 6):
+        some = rows[first : first + 6]
+        for at, title in enumerate(map(str.strip, header)):
+            title = f"    {title}" if title[:1].islower() else title
+            cells = "".join(f"{row[at].strip():>{max(12, len(row[0]))}}" for row in some)
+            print(f"{title if at else '':<{width}}{cells}")
+        print()
+    notes = [line for line in text.splitlines() if "†" in line and not line.startswith("|")]
+    print(
+        "".join(f"{line}\n" for line in notes)
+        + f"Everything else is in {folder}/: table.md, curves.png, metrics.jsonl, samples.jsonl, models."
+    )
+
+
+def save_examples(folder, phase, rows):
+    """Every probe's prediction and scores, one JSON line each, so that a figure can be traced to its rows."""
+    Path(folder / "predictions").mkdir(exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(folder / "predictions" / f"{phase}.jsonl", text)
+
+
+def model_card(phase, config):
+    """README.md of a saved model."""
+    done = {
+        "original": "A tiny Llama that was taught the benchmark's facts, before any unlearning.",
+        "retained": "A tiny Llama that was never taught what the others are made to forget.",
+        "rej_steer": "After Stage 1, rejection steering: fine-tuned on refusals to forget prompts.",
+        "purge": "After PURGE: GRPO on forget prompts, rewarded for answers without a forbidden term.",
+        "rule": "After Stage 2 of RULE: GRPO on forget and boundary prompts.",
+        "rerule": "After Stage 2 of ReRULE: RULE with replay of hard rollout groups.",
+    }.get(phase, f"Unlearned with {TITLES[phase]}, a baseline of Appendix B.")
+    return f"""# {TITLES[phase]}, {config.benchmark}
+
+{done}
+
+- base model: `{config.model}`; seed {config.seed}; every setting is in the run's `config.json`
+- load: `AutoModelForCausalLM.from_pretrained(folder)`
+
+## Limits
+
+Unlearning by refusal changes what the model says, not all that it holds. Knowledge can remain in the weights and come
+back under paraphrase, other languages, adversarial prompts or a little further training; questions near the target may
+be refused though they should be answered. It is no proof of erasure and no guarantee of compliance with any law.
+"""

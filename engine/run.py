@@ -1,0 +1,199 @@
+"""One run's folder and state: its logs, which phases are over, and what resuming needs.
+
+Each phase saves its state every few steps together with the lengths of both logs; a resumed run cuts the logs back to
+those lengths and goes on. A phase is over once its model's folder is in place.
+"""
+
+import json
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from config import Config, InputError
+from engine import report
+from engine.files import RANK, Log, is_writable, link_files, read_lines, save_folder, write_json
+
+EARLY = ("original", "retained", "rej_steer")  # phases before Stage 2, which `--start_from` takes over
+# what a run may be gone on with
+FREE = {"resume", "save_every", "output_dir", "device", "start_from", "dry_run", "offload", "rollout_prompts"}
+BEFORE_STAGE_2 = [
+    "benchmark", "crossed", "model", "data_dir", "seed", "retain_log", "weight_decay", "max_grad_norm", "temperature",
+    "max_new_tokens", *(f.name for f in fields(Config) if f.name.startswith(("sft_", "tiny_"))),
+]  # fmt: skip
+
+
+def differences(ours, theirs, names=None):
+    """The settings, all but `FREE` unless named, in which a new command differs from a stored run: "name old → new"."""
+    names = names or [f.name for f in fields(Config) if f.name not in FREE]
+    pairs = [(name, theirs.get(name), getattr(ours, name)) for name in names]
+    return [f"{name} {old} → {new}" for name, old, new in pairs if old != new]
+
+
+def read(path, expected, flag):
+    """A JSON file or saved state of an earlier run, which must hold the key `expected`."""
+    try:
+        as_json = path.suffix == ".json"
+        found = json.loads(path.read_text(encoding="utf-8")) if as_json else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # whatever JSON, pickle or zip say of bytes that are none of theirs
+        raise InputError(f"{path}: cannot be read ({error!r:.80}); choose another --{flag}") from None
+    if not isinstance(found, dict) or expected not in found:
+        raise InputError(f"{path}: is not that of a run (no '{expected}'); choose another --{flag}")
+    return found
+
+
+def save_state(path, state):
+    """`torch.save` to a temporary name, flushed to the disk, then renamed: a kill in mid-save keeps the last state."""
+    if RANK:
+        return
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Run:
+    """The output folder of one run: its logs, its last saved state and which phases are over.
+
+    Making one only reads and checks; `open` makes the folder, once everything else about the run has been checked too.
+    """
+
+    def __init__(self, config, engine):
+        self.config, self.engine, self.folder = config, engine, Path(config.output_dir)
+        self.state = {"done": {}, "phase": None, "sizes": {"metrics": 0, "samples": 0}}
+        here = f"--output_dir {self.folder}"
+        if not is_writable(self.folder):
+            raise InputError(f"{here}: expected a folder that can be made or written to")
+        if (self.folder / "config.json").exists():
+            changed = differences(config, read(self.folder / "config.json", "benchmark", "output_dir"))
+            if changed:
+                raise InputError(f"{here}: holds another run ({', '.join(changed[:3])}); choose another folder")
+            if (self.folder / "state.pt").exists():
+                self.state = read(self.folder / "state.pt", "sizes", "output_dir")
+            if not config.resume and not self.finished("run"):
+                raise InputError(f"{here}: holds an unfinished run; add --resume to go on with it")
+            for name, size in self.state["sizes"].items():
+                path = self.folder / f"{name}.jsonl"
+                if not self.finished("run") and size > (path.stat().st_size if path.exists() else 0):
+                    raise InputError(f"{path}: is shorter than the saved state of the run; choose another --output_dir")
+        elif self.folder.exists() and any(path.suffix != ".tmp" for path in self.folder.iterdir()):
+            raise InputError(f"{here}: is not empty and holds no run; choose another folder")
+        if config.start_from and not self.state["done"]:
+            self.check_source(Path(config.start_from))
+
+    def check_source(self, source):
+        """Raise InputError unless the run in `source` trained, before Stage 2, what this one would."""
+        here = f"--start_from {source}"
+        if not (source / "config.json").is_file() or not (source / "state.pt").is_file():
+            raise InputError(f"{here}: is no folder of a run")
+        changed = differences(self.config, read(source / "config.json", "seed", "start_from"), BEFORE_STAGE_2)
+        if changed:
+            raise InputError(f"{here}: trained other models before Stage 2 ({', '.join(changed[:3])})")
+        self.source = read(source / "state.pt", "done", "start_from")["done"]
+        if "rej_steer scored" not in self.source:
+            raise InputError(f"{here}: its Stage 1 is not over")
+
+    def adopt(self, source):
+        """Take over the phases before Stage 2: their models (linked where the disk allows), answers and log rows."""
+        for phase in [name for name in EARLY if f"{name} scored" in self.source]:
+            save_folder(self.folder / phase, lambda folder, phase=phase: link_files(source / phase, folder))
+            report.save_examples(self.folder, phase, read_lines(source / "predictions" / f"{phase}.jsonl"))
+            names = [name for name in (phase, f"{phase} scored") if name in self.source]
+            self.state["done"] |= {name: self.source[name] for name in names}
+        for row in read_lines(source / "metrics.jsonl"):
+            if row["method"] in EARLY:
+                self.metrics.write(row)
+        self.save(None, 0, None)
+
+    def open(self):
+        """Make the folder, or go on with it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output_dir {self.folder}: cannot be made ({error.strerror})") from None
+        write_json(self.folder / "config.json", asdict(self.config))
+        self.metrics = Log(self.folder / "metrics.jsonl", self.state["sizes"]["metrics"])
+        self.samples = Log(self.folder / "samples.jsonl", self.state["sizes"]["samples"])
+        if self.config.start_from and not self.state["done"]:
+            self.adopt(Path(self.config.start_from))
+
+    def finished(self, phase):
+        return phase in self.state["done"]
+
+    def save(self, phase, step, payload, model=None, optimizer=None):
+        if model is not None:
+            payload = payload | self.engine.state_of(model, optimizer, self.folder, f"shards_{phase}_{step}")
+        sizes = {"metrics": self.metrics.size(), "samples": self.samples.size()}
+        self.state = {"done": self.state["done"], "phase": phase, "step": step, "payload": payload, "sizes": sizes}
+        save_state(self.folder / "state.pt", self.state)
+        self.engine.forget_states(self.folder, (payload or {}).get("shards"))
+
+    def finish(self, phase, result):
+        """Mark a phase as over, with what the table needs of it. Its model folder must be in place by now."""
+        self.state["done"][phase] = result
+        self.save(None, 0, None)
+        write_json(self.folder / "ways.json", self.engine.ways)
+
+    def rows(self):
+        """{phase: its evaluation} of every phase scored so far, for the table."""
+        return {name.split()[0]: result for name, result in self.state["done"].items() if name.endswith(" scored")}
+
+    def save_model(self, phase, model, tokenizer):
+        model, weights = self.engine.plain(model)
+
+        def fill(folder):
+            model.save_pretrained(folder, **({"state_dict": weights} if weights else {}))
+            tokenizer.save_pretrained(folder)
+            (folder / "README.md").write_text(report.model_card(phase, self.config), encoding="utf-8")
+
+        save_folder(self.folder / phase, fill)
+        self.engine.wait()
+
+
+class Phase:
+    """One training loop of a run: steps from where its last state was saved, clocks, and a state every few steps.
+
+    buffer: what else is saved and restored, by `state` and `restore`. A loop that sets `over`, to True or to the reason
+    why training failed, ends after that step.
+    """
+
+    def __init__(self, run, name, steps, model, optimizer, buffer=None):
+        self.run, self.name, self.model, self.optimizer, self.buffer = run, name, model, optimizer, buffer
+        self.first, self.total, self.seconds, self.over = 1, 0.0, {}, False
+        state = run.state
+        if state["phase"] == name:
+            payload, self.first = state["payload"], state["step"] + 1
+            run.engine.restore(payload, run.folder, model, optimizer)
+            self.total, self.over = payload["seconds"], payload["over"]
+            if buffer is not None:
+                buffer.restore(payload)
+        self.bar = tqdm(
+            range(self.first, steps + 1), desc=name, initial=self.first - 1, total=steps, dynamic_ncols=True
+        )
+
+    def __iter__(self):
+        every = self.run.config.save_every
+        for step in self.bar:
+            if self.over:
+                return
+            self.seconds = {}
+            yield step
+            if every and step % every == 0:
+                more = {} if self.buffer is None else self.buffer.state()
+                payload = {"seconds": self.total, "over": self.over, **more}
+                self.run.save(self.name, step, payload, self.model, self.optimizer)
+
+    @contextmanager
+    def clock(self, part):
+        """Count the seconds spent inside, for this step and in all."""
+        start = time.perf_counter()
+        yield
+        spent = time.perf_counter() - start
+        self.seconds[part] = self.seconds.get(part, 0.0) + spent
+        self.total += spent

@@ -1,0 +1,1 @@
+"""The paper in miniature: plan, runs, records, claims, tables, figures and the report made of them."""

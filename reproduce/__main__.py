@@ -1,0 +1,72 @@
+"""The paper in miniature: runs or resumes what is missing of a plan, then writes results/report.md and its figures.
+
+Covers every table, figure and ablation of the paper on the built-in world, Table 5 on real TOFU text with a tiny model,
+and controls that the paper lacks. The plan is in `plan.py`, the workers in `jobs.py`, records and statistics in
+`records.py`, verdicts in `claims.py`, the text in `tables.py` and `report.py`, pictures in `figures.py`.
+
+What is kept: records.json, all that the report is made of, which a later call reads and adds to; and of each run in
+runs/ its settings, table, metrics and samples. A run's own curves are not drawn, and its models go once no other run
+starts from them.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs at a time, one core each: before torch is imported
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import InputError, parse, run_command, setting
+from reproduce import plan
+from reproduce.jobs import read_records, run_all, write_records
+from reproduce.plan import SECTIONS
+
+EXAMPLES = (
+    "python -m reproduce --tofu_dir DATA/tofu                # all of it: 237 runs, 40 minutes on two free cores",
+    "python -m reproduce --only table4 controls              # some parts, and what they start from",
+    "python -m reproduce --quick --output_dir runs/quick     # two seeds, few steps: that it works, and nothing else",
+)
+
+
+@dataclass
+class Options:
+    """Make the report of every table, figure and ablation; a later call goes on where an earlier one stopped."""
+
+    only: list[str] = setting(f"Parts of the report to run, some of: {' '.join(SECTIONS)}. All unless given.", [])
+    seeds: int = setting("Seeds of the report, from 21 on; baselines and TOFU use 3 at most.", 8)
+    output_dir: str = setting("Folder for the report, its figures and records. [results; with --quick runs/quick]", "")
+    tofu_dir: str = setting("Folder with TOFU's files; without one its table is left out.", "")
+    quick: bool = setting("Two seeds at most, one to choose on, and fewer steps: to see it work.", False)
+    workers: int = setting("Runs at a time, one thread each.", 2)
+
+
+def main(argv=None):
+    o = parse(Options, argv, examples=EXAMPLES)
+    for name in o.only:
+        if name not in SECTIONS:
+            raise InputError(f"--only {name}: expected some of {', '.join(SECTIONS)}")
+    if o.seeds < 2 or o.workers < 1:
+        raise InputError("--seeds, --workers: expected at least 2 seeds, whose spread is told, and 1 worker")
+    if o.tofu_dir and not (Path(o.tofu_dir) / "forget01.json").is_file():
+        raise InputError(f"--tofu_dir {o.tofu_dir}: holds no forget01.json")
+    o.seeds = min(o.seeds, 2) if o.quick else o.seeds
+    folder = Path(o.output_dir or ("runs/quick" if o.quick else "results"))
+    records = read_records(folder)
+    if any(("--steps", "14") == tuple(r["args"][:2]) for r in records.values()) != o.quick and records:
+        raise InputError(f"--output_dir {folder}: holds {'no ' if o.quick else 'a '}quick run; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run_all(o, folder, records)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        os._exit(130)  # without waiting for the runs, which end with this process
+    write_records(folder, records)
+    from reproduce import report
+
+    report.write(folder, o, records, plan.all_jobs(o, records))
+    print(f"{folder / 'report.md'}: {len(records)} runs")
+
+
+if __name__ == "__main__":
+    run_command(main)

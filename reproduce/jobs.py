@@ -1,0 +1,191 @@
+"""The workers: each job of the plan in a process of its own, some at a time, and the records that they leave."""
+
+import contextlib
+import gzip
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from tqdm import tqdm
+
+from config import InputError
+from engine.files import write_json, write_text
+from reproduce import plan
+from reproduce.records import record_of
+
+BAR = "{desc} |{bar}| {percentage:3.0f} %, {elapsed} gone{postfix}"
+KEPT = ("config.json", "table.json", "metrics.jsonl", "record.json", "samples.jsonl.gz")  # of a finished run
+
+
+# --- one job, in a worker process ------------------------------------------------------------------------------------
+
+
+def start_worker():
+    """A worker ends with its parent, however that ended, so that no two ever write one run's folder."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def work(job, runs, tofu_dir, about):
+    """Run one job in runs/<name> and write its record. Returns a line that says what was wrong, or None."""
+    import torch
+
+    torch.set_num_threads(1)
+    folder, started = runs / job.name, time.perf_counter()
+    (runs / "logs").mkdir(parents=True, exist_ok=True)
+    with (
+        open(runs / "logs" / f"{job.name}.log", "a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        try:
+            if job.family == "probe":
+                from reproduce.gradients import probe
+
+                folder.mkdir(exist_ok=True)
+                record = probe(runs / job.start, json.loads((runs / job.start / "record.json").read_text()))
+            else:
+                drive([*(arg.format(tofu_dir=tofu_dir) for arg in job.args), "--resume", "--output_dir", str(folder)]
+                      + (["--start_from", str(runs / job.start)] if job.start else []))  # fmt: skip
+                record = record_of(folder)
+        except InputError as error:
+            return f"{job.name}: {error}"
+    record = {"family": job.family, "seed": job.seed, "args": list(job.args), **about, **record}
+    if not (folder / "record.json").exists():  # a base run made again for its models keeps its first record
+        write_json(folder / "record.json", record | {"seconds": round(time.perf_counter() - started, 1)})
+    return None
+
+
+def drive(args):
+    """`python rerule.py args`, in this process and without a run's own figures."""
+    import rerule
+
+    rerule.main(rerule.configure(args), figures=False)
+
+
+def trim(folder):
+    """Keep of a finished run what can be read: settings, table, metrics, record, and samples packed."""
+    for path in folder.iterdir():
+        if path.name == "samples.jsonl":
+            with gzip.open(folder / "samples.jsonl.gz", "wb") as packed:
+                packed.write(path.read_bytes())
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in KEPT:
+            path.unlink()
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def about():
+    """What a record says of where it comes from: the code's commit and the versions."""
+    here = Path(__file__).parents[1]
+
+    def git(*args):
+        done = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    changed = git("status", "--porcelain", "--", "*.py", ":!tests")
+    commit = (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" with uncommitted changes" if changed else "")
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "scipy")}
+    return {"commit": commit, "versions": {"python": platform.python_version(), **versions}}
+
+
+def read_records(folder):
+    """{name: record}: those of records.json, then those of finished runs that are not in it yet."""
+    path, records = folder / "records.json", {}
+    if path.exists():
+        try:
+            records = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise InputError(f"{path}: cannot be read ({error!r:.80}); choose another --output_dir") from None
+    for path in sorted(folder.glob("runs/*/record.json")):
+        records.setdefault(path.parent.name, json.loads(path.read_text(encoding="utf-8")))
+    return records
+
+
+def write_records(folder, records):
+    """records.json: one line a run, sorted, so that the same runs give the same file."""
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(records[name])}" for name in sorted(records))
+    write_text(folder / "records.json", '{"runs": {\n' + lines + "\n}}\n")
+
+
+# --- all jobs --------------------------------------------------------------------------------------------------------
+
+
+def run_all(o, folder, records):
+    """Run what is missing, longest chains first, and put every record into `records`."""
+    runs, source = folder / "runs", about()
+    is_done = lambda job: job.name in records and tuple(records[job.name]["args"]) == job.args  # noqa: E731
+    if all(is_done(job) for job in plan.wanted(o, plan.all_jobs(o, records))):
+        return
+    runs.mkdir(parents=True, exist_ok=True)
+    context, running, bar = multiprocessing.get_context("spawn"), {}, None
+    with ProcessPoolExecutor(o.workers, context, start_worker) as pool:
+        while True:
+            jobs = plan.wanted(o, plan.all_jobs(o, records))
+            missing = [job for job in jobs if not is_done(job)]
+            needed, busy = {job.start for job in missing}, {job.name for job in running.values()}
+            again = [job for job in jobs if job.name in needed and is_done(job) and not has_models(runs / job.name)]
+            bar = bar or tqdm(total=round(sum(job.cost for job in missing + again)), dynamic_ncols=True, bar_format=BAR)
+            for path in runs.iterdir():
+                if path.name in records and path.name not in needed | busy:
+                    trim(path)
+            ready = [job for job in again + missing if job.name not in busy and job.args is not None]
+            ready = [job for job in ready if not job.start or (job.start not in busy and has_models(runs / job.start))]
+            for job in ready[: o.workers - len(running)]:
+                if not is_done(job) and (runs / job.name / "record.json").exists():
+                    shutil.rmtree(runs / job.name)  # of another plan
+                running[pool.submit(work, job, runs, o.tofu_dir, source)] = job
+            if not running:
+                break
+            names = ", ".join(job.name for job in running.values())
+            bar.set_description_str(f"{len(jobs) - len(missing)} of {len(jobs)} runs; now {names}", refresh=False)
+            bar.set_postfix_str(time_left(bar.total - bar.n, bar.n, bar.format_dict["elapsed"], o.workers))
+            done, _ = wait(running, timeout=2, return_when=FIRST_COMPLETED)
+            for future in done:
+                job, problem = running.pop(future), result_of(future)
+                if problem:
+                    bar.write(f"{problem} (see {runs / 'logs' / job.name}.log)")
+                    raise InputError(f"the run {job.name} failed; once that is mended, the same command goes on")
+                if not is_done(job):
+                    records[job.name] = json.loads((runs / job.name / "record.json").read_text(encoding="utf-8"))
+                bar.update(round(job.cost))
+    bar.close()
+
+
+def result_of(future):
+    """What a worker said, or that it was killed."""
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return "its process was killed, perhaps for want of memory"
+
+
+def time_left(cost_left, cost_done, elapsed, workers):
+    """Minutes left: by the speed so far, or by the plan's seconds before anything is done."""
+    seconds = cost_left * elapsed / cost_done if cost_done else cost_left / workers
+    return f"about {max(1, round(seconds / 60))} min left"
+
+
+def has_models(folder):
+    """Whether a finished run still has its models: `trim` takes its table.md with them."""
+    return (folder / "record.json").exists() and (folder / "table.md").exists()

@@ -1,0 +1,143 @@
+"""How much memory a run takes, from a model's configuration alone: `--dry_run` prints it and stops.
+
+What is kept for each parameter is counted. Keys, values and activations are seen on the model itself, which runs on
+tensors that have shapes and no memory (torch's FakeTensorMode), so any architecture is counted as it is.
+
+Deviations
+- Lengths are the longest that a run may meet: every response at its limit, prompts of 64 tokens, 512 on MUSE.
+- Left out: the process itself, about 1 GB of CUDA's own, and what an allocator cannot use. Keep a tenth free.
+"""
+
+import os
+from dataclasses import replace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from config import InputError
+from engine import fast
+from engine.fast import CHUNK
+from engine.files import RANK
+
+GB, ROOM = 1e9, 80
+PROMPT = {"muse": 512}  # tokens of a prompt, 64 elsewhere
+ROWS = ["weights", "gradients", "optimiser", "reference", "KV cache", "activations", "in passing"]
+
+
+def count(model_config, dtype, tokens):
+    """Seen on a model without memory.
+
+    Returns: parameters; the most of them that FSDP2 moves together; bytes of keys and values for a token; bytes that
+        one row of `tokens` keeps for its backward pass, {without checkpointing, with it}; size of the vocabulary.
+    """
+    try:
+        with FakeTensorMode():
+            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype).eval()
+            blocks = fast.blocks(model)
+            sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+            n = sum(p.numel() for p in model.parameters())
+            ids, mask = torch.zeros(1, tokens, dtype=torch.long), torch.zeros(1, 1, tokens, tokens, dtype=dtype)
+            how = {"input_ids": ids, "position_ids": ids, "attention_mask": mask, "logits_to_keep": 1}
+            with torch.no_grad():
+                cache = model(use_cache=True, **how).past_key_values
+            held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+            weights = {p.untyped_storage()._cdata for p in model.parameters()}
+            kept = {}
+
+            def keep(tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in weights:
+                    kept[storage._cdata] = storage  # held, so that no other takes its place
+                return tensor
+
+            def saved():
+                kept.clear()
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                    model(use_cache=False, output_hidden_states=True, **how)
+                return sum(storage.nbytes() for storage in kept.values())
+
+            every = saved()
+            fast.checkpoint_layers(model)
+            with fast.checkpointing(model):
+                inputs = saved()
+            own = {False: every, True: inputs + (every - inputs) / max(1, len(blocks))}  # computed again one at a time
+    except Exception as error:  # whatever an architecture answers to shapes without memory
+        raise InputError(f"--dry_run: this architecture cannot be run without memory ({error!r:.100})") from None
+    return n, max([n - sum(sizes), *sizes]), held / tokens, own, model.get_input_embeddings().num_embeddings
+
+
+def seen(model_config, config, on_gpu):
+    """`count` at the longest micro-batch of the update that `config` allows."""
+    group = PROMPT.get(config.benchmark, 64) + config.group_size * config.max_new_tokens
+    tokens = max(group, config.max_tokens // group * group)
+    return count(model_config, torch.bfloat16 if on_gpu else torch.float32, tokens)
+
+
+def plan(counted, config, ranks, on_gpu):
+    """{what: (bytes on each GPU, bytes on the host)}, on a CPU all on the host; "most at once" adds up what meets.
+
+    counted: of `seen`; ranks: processes of torchrun, 0 without it.
+    """
+    n, together, kv, kept, vocabulary = counted
+    fsdp, w, half = bool(ranks) or config.offload, max(ranks, 1), 2 if on_gpu else 4
+    prompt = PROMPT.get(config.benchmark, 64)
+    prompts = -(-config.prompts_per_step // w)
+    prompts = min(config.rollout_prompts or prompts, prompts)
+    rows = prompts * config.group_size
+    found = dict.fromkeys(ROWS, (0, 0))
+    if config.offload:  # on each GPU all weights in bf16 and gradients in fp32; on the host one of each in fp32
+        found |= {"weights": (half * n, 4 * n), "gradients": (4 * n, 4 * n), "optimiser": (0, 8 * n)}
+    else:  # sampling has all weights in place in bf16 beside this rank's own; autocast's copies last as activations do
+        extra = half * n if fsdp else 0 if not on_gpu else half * (together if config.gradient_checkpointing else n)
+        found |= {"weights": (4 * n / w + extra, 0), "gradients": (4 * n / w, 0), "optimiser": (8 * n / w, 0)}
+    found["reference"] = (half * n / w, 0)
+    found["KV cache"] = (1.5 * kv * (prompts * prompt + rows * config.max_new_tokens), 0)  # room is made ahead
+    found["activations"] = (kept[config.gradient_checkpointing], 0)
+    sampling = 24 * rows * vocabulary  # logits, their log-softmax, its exponential and its sum in double
+    update = 14 * CHUNK * vocabulary + ((4 + half) * together if fsdp else 0)
+    if not config.gradient_checkpointing:  # the prompt's and the responses' pass have a gradient each until the end
+        update += (half if fsdp else 4) * n
+    found["in passing"] = (max(sampling, update), 0)
+    rollout = found["KV cache"][0] + sampling
+    backward = found["gradients"][0] + found["activations"][0] + update
+    always = sum(found[name][0] for name in ("weights", "optimiser", "reference"))
+    found["most at once"] = (always + max(rollout, backward), sum(host for _, host in found.values()))
+    return found if on_gpu else {name: (0, gpu + host) for name, (gpu, host) in found.items()}
+
+
+def advice(counted, config, ranks):
+    """The least flags more with which a GPU of 80 GB is enough, as text, and (bytes there, on the host); or None."""
+    n = config.prompts_per_step
+    for flags in ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "offload": True}):
+        for prompts in dict.fromkeys((config.rollout_prompts, n // 2, n // 4, n // 8)):
+            wanted = replace(config, **flags, rollout_prompts=prompts)
+            sizes = plan(counted, wanted, ranks, True)["most at once"]
+            if sizes[0] <= 0.95 * ROOM * GB:
+                new = {name: getattr(wanted, name) for name in (*flags, "rollout_prompts")}
+                return " ".join(f"--{k} {v}" for k, v in new.items() if v != getattr(config, k)), sizes
+    return None
+
+
+def show(config):
+    """Print the plan of the run that `config` describes. Raises: InputError where the model cannot be counted."""
+    if config.model == "tiny":
+        raise InputError("--dry_run: expected a --model that exists; a tiny one needs next to nothing")
+    try:
+        model_config = AutoConfig.from_pretrained(config.model)
+    except Exception as error:  # OSError, ValueError, and whatever else its readers raise
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise InputError(f"--model {config.model}: is no model folder or Hugging Face id ({reason})") from None
+    ranks, on_gpu = int(os.environ.get("WORLD_SIZE", 0)), config.device != "cpu"
+    if RANK:
+        return
+    counted = seen(model_config, config, on_gpu)
+    print(f"{config.model}, {config.benchmark}, {max(ranks, 1)} process{'es' * (ranks > 1)}, in GB (1e9 bytes):\n")
+    print(f"{'':14}{'each GPU':>10}{'host':>10}")
+    for name, sizes in plan(counted, config, ranks, on_gpu).items():
+        print(f"{name:14}" + "".join(f"{size / GB:10.1f}" if size else f"{'–':>10}" for size in sizes))
+    if on_gpu:
+        flags, sizes = advice(counted, config, ranks) or (None, (0, 0))
+        host = f", {sizes[1] / GB:.1f} GB of the host" if sizes[1] else ""
+        fits = f"{flags or 'as it is'}: {sizes[0] / GB:.1f} GB{host}"
+        print(f"\nIn {ROOM} GB a GPU: {'whatever the flags, it does not fit' if flags is None else fits}")

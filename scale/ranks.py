@@ -1,0 +1,313 @@
+"""The engine of several processes: one model over the ranks of `torchrun`, or over one GPU and the host's memory.
+
+torch's FSDP2 (`fully_shard`) keeps a part of every weight, gradient and moment on each rank, in float32, and puts a
+layer's weights together, in bf16 on a GPU, while it runs. `Ranks` overrides what `engine.process.Engine` does on one
+process; the driver and the equations read the same.
+
+What is shared out, and how it stays the computation of one process:
+- prompts with all their rollouts; every rank then holds every group, so rewards, the buffer, its draws and the log are
+  computed alike everywhere, and nothing needs to be told. Only rank 0 writes files
+- micro-batches of an update; each carries the weights of the whole update, and gradients are summed
+- SFT's rows
+
+Deviations
+- Other methods than Rej. Steer, RULE and ReRULE take one process (`engine.flags.resolve`).
+- With `--offload` weights stay in place and gradients in fp32 on the GPU until an update's last micro-batch: to fetch
+  and send them for each would take longer than to compute it.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import warnings
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from baselines.whp import Pair
+from config import InputError
+from engine import fast
+from engine.model import quicken, read_model
+from engine.process import Engine, join, micro_batches
+from grpo import collate
+
+TIMEOUT = timedelta(minutes=30)  # of a collective; ranks wait for the longest rollout. A dead rank is told at once
+LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")  # in an error: another rank is gone
+
+
+class Ranks(Engine):
+    """The ranks of torchrun; a group of one for `offload` alone."""
+
+    rank, world = 0, 1
+
+    def __init__(self, device, max_tokens=2048, rollout_prompts=0, offload=False):
+        super().__init__(device, max_tokens, rollout_prompts)
+        self.offload = offload
+
+    @contextmanager
+    def session(self):
+        backend, on_gpu = "gloo", self.device.type == "cuda"
+        if on_gpu:
+            backend = "cpu:gloo,cuda:nccl"
+        if {"RANK", "WORLD_SIZE"} <= set(os.environ):
+            if on_gpu:
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            dist.init_process_group(backend, timeout=TIMEOUT)
+            signal.signal(signal.SIGTERM, lambda *_: lost("was told to stop, as torchrun tells all when one has ended"))
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        self.rank, self.world, stdout = dist.get_rank(), dist.get_world_size(), sys.stdout
+        if self.rank:
+            sys.stdout = open(os.devnull, "w")
+        try:
+            yield
+            self.wait()
+        except Exception as error:
+            if any(word in str(error) for word in LOST) and not isinstance(error, InputError):
+                lost(f"waited for a rank that has ended ({str(error).strip().splitlines()[0][:100]})")
+            raise
+        finally:
+            sys.stdout = stdout
+            dist.destroy_process_group()
+
+    # models
+
+    def read(self, path, flag, dtype):
+        """Weights are read by rank 0 alone; an InputError of any rank is everyone's."""
+        found = failed = None
+        try:
+            found = read_model(path, flag, dtype, weights=self.rank == 0)
+        except InputError as error:
+            failed = error
+        for error in self.gather(failed):
+            if error:
+                raise error
+        return found
+
+    def place(self, found, training=None):
+        """The model that rank 0 has read, with a part of every weight on each rank."""
+        if isinstance(found, Pair):
+            return super().place(found)
+        full = found.state_dict() if found and self.world > 1 else {}
+        if self.world > 1:
+            found = self.broadcast(found)
+        found.eval()
+        if training and training.gradient_checkpointing:
+            fast.checkpoint_layers(found)
+        if self.world == 1 and not training:
+            return quicken(found.to(self.device), self.device)
+        offload, dtype = bool(training and training.offload), torch.bfloat16 if self.device.type == "cuda" else None
+        shard(found, self.device, self.world, offload, dtype)
+        if self.world > 1:
+            set_model_state_dict(found, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+        return quicken(found, self.device)
+
+    def broadcast(self, found):
+        """A model of rank 0's kind on every rank, elsewhere without its weights."""
+        sent = [(type(found), found.config, found.generation_config, list(found.buffers())) if found else None]
+        dist.broadcast_object_list(sent)
+        kind, config, generation_config, buffers = sent[0]
+        if self.rank:
+            with torch.device("meta"):
+                found = kind(config)
+            found.to_empty(device="cpu").tie_weights()  # no page of it is ever touched
+            found.generation_config = generation_config
+            for own, theirs in zip(found.buffers(), buffers, strict=True):
+                own.copy_(theirs)
+        return found
+
+    @contextmanager
+    def held(self, found, wanted=True):
+        """Weights gathered once for the block; forward passes then need no other rank."""
+        modules = [module for module in found.modules() if isinstance(module, FSDPModule)]
+        if not modules or not wanted or getattr(found, "held", False):
+            yield
+            return
+        found.held = True
+        found.set_reshard_after_forward(False)
+        found.set_reshard_after_backward(False)
+        for module in modules:
+            module.unshard()
+        try:
+            yield
+        finally:
+            found.held = False
+            found.set_reshard_after_forward(True)
+            found.set_reshard_after_forward(False, recurse=False)  # `fast.head_logprobs` runs the head by itself
+            found.set_reshard_after_backward(True)
+            for module in modules:
+                module.reshard()
+
+    # what a model computes
+
+    def sample(self, found, prompts, group_size, max_new_tokens, stops, temperature, rng=None):
+        """Each rank samples its share of the prompts, and all are given the whole: what is drawn depends on neither."""
+        first, end = self.rank * len(prompts) // self.world, (self.rank + 1) * len(prompts) // self.world
+        how = group_size, max_new_tokens, stops, temperature, rng
+        try:
+            with self.held(found):
+                way = fast.choose(found, "sample", self.ways)
+                parts = list(self.parts(way, found, prompts, *how, first, end))
+        except torch.OutOfMemoryError:  # every rank's, or the others would wait for this one
+            if self.world == 1:
+                raise
+            parts = None
+        everyones = self.gather(parts)
+        if None in everyones:
+            raise torch.OutOfMemoryError("out of memory while sampling")
+        return join(part for own in everyones for part in own)
+
+    def batches(self, found, groups, loss_norm="sequence", of=None):
+        """Every W-th micro-batch, of about the same length on all ranks in each turn. All take as many turns, if need
+        be with another's batch at weight 0, for none can run a layer without the others' weights."""
+        parts = micro_batches(groups, self.max_tokens)
+        turns, offloaded = -(-len(parts) // self.world), getattr(found, "offloaded", False)
+        with self.held(found, offloaded):
+            for turn in range(turns):
+                if offloaded:
+                    found.set_requires_gradient_sync(turn + 1 == turns)
+                at = turn * self.world + self.rank
+                batch = collate(
+                    parts[at if at < len(parts) else turn * self.world], self.device, loss_norm, of or groups
+                )
+                if at >= len(parts):
+                    batch.weights.zero_()
+                yield batch
+        if isinstance(found, FSDPModule):
+            found.reshard()  # a forward without a backward leaves the first and last layers' weights in place
+
+    def share(self, rows, size):
+        if self.world == 1:
+            return rows, 1.0
+        own = rows[self.rank :: self.world]
+        return own or rows[:1], sum(map(size, own)) / sum(map(size, rows))
+
+    # what all processes know together
+
+    def gather(self, value):
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def joined(self, tensor):
+        return torch.cat(self.gather(tensor.cpu())) if self.world > 1 else tensor
+
+    def complete(self, groups):
+        everyones = self.gather([group.ref_logprobs for group in groups])
+        for group, each in zip(groups, zip(*everyones, strict=True), strict=True):
+            group.ref_logprobs = next(logprobs for logprobs in each if logprobs is not None)
+
+    def whole(self, tensor):
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def wait(self):
+        self.gather(None)
+
+    # states
+
+    def plain(self, found):
+        """(A model of the same kind that owns no memory, its weights in full on rank 0)."""
+        if not isinstance(found, FSDPModule):
+            return found, None
+        weights = get_model_state_dict(found, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        with torch.device("meta"):
+            bare = found.kind(found.config)
+        bare.generation_config = found.generation_config
+        return bare, weights
+
+    def state_of(self, found, optimizer, folder, name):
+        """The name in `folder` of the parts that all ranks write."""
+        temporary = folder / "shards.tmp"
+        if self.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        self.wait()
+        state = dict(zip(("model", "optimizer"), get_state_dict(found, optimizer), strict=True))
+        dcp.save(state, checkpoint_id=temporary)
+        if self.rank == 0:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.replace(temporary, folder / name)
+        return {"shards": name}
+
+    def restore(self, payload, folder, found, optimizer):
+        if "shards" in payload:
+            return restore_shards(payload, folder, found, optimizer)
+        names, saved = [name for name, _ in found.named_parameters()], payload["optimizer"]
+        state = {
+            "state": {names[i]: state for i, state in saved["state"].items()},
+            "param_groups": [group | {"params": names} for group in saved["param_groups"]],
+        }
+        options = StateDictOptions(full_state_dict=True)
+        set_state_dict(found, optimizer, model_state_dict=payload["model"], optim_state_dict=state, options=options)
+
+    def forget_states(self, folder, but):
+        super().forget_states(folder, but)
+        self.wait()
+
+
+def shard(model, device, world, offload=False, dtype=None):
+    """FSDP2 over all ranks, in place; `dtype` is what layers compute in, gradients are summed in float32.
+
+    offload: weights, gradients and moments are on the host. It is not pinned: pinned memory comes in powers of 2.
+    """
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise InputError(f"torchrun and --offload: torch {torch.__version__} is too old, expected 2.8 or later")
+    how = {
+        "mesh": init_device_mesh(device.type, (world,)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy(),
+    }
+    model.kind, model.offloaded = type(model), offload
+    computes_on(model, device, dtype or model.dtype)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of outputs that are views; we change none
+    for layer in fast.blocks(model):
+        fully_shard(layer, **how)
+    fully_shard(model, **how)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # gradients are summed: weights are those of the whole update
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def computes_on(model, device, dtype):
+    """Let the model say where and in what it computes, not where its parts are kept."""
+    kind = type(model)
+    told = {"device": property(lambda self: device), "dtype": property(lambda self: dtype)}
+    model.__class__ = type(kind.__name__, (kind,), told)
+
+
+def lost(why):
+    """Say so and end at once: whoever is gone, nothing that all ranks do together can be finished."""
+    print(
+        f"\nrank {dist.get_rank()}: {why}. The last saved state is whole: go on with the same command and --resume",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    os._exit(1)
+
+
+def restore_shards(payload, folder, model, optimizer):
+    """Put a state of several ranks back, on any number of them or none. Raises: InputError."""
+    found = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    try:
+        dcp.load(found, checkpoint_id=folder / payload["shards"])
+    except (Exception, dcp.api.CheckpointException) as error:  # whatever torch says of missing or damaged parts
+        reason = str(error).strip().splitlines()[-1].strip()[:100]
+        here = folder / payload["shards"]
+        raise InputError(f"{here}: cannot be read ({reason}); choose another --output_dir") from None
+    set_state_dict(model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
