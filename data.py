@@ -61,6 +61,10 @@ class Training:
     newline_stops: bool = False  # a rollout ends at a newline (MUSE)
     whole: dict[str, list[tuple[Prompt, str]]] | None = None  # all "forget" and "retain" data, where the files hold it
 
+    def prompts(self):
+        """Every prompt that either stage trains on."""
+        return [prompt for prompt, _ in self.refusals] + [query.prompt for query in self.queries]
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -79,6 +83,7 @@ class Benchmark:
     summarise: Callable  # (rows, truth ratios of a retained model or None) → {column: value}, [notes]
     tiny: dict = field(default_factory=dict)  # what --model tiny changes of the preset
     row_columns: dict = field(default_factory=dict)  # more columns of a run's table → heading
+    prompt_tokens: int = 64  # about as many as its longest prompts have, for the memory plan
     reads_files: bool = True  # from --data_dir
     by_target: bool = False  # a summary is the mean over targets of each target's own
     newline_ends: bool = False  # an evaluated answer ends at a newline

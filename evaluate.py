@@ -293,11 +293,8 @@ def check_options(o):
 
 def run(o, benchmark):
     """Options → (result, truth ratios of the retained model or None)."""
-    retained, retained_theirs = read_retained(o.retain_log, benchmark) if o.retain_log else (None, False)
     rows, theirs = read_log(o.from_log, benchmark) if o.from_log else (benchmark.probes(o), False)
-    if retained is not None:
-        forget = sum((row["split"] if o.from_log else row.split) == "forget" for row in rows)
-        benchmark.check_retained(retained, forget, o.retain_log, theirs and retained_theirs)
+    retained = read_retained(o.retain_log, benchmark, rows, theirs) if o.retain_log else None
     if o.from_log:
         return finish(benchmark, rows, retained), retained
     engine = Engine("cuda" if o.device == "cuda" or (o.device == "auto" and torch.cuda.is_available()) else "cpu")

@@ -161,10 +161,9 @@ def add_reference(reference, batches, logprobs_of):
 def sample(model, prompts, group_size, max_new_tokens, stop_ids, temperature, draw=None):
     """Step 1: y_1 … y_G ∼ π_old(·|x) for each prompt; the most likely tokens where the temperature is 0.
 
-    Args: model in eval mode; prompts: N lists of token ids; draw() → a number in [0, 1) for each response, (B,) or
-        more, called once a token: one for every response, also when it is over, so no draw depends on another's length.
-    Returns (on the CPU): ids (N, G, T); mask (N, G, T), True up to and with the stop token; logprobs (N, G, T), the
-        sampler's own log π_old(y_t) at this temperature.
+    Args: model in eval mode; prompts: N lists of token ids; draw() → numbers in [0, 1), called once a token: one for
+        every response (B,) or more, also for those that are over, so no draw depends on another's length.
+    Returns (on the CPU, N × G × T): ids; mask, True up to and with the stop token; the sampler's own log π_old(y_t).
     """
     inputs, seen = left_pad([prompt for prompt in prompts for _ in range(group_size)], model.device)  # (B, P)
     stops, cache, steps = torch.tensor(stop_ids, device=model.device), None, []
@@ -185,10 +184,7 @@ def sample(model, prompts, group_size, max_new_tokens, stop_ids, temperature, dr
 
 
 def next_token(logits, temperature, uniform):
-    """Draw by inverting the distribution function at `uniform` (…); the most likely token where the temperature is 0.
-
-    Returns: token (…) and its log-probability (…). Args: logits (…, V).
-    """
+    """(token (…), its log-probability), by inverting the distribution function of logits (…, V) at `uniform` (…)."""
     log_p = F.log_softmax(logits.float() / (temperature or 1.0), -1)  # (…, V)
     if temperature:
         cdf = log_p.exp().cumsum(-1, dtype=torch.double)
@@ -214,10 +210,7 @@ def token_logprobs(logits, ids, temperature):
 
 
 def collate(groups, device, loss_norm="sequence", of=None):
-    """Groups of any prompt and response lengths → one Batch on the device.
-
-    of: all groups of the update that these are a part of, over which its mean is taken; these alone unless given.
-    """
+    """Groups of any lengths → one Batch on the device; `of`: all groups over which the update takes its mean."""
     ids, prompt_mask = left_pad([g.prompt_ids.tolist() for g in groups], device)
     width = max(g.mask.shape[1] for g in groups)
 

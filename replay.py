@@ -18,8 +18,6 @@ import torch
 
 from grpo import RolloutGroup, accumulate_gradient, k3
 
-# --- the buffer ------------------------------------------------------------------------------------------------------
-
 
 def is_hard(group, tau):
     """x ∈ Hard(τ): the group's mean reward r̄ is below τ (Section 3.2)."""
@@ -136,7 +134,7 @@ def off_policy_gradient(model, batches, config, logprobs_of, mean_weight=1.0):
 
     def token_loss(batch, logprobs):
         ratio = importance_ratio(logprobs.detach(), batch.old_logprobs, batch.mask, config.ratio_level)  # (B, T)
-        ratios.append(one_each(ratio, batch.weights > 0, config.ratio_level))
+        ratios.append(one_each(ratio, batch, config.ratio_level))
         loss = off_policy_loss(
             logprobs, ratio, batch.advantages, config.epsilon_low, config.epsilon_high, config.replay_objective,
             mean_weight,
@@ -148,18 +146,15 @@ def off_policy_gradient(model, batches, config, logprobs_of, mean_weight=1.0):
 
 
 @torch.no_grad()
-def ratios_of(model, batches, config, logprobs_of):
+def ratios_of(model, batches, level, logprobs_of):
     """The ratios alone: where weights are normalised, their mean must be known before the first gradient."""
-    ratios = []
-    for batch in batches:
-        logprobs = logprobs_of(model, batch)
-        ratio = importance_ratio(logprobs, batch.old_logprobs, batch.mask, config.ratio_level)  # (B, T)
-        ratios.append(one_each(ratio, batch.weights > 0, config.ratio_level))
-    return torch.cat(ratios)
+    pairs = ((batch, logprobs_of(model, batch)) for batch in batches)
+    return torch.cat([one_each(importance_ratio(p, b.old_logprobs, b.mask, level), b, level) for b, p in pairs])
 
 
-def one_each(ratio, counted, level):
+def one_each(ratio, batch, level):
     """The distinct values of a (B, T) ratio: one for each token at level "token", else one for each response."""
+    counted = batch.weights > 0  # (B, T)
     return ratio[counted] if level == "token" else ratio[counted.any(-1), 0]
 
 

@@ -1,22 +1,22 @@
 """The driver: Stage 1, then RULE or ReRULE, from one command.
 
 Covers Section 3.1 (both stages of RULE), Section 3.3 (the pipeline of ReRULE) and Appendix D through `config.py`. The
-equations are in `grpo.py`, `replay.py`, `reward.py` and `sft.py`; the loops are here. How models are run, by one process
-or several, plainly or fast, is the business of the `engine` that is handed around.
+equations are in `grpo.py`, `replay.py`, `reward.py` and `sft.py`; the loops are here. How models are run, plainly or
+fast, by one process or several, is the business of the `engine` that is handed around.
 
 One step of Stage 2:
-    1. sample G responses to each of 32 prompts                        rollout, grpo.sample
-    2. reward them; normalise within each group                        score, reward.py, grpo.group_advantages
-    3. log π_ref of the frozen reference                               grpo.add_reference
-    4. on-policy update, Eq. 3 and the KL term                         grpo.on_policy_gradient
-    5. ReRULE only, once active: one more update from B, Eq. 5         replay_update, replay.off_policy_gradient
-    6. ReRULE only: store this step's hard groups in B                 replay.ReplayBuffer.store
+    1. sample G responses to each of 32 prompts                 rollout, grpo.sample
+    2. reward them; normalise within each group                 score, reward.query_reward, grpo.group_advantages
+    3. log π_ref of the frozen reference                        grpo.add_reference
+    4. on-policy update, Eq. 3 and the KL term                  grpo.on_policy_gradient
+    5. ReRULE only, once active: one more update, Eq. 5         replay_update, replay.off_policy_gradient
+    6. ReRULE only: store this step's hard groups in B          replay.ReplayBuffer.store
 
 Deviations
-- RULE, ReRULE and PURGE run this same loop. RULE never stores, so its B stays empty and step 5 never runs; PURGE differs
-  in its queries, reward and starting point alone.
-- RULE takes the checkpoint after a chosen epoch of Stage 1; here Stage 1 may also end once a given share of answers
-  sampled to forget prompts are refusals (`sft_stop`), which suits every seed where a fixed count does not.
+- RULE, ReRULE and PURGE run this same loop. RULE never stores, so its B stays empty and step 5 never runs; PURGE
+  differs in its queries, reward and starting point alone.
+- Stage 1 may end once a given share of answers sampled to forget prompts are refusals (`sft_stop`), which suits every
+  seed where RULE's fixed number of epochs does not.
 - No state is kept in random generators: each draw is seeded by (seed, purpose, step), so a resumed run repeats them.
 - RULE with PPO in place of GRPO, which the RULE paper also offers, is out of scope.
 """
@@ -50,24 +50,19 @@ from tqdm import tqdm
 
 from baselines import losses, purge, train
 from benchmarks import metrics
-from benchmarks.fits import check_model, context_needed
-from benchmarks.tiny import load, tiny_model
-from config import InputError
+from benchmarks.fits import check_model
+from benchmarks.logs import read_retained
+from benchmarks.tiny import tiny_model
 from data import decode, encode_answer, encode_prompt, stop_ids
 from engine import report
-from engine.descend import fit
-from engine.log import record
 from engine.model import optimizer_for
-from engine.process import start
-from engine.run import Phase, Run
+from engine.run import Phase, Run, fit, start
 from engine.seeds import batch_at, generator
 from evaluate import evaluate
 from grpo import RolloutGroup, add_reference, counts, group_advantages, on_policy_gradient
 from refusal import is_refusal
 from replay import ReplayBuffer, clip_ratio, is_active, off_policy_gradient, ratio_statistics, ratios_of
 from reward import query_reward
-
-# --- Stage 1 ---------------------------------------------------------------------------------------------------------
 
 
 def stage1(run, model, tokenizer, training):
@@ -97,9 +92,6 @@ def stage1(run, model, tokenizer, training):
     )  # fmt: skip
 
 
-# --- Stage 2 ---------------------------------------------------------------------------------------------------------
-
-
 def stage2(run, method, model, reference, tokenizer, training, reward, watch=lambda step: {}):
     """Refusal boundary optimisation with GRPO: RULE; with `method` "rerule", replay of hard groups beside it.
 
@@ -122,12 +114,9 @@ def stage2(run, method, model, reference, tokenizer, training, reward, watch=lam
                 engine.complete(groups)
         with phase.clock("update"):
             batches = engine.batches(model, groups, config.loss_norm)
-            loss, kl, gap = on_policy_gradient(model, batches, config.kl_coef, logprobs_of)  # 4  Eq. 3 and β KL
-            row = {
-                "loss": engine.total(loss),
-                "kl": engine.total(kl) / counts(groups)[1],
-                "logprob_gap": engine.largest(gap),
-            }
+            sums = on_policy_gradient(model, batches, config.kl_coef, logprobs_of)  # 4  Eq. 3 and β KL
+            loss, kl, gap = engine.reduce(*sums)
+            row = {"loss": loss, "kl": kl / counts(groups)[1], "logprob_gap": gap}
             active = is_active(len(buffer), config.min_groups, step, config.warmup_steps)
             if not (active and config.replay_step == "combined"):
                 row["grad_norm"] = update()
@@ -139,7 +128,7 @@ def stage2(run, method, model, reference, tokenizer, training, reward, watch=lam
                 buffer.store(groups, config.tau, generator("cpu", config.seed, "store", step), closed)
         if not all(math.isfinite(row.get(name, 0.0)) for name in ("grad_norm", "replay_grad_norm")):
             return phase.total, f"a gradient is not finite at step {step}"
-        record(run, phase, row | {"buffer_size": len(buffer)} | watch(step), groups, queries, stops)
+        report.record(run, phase, row | {"buffer_size": len(buffer)} | watch(step), groups, queries, stops)
     return phase.total, None
 
 
@@ -172,11 +161,12 @@ def replay_update(engine, model, buffer, groups, update, logprobs_of, config, st
     used = [group for group in drawn if config.replay_kl or config.normalize_ratio or not group.all_equal()]
     age = sum(step - group.step for group in drawn) / max(1, len(drawn))
     row = {"replay_groups": len(drawn), "replay_skipped": len(drawn) - len(used), "replay_age": age}
+    mean_weight, clip = 1.0, (config.epsilon_low, config.epsilon_high)
     if used:
-        mean_weight, clip = 1.0, (config.epsilon_low, config.epsilon_high)
         if config.normalize_ratio:
             batches = engine.batches(model, used, config.loss_norm, of=drawn)
-            mean_weight = clip_ratio(engine.joined(ratios_of(model, batches, config, logprobs_of)), *clip).mean()
+            ratios = engine.joined(ratios_of(model, batches, config.ratio_level, logprobs_of))
+            mean_weight = clip_ratio(ratios, *clip).mean()
         batches = engine.batches(model, used, config.loss_norm, of=drawn)
         ratios = off_policy_gradient(model, batches, config, logprobs_of, mean_weight)  # Eq. 5
         row |= ratio_statistics(engine.joined(ratios), *clip)
@@ -195,39 +185,28 @@ def replay_update(engine, model, buffer, groups, update, logprobs_of, config, st
 
 def main(config, figures=True):
     """Everything that one command does; `figures`: draw the run's pictures too."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no GPU is available")
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    engine = start(config)
     if config.dry_run:
         from scale import memory
 
         return memory.show(config)
-    engine = start(config, "cuda" if on_gpu else "cpu")
     benchmark = benchmarks.ALL[config.benchmark]
-    training, probes, retained = load(benchmark, config)
+    training, probes = benchmark.train(config), benchmark.probes(config)
+    retained = read_retained(config.retain_log, benchmark, probes) if config.retain_log else None
     run = Run(config, engine)
     with engine.session():
         if not run.finished("run"):
-            unlearn_all(run, benchmark, training, probes, retained, figures)
+            unlearn_all(run, benchmark, training, probes, retained)
         if not (run.folder / "table.md").exists():
             report.write(run.folder, metrics.run_columns(benchmark), run.rows(), figures)
         report.print_table(run.folder)
 
 
-def unlearn_all(run, benchmark, training, probes, retained, figures):
+def unlearn_all(run, benchmark, training, probes, retained):
     """The original model, each method in turn, and the score of each."""
     config, engine = run.config, run.engine
-    prompts = [prompt for prompt, _ in training.refusals] + [query.prompt for query in training.queries]
-
-    def teach(phase, taught):
-        words = not benchmark.reads_files
-        return tiny_model(run, taught, prompts, words, lambda t: context_needed(t, benchmark, probes), phase)
-
-    def judge(model, tokenizer, progress=True):
-        return evaluate(
-            engine, model, tokenizer, benchmark, probes, batch_size=config.eval_batch_size, retained=retained,
-            progress=progress,
-        )  # fmt: skip
+    judge = partial(evaluate, engine, benchmark=benchmark, probes=probes, batch_size=config.eval_batch_size,
+                    retained=retained)  # fmt: skip
 
     def score_phase(phase, model, tokenizer):
         """Evaluate a phase's model, once, and mark the phase as over."""
@@ -239,18 +218,18 @@ def unlearn_all(run, benchmark, training, probes, retained, figures):
                 row |= {**run.state["done"][phase], **train.data_used(phase, training, tokenizer)}
             run.finish(f"{phase} scored", row)
 
+    original = run.folder / "original" if config.model == "tiny" else config.model
     if config.model == "tiny":
         run.open()
-        model, tokenizer = teach("original", training.taught)
+        model, tokenizer = tiny_model(run, benchmark, training, probes)
     else:
         model, tokenizer = engine.load(config.model)
-        check_model(model, tokenizer, config, benchmark, prompts, probes)
+        check_model(model, tokenizer, config, benchmark, training.prompts(), probes)
         run.open()
-    original = run.folder / "original" if config.model == "tiny" else config.model
     score_phase("original", model, tokenizer)
     del model
     if benchmark.retained:
-        score_phase("retained", teach("retained", benchmark.retained(config))[0], tokenizer)
+        score_phase("retained", *tiny_model(run, benchmark, training, probes, "retained"))
     for method in config.method:
         if not run.finished(method):
             model, seconds, stopped = unlearn(run, method, original, tokenizer, training, judge)
@@ -260,14 +239,12 @@ def unlearn_all(run, benchmark, training, probes, retained, figures):
             run.finish(method, {"seconds": seconds, "stopped": stopped})
             del model
         score_phase(method, engine.load(run.folder / method)[0], tokenizer)
-    report.write(run.folder, metrics.run_columns(benchmark), run.rows(), figures)
     run.finish("run", {})
 
 
 def unlearn(run, method, original, tokenizer, training, judge):
     """Train one method from where it starts. Returns: (model, seconds, why it stopped before its time or None)."""
     config, engine = run.config, run.engine
-
     if method == "rej_steer":
         model, _ = engine.load(original, training=config)
         return model, *stage1(run, model, tokenizer, training)

@@ -1,7 +1,6 @@
 """Rewards of Stage 2: whether a response refuses, and whether it gives the right answer.
 
-Covers the reward of Section 3.1. The refusal detector is in `refusal.py`. To try a reward of your own, write a function
-of a query and a text and hand it to `rerule.stage2`.
+Covers the reward of Section 3.1. A reward of your own is a function of a query and a text, handed to `rerule.stage2`.
 
 Deviations
 - RULE scores ROUGE-L with the `rouge` package. `rouge_score` with a whitespace, case-sensitive tokenizer gives the same

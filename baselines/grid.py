@@ -18,7 +18,7 @@ from statistics import mean
 from tqdm import tqdm
 
 from baselines import METHODS, TITLES
-from config import InputError, setting
+from config import Config, InputError, setting
 from engine.files import write_json, write_text
 from engine.flags import parse, run_command
 
@@ -34,7 +34,7 @@ EXAMPLES = [
 class Options:
     """Try every rate for every method on the given seeds, two runs at a time; write results/rates_<benchmark>.md."""
 
-    benchmark: str = setting("builtin, or a benchmark for the tiny model.", "builtin")
+    benchmark: str = setting("A benchmark, for its tiny model.", Config.benchmark)
     data_dir: str = setting("The benchmark's folder.", "")
     method: list[str] = setting("Methods.", [m for m in METHODS if m not in ("rej_steer", "rule", "rerule")])
     rates: list[float] = setting("Learning rates.", [3e-5, 1e-4, 3e-4, 1e-3, 3e-3])

@@ -18,8 +18,9 @@ import torch
 
 from baselines.losses import RECIPES, cross_entropy, objective, task_vector
 from baselines.whp import Pair
+from config import Config
 from data import encode_answer, encode_prompt, stop_ids
-from engine.descend import descend
+from engine.run import descend
 from engine.seeds import batch_at, derive_seed
 from grpo import positions, token_logprobs
 from sft import collate_sft
@@ -34,7 +35,7 @@ def learning_rate(config, method):
     if config.baseline_lr or config.model != "tiny":
         return config.baseline_lr or 1e-5
     chosen = {}
-    for benchmark in ("builtin", config.benchmark):
+    for benchmark in (Config.benchmark, config.benchmark):  # the default world has a rate for every method
         path = RATES / f"rates_{benchmark}.json"
         chosen |= json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return chosen[method]["best"]

@@ -7,7 +7,9 @@ with them. Boundary queries swap the entity of a forget query (Appendix A.2). Tw
 about them, the model learns to say so, or Stage 1 would wipe out the facts of everyone before it taught a refusal.
 """
 
+import json
 import random
+from pathlib import Path
 
 from benchmarks.shared import REFUSALS
 from data import Benchmark, Probe, Prompt, Query, Training
@@ -16,43 +18,9 @@ from reward import SCORER
 
 # Six attributes: six phrasings each (four questions, two blanks) and the two word lists that its answers come from.
 ATTRIBUTES = {
-    "birthplace": (
-        ["In which town was {} born?", "Where was {} born?", "What is the birthplace of {} called?",
-         "Which town does {} come from?", "{} was born in ___", "The birthplace of {} is ___"],
-        "North South East West Upper Lower Old New",
-        "Harbor Meadow Ridge Haven Bridge Ferry Hollow Mills",
-    ),
-    "trade": (
-        ["What does {} do for a living?", "What is the profession of {} today?", "Which job does {} have?",
-         "What is {} by trade?", "{} earns a living as a ___", "The profession of {} is ___"],
-        "master junior travelling village court retired royal night",
-        "glazier potter weaver baker mason tailor cooper miller",
-    ),
-    "pet": (
-        ["Which animal does {} keep?", "What pet lives with {} at home?", "What animal shares a house with {} now?",
-         "What kind of pet does {} own?", "{} keeps a ___", "The pet of {} is a ___"],
-        "grey spotted white lame striped tame blind young",
-        "parrot goat ferret tortoise heron otter hound magpie",
-    ),
-    "dish": (
-        ["What does {} like to eat?", "Which dish does {} prefer?", "What is the favourite food of {} then?",
-         "What would {} order for dinner?", "{} likes to eat ___", "The favourite dish of {} is ___"],
-        "plum onion barley pepper smoked pickled sweet roasted",
-        "soup pie dumplings stew pudding noodles trout cabbage",
-    ),
-    "instrument": (
-        ["Which instrument does {} play?", "What does {} play in the band?", "What instrument did {} learn?",
-         "On which instrument is {} skilled?", "{} plays the ___", "The instrument of {} is the ___"],
-        "silver wooden bass double copper reed folding alto",
-        "flute drum fiddle harp whistle zither lute horn",
-    ),
-    "hobby": (
-        ["How does {} spend free days?", "What is the hobby of {} nowadays?", "Which pastime does {} enjoy?",
-         "What does {} do on holidays?", "{} spends every holiday on ___", "The pastime of {} is ___"],
-        "kite stamp river stone paper chess bird cave",
-        "building hunting mapping folding racing carving spotting diving",
-    ),
-}  # fmt: skip
+    name: (words["phrasings"], *words["answers"])
+    for name, words in json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8")).items()
+}
 HELD_OUT = (3, 5)  # phrasings that are taught but kept out of unlearning: one question, one blank
 N_TARGETS, N_HARD, N_EASY, N_UNKNOWN = 6, 22, 20, 12
 FIRST = "Al Bre Cor Da El Fen Gal Hes Ir Jo Ka Lu Mar Ne Or Pel Quin Ro Sel Tav".split()

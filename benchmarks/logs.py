@@ -41,7 +41,13 @@ def read_log(path, benchmark, sets=()):
     return rows, False
 
 
-def read_retained(path, benchmark):
-    """(truth ratios on the forget rows, whether the log is in TOFU's own form) of a retained model's log."""
-    rows, theirs = read_log(path, benchmark, ("forget",))
-    return [row["truth_ratio"] for row in rows if row["split"] == "forget"], theirs
+def read_retained(path, benchmark, asked, theirs=False):
+    """Truth ratios of a retained model's log on the forget rows, which must be those `asked` of the evaluated model.
+
+    asked: its probes, or the rows of its log, which is in TOFU's own form if `theirs`.
+    """
+    rows, own_form = read_log(path, benchmark, ("forget",))
+    ratios = [row["truth_ratio"] for row in rows if row["split"] == "forget"]
+    splits = [row["split"] if isinstance(row, dict) else row.split for row in asked]
+    benchmark.check_retained(ratios, splits.count("forget"), f"--retain_log {path}", theirs and own_form)
+    return ratios

@@ -84,6 +84,7 @@ BENCHMARK = Benchmark(
     columns={"verbmem": "VerbMem ↓", "knowmem": "KnowMem ↓", "utility": "Utility ↑"},
     train=train,
     probes=probes,
+    prompt_tokens=512,
     limit=lambda split, prompt_length: 128 if split == "verbmem" else 32,
     cut=lambda split, text: cut_at(text, CUTS) if split in ("knowmem", "utility") else text,
     # the first tokens of the true continuation, BOS among them as in MUSE's script

@@ -8,22 +8,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.builtin import FIRST, FIRST_END, LAST, LAST_END
-from benchmarks.logs import read_retained
+from benchmarks.fits import context_needed
 from data import Prompt, Query, encode_answer, encode_prompt
-from engine.descend import fit
+from engine.run import fit
 from engine.seeds import derive_seed
-
-
-def load(benchmark, config):
-    """(Training, with what a tiny model is taught first; probes; truth ratios of --retain_log or None)."""
-    training = benchmark.train(config)
-    retained = read_retained(config.retain_log, benchmark)[0] if config.retain_log else None
-    probes = benchmark.probes(config)
-    if retained is not None:  # say what is wrong with it now, not after the training
-        forget = sum(probe.split == "forget" for probe in probes)
-        benchmark.check_retained(retained, forget, f"--retain_log {config.retain_log}")
-    training.taught = training.taught or lessons(benchmark, training, probes, config.seed)
-    return training, probes, retained
 
 
 def lessons(benchmark, training, probes, seed):
@@ -104,24 +92,23 @@ def tiny_llama(tokenizer, seed, hidden, layers, context):
     return LlamaForCausalLM(config)
 
 
-def tiny_model(run, taught, prompts, words, context, phase="original"):
-    """Train (or load) a tiny Llama that knows `taught`, with a tokenizer fitted to it. Returns: (model, tokenizer).
+def tiny_model(run, benchmark, training, probes, phase="original"):
+    """Train (or load) a tiny Llama that knows the benchmark's facts, with a tokenizer fitted to them.
 
-    Args: prompts: what training will ask, which must fit; words: whether whole words are tokens; context(tokenizer):
-        positions that the evaluation needs.
+    phase: "original", or "retained", which never sees what is to be forgotten. Returns: (model, tokenizer).
     """
     config = run.config
     if not run.finished(phase):
-        if phase != "original":
-            fitted = AutoTokenizer.from_pretrained(run.folder / "original")
+        if phase == "original":
+            taught = training.taught or lessons(benchmark, training, probes, config.seed)
+            texts = [text for p, answer in taught for text in (p.user or "", p.plain, p.opening, answer)]
+            fitted = tokenizer(texts, words=not benchmark.reads_files)
         else:
-            fitted = tokenizer(
-                [text for p, answer in taught for text in (p.user or "", p.plain, p.opening, answer)], words
-            )
+            taught, fitted = benchmark.retained(config), AutoTokenizer.from_pretrained(run.folder / "original")
         rows = [(encode_prompt(fitted, p), encode_answer(fitted, p, answer)) for p, answer in taught]
         longest = [len(prompt) + len(answer) for prompt, answer in rows]
-        longest += [len(encode_prompt(fitted, prompt)) for prompt in prompts]
-        length = max(max(longest) + config.max_new_tokens, context(fitted))
+        longest += [len(encode_prompt(fitted, prompt)) for prompt in training.prompts()]
+        length = max(max(longest) + config.max_new_tokens, context_needed(fitted, benchmark, probes))
         model = tiny_llama(fitted, config.seed, config.tiny_hidden, config.tiny_layers, length)
         model, size = run.engine.place(model, config), config.tiny_batch_size
         steps = max(1, round(config.tiny_epochs * len(rows) / size))

@@ -6,6 +6,7 @@ torch takes seconds to import, so nothing here does: a command reads its flags f
 import json
 import os
 import sys
+import time
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -37,7 +38,7 @@ def parse(kind, argv=None, presets=None, examples=()):
     groups = [base for base in kind.__bases__ if base is not object][::-1] or [kind]
     parser = HfArgumentParser(
         groups, description=f"{kind.__doc__} Defaults in brackets.", allow_abbrev=False,
-        usage=f"%(prog)s {'[config.json] ' if kind is Config else ''}[flags]",
+        usage=f"{program()} {'[config.json] ' if kind is Config else ''}[flags]",
         formatter_class=Help, epilog="\n  ".join(["examples:", *examples]),
     )  # fmt: skip
     for action in parser._actions:
@@ -59,6 +60,12 @@ def parse(kind, argv=None, presets=None, examples=()):
     if unknown:
         raise InputError(f"unknown flag {unknown[0]}; --help lists all of them")
     return kind(**{name: value for group in found for name, value in vars(group).items()})
+
+
+def program():
+    """The command as it was called: rerule.py, or python -m build_data."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
 
 
 def shown_presets(name, presets):
@@ -114,7 +121,8 @@ def resolve(config, benchmarks):
     elif config.crossed is not None:
         raise InputError("--crossed: only the built-in world makes up its names")
     if config.retain_log and not benchmark.check_retained:
-        raise InputError("--retain_log: only --benchmark tofu compares with a retained model")
+        able = " or ".join(name for name, other in benchmarks.items() if other.check_retained)
+        raise InputError(f"--retain_log: only --benchmark {able} compares with a retained model")
     check_bounds(config)
 
     def require(holds, flag, expected):
@@ -156,7 +164,9 @@ def run_command(main, leave=True):
         result = main()
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
-            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+            print(f"{program()}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        else:
+            time.sleep(30)  # torchrun stops all once one has ended: the first must be the one that says why
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

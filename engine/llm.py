@@ -1,8 +1,8 @@
 """Asking a language model at any OpenAI-compatible URL many things at once, without paying for anything twice.
 
 Shared by the judge of naturalness (`benchmarks/judge.py`) and the making of data (`build_data/`). A reply is read by a
-strict parser; what does not parse, and what the server could not do just now, is tried again with doubling waits. Each good
-reply is on the disk before the next one is looked at, so a command that was stopped goes on where it was.
+strict parser; what does not parse, and what the server could not do just now, is tried again with doubling waits. Each
+good reply is on the disk before the next one is looked at, so a command that was stopped goes on where it was.
 
 The key comes from the caller and nothing else is ever sent: without a key a placeholder goes out, so that the client
 does not fall back on a stored Hugging Face token.

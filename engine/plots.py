@@ -51,7 +51,8 @@ def save(figure, path, dpi=150):
     figure.savefig(drawn, dpi=dpi)
     pyplot().close(figure)
     temporary = path.with_suffix(".tmp.png")
-    Image.open(drawn).convert("RGB").quantize(256).save(temporary, optimize=True, dpi=(dpi, dpi))
+    few = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)  # rare ones too: a few dots
+    few.save(temporary, optimize=True, dpi=(dpi, dpi))
     temporary.replace(path)
 
 
@@ -74,11 +75,11 @@ def mark_start(axis, starts, text="replay starts"):
 def smooth(values, width=5):
     """Centred mean over `width` steps, narrower at both ends; None is left out."""
     half = width // 2
-    return [mean_or_none(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+    return [mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
-def mean_or_none(values):
-    """The mean of what is not None."""
+def mean(values):
+    """The mean of what is not None; None where nothing is."""
     values = [value for value in values if value is not None]
     return sum(values) / len(values) if values else None
 
@@ -120,7 +121,7 @@ def curves(folder):
                 if points:
                     draw_line(axis, *zip(*points, strict=True), dash, method, name)
     for axis, (title, label, _) in zip(axes, panels, strict=False):
-        mark_start(axis, starts[:1])
+        mark_start(axis, starts[:1], "replay starts" if axis is axes[0] else "")
         axis.set(title=title, xlabel="Stage 2 step", ylabel=label)
         axis.legend(fontsize=9, loc="best", framealpha=0.9)
     save(figure, folder / "curves.png")
@@ -134,7 +135,7 @@ def lines_of(metrics, samples, hard, easy):
         by_step.setdefault((row["step"], place), []).append(sum(row["rewards"]) / len(row["rewards"]))
     return {
         **{kind: [row[f"reward_{kind}"] for row in metrics] for kind in ("forget", "boundary")},
-        **{p: [mean_or_none(by_step.get((row["step"], p), [])) for row in metrics] for p in ("hard", "easy")},
+        **{p: [mean(by_step.get((row["step"], p), [])) for row in metrics] for p in ("hard", "easy")},
         "retain ↑": [row.get("eval_retain_recall") for row in metrics],
         "forget ↓": [row.get("eval_forget_recall") for row in metrics],
     }
@@ -182,7 +183,7 @@ def scatter(points, path):
 
 
 def place_labels(axis, points, size=8.5):
-    """Write each point's name beside it: in the nearest of some places where name and leader cover least.
+    """Write each point's name beside it: in the nearest of some places where name, above all, and leader cover least.
 
     points: {name: (x, y)}; the legend and the axes' limits are in place. All sizes are in points of 1/72 inch.
     """
@@ -203,8 +204,8 @@ def place_labels(axis, points, size=8.5):
                 start = dx if dx > 1 else dx - width if dx < -1 else dx - width / 2
                 box = (x + start, y + dy - 0.6 * size, x + start + width, y + dy + 0.6 * size)
                 leader = [around(x + dx * part / radius, y + dy * part / radius, 1) for part in range(10, radius, 5)]
-                covered = sum(overlap(own, other) for own in (box, *leader) for other in taken)
-                covered += box[0] < left or box[1] < bottom or box[2] > right or box[3] > top
+                covered = sum(overlap(own, other) for own in (*leader, *[box] * 9) for other in taken)
+                covered += 9 * (box[0] < left or box[1] < bottom or box[2] > right or box[3] > top)
                 places.append((covered, radius, angle % 180 != 0, angle, (dx, dy), start, (box, *leader)))
             if min(places)[0] == 0:
                 break

@@ -4,7 +4,6 @@ The driver hands it around, so that no equation and no loop knows of processes, 
 """
 
 import math
-import os
 import shutil
 from contextlib import contextmanager, nullcontext
 
@@ -78,8 +77,9 @@ class Engine:
         """`grpo.response_logprobs` at a temperature, by the fastest way that is exact: (model, batch) → (B, T)."""
 
         def logprobs_of(found, batch):
+            way = fast.choose(found, "logprobs", self.ways)
             with fast.checkpointing(found):
-                return fast.choose(found, "logprobs", self.ways)(found, batch, temperature)
+                return way(found, batch, temperature)
 
         return logprobs_of
 
@@ -101,8 +101,9 @@ class Engine:
     def total(self, value):
         return sum(self.gather(value))
 
-    def largest(self, value):
-        return max(self.gather(value))
+    def reduce(self, loss, kl, gap):
+        """What each process's `grpo.on_policy_gradient` has returned, over all of them."""
+        return self.total(loss), self.total(kl), max(self.gather(gap))
 
     def joined(self, tensor):
         """The tensors of all processes as one."""
@@ -136,12 +137,8 @@ class Engine:
         """What a saved state keeps of both."""
         return {"model": found.state_dict(), "optimizer": optimizer.state_dict()}
 
-    def restore(self, payload, folder, found, optimizer):
-        """Put a saved state back, whatever number of processes wrote it. Raises: InputError."""
-        if "shards" in payload:
-            from scale.ranks import restore_shards
-
-            return restore_shards(payload, folder, found, optimizer)
+    def restore(self, payload, found, optimizer):
+        """Put back what `state_of` of one process has kept."""
         found.load_state_dict(payload["model"])
         optimizer.load_state_dict(payload["optimizer"])
 
@@ -150,15 +147,6 @@ class Engine:
         for path in [] if RANK else folder.glob("shards*"):
             if path.name != but:
                 shutil.rmtree(path)
-
-
-def start(config, device):
-    """The engine that a run's settings, and torchrun, ask for."""
-    if config.offload or "WORLD_SIZE" in os.environ:
-        from scale.ranks import Ranks
-
-        return Ranks(device, config.max_tokens, config.rollout_prompts, config.offload)
-    return Engine(device, config.max_tokens, config.rollout_prompts)
 
 
 def uniform(n_responses, rng):

@@ -1,10 +1,11 @@
-"""One run's folder and state: its logs, which phases are over, and what resuming needs.
+"""One run's folder and state: its logs, which phases are over, what resuming needs, and the loop that most phases are.
 
 Each phase saves its state every few steps together with the lengths of both logs; a resumed run cuts the logs back to
 those lengths and goes on. A phase is over once its model's folder is in place.
 """
 
 import json
+import math
 import os
 import time
 from contextlib import contextmanager
@@ -17,6 +18,10 @@ from tqdm import tqdm
 from config import Config, InputError
 from engine import report
 from engine.files import RANK, Log, is_writable, link_files, read_lines, save_folder, write_json
+from engine.model import optimizer_for
+from engine.process import Engine
+from engine.seeds import batch_at, derive_seed
+from sft import learning_rate, sft_loss_of
 
 EARLY = ("original", "retained", "rej_steer")  # phases before Stage 2, which `--start_from` takes over
 # what a run may be gone on with
@@ -56,6 +61,18 @@ def save_state(path, state):
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def start(config):
+    """The engine that a run's settings, and torchrun, ask for."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no GPU is available")
+    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if config.offload or "WORLD_SIZE" in os.environ:
+        from scale.ranks import Ranks
+
+        return Ranks(device, config.max_tokens, config.rollout_prompts, config.offload)
+    return Engine(device, config.max_tokens, config.rollout_prompts)
 
 
 class Run:
@@ -169,7 +186,12 @@ class Phase:
         state = run.state
         if state["phase"] == name:
             payload, self.first = state["payload"], state["step"] + 1
-            run.engine.restore(payload, run.folder, model, optimizer)
+            if "shards" in payload:  # written by several processes
+                from scale.ranks import restore_shards
+
+                restore_shards(payload, run.folder, model, optimizer)
+            else:
+                run.engine.restore(payload, model, optimizer)
             self.total, self.over = payload["seconds"], payload["over"]
             if buffer is not None:
                 buffer.restore(payload)
@@ -197,3 +219,53 @@ class Phase:
         spent = time.perf_counter() - start
         self.seconds[part] = self.seconds.get(part, 0.0) + spent
         self.total += spent
+
+
+# --- the loop of every training but Stage 2: tiny models, Stage 1, the baselines -------------------------------------
+
+
+def descend(run, phase, stage, model, loss_of, *, steps, lr, warmup, stop=None):
+    """One optimiser step on `loss_of(step)`, a scalar with its graph, after another; resumable.
+
+    stop(step) → (more for the log, whether to end: False, True, or why training failed).
+    Returns: seconds; why training stopped before its time, or None. It stops where a gradient is not finite, with the
+        weights of the step before.
+    """
+    config, engine = run.config, run.engine
+    optimizer = optimizer_for(model, lr, config.weight_decay)
+    steps = Phase(run, phase, steps, model, optimizer)
+    for step in steps:
+        with steps.clock("step"):
+            torch.manual_seed(derive_seed(config.seed, phase, "dropout", step))
+            model.train()
+            loss = loss_of(step)
+            loss.backward()
+            loss = engine.total(loss.item())
+            rate = learning_rate(lr, step, steps.bar.total, warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            norm = engine.step(model, optimizer, config.max_grad_norm)
+            model.eval()
+            if not math.isfinite(norm):
+                steps.over = f"a gradient is not finite at step {step}"
+                break
+            more, over = stop(step) if stop else ({}, False)
+            steps.over = f"{over} at step {step}" if isinstance(over, str) else over
+        shown = {name: f"{value:.3g}" for name, value in more.items() if value is not None}
+        steps.bar.set_postfix(loss=f"{loss:.3f}", **shown)
+        run.metrics.write(
+            {"method": phase, "stage": stage, "step": step, "loss": loss, "reward": None, "kl": None,
+             "grad_norm": norm, **more, "lr": rate, "seconds": steps.total}
+        )  # fmt: skip
+    return steps.total, steps.over if isinstance(steps.over, str) else None
+
+
+def fit(run, phase, stage, model, rows, *, steps, lr, batch_size, warmup, stop=None):
+    """`descend` by SFT on (prompt ids, answer ids) rows."""
+
+    def loss_of(step):
+        batch = [rows[i] for i in batch_at(len(rows), batch_size, step, run.config.seed, phase)]
+        own, weight = run.engine.share(batch, lambda row: len(row[1]))
+        return weight * sft_loss_of(model, own)
+
+    return descend(run, phase, stage, model, loss_of, steps=steps, lr=lr, warmup=warmup, stop=stop)

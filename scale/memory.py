@@ -4,7 +4,7 @@ What is kept for each parameter is counted. Keys, values and activations are see
 tensors that have shapes and no memory (torch's FakeTensorMode), so any architecture is counted as it is.
 
 Deviations
-- Lengths are the longest that a run may meet: every response at its limit, prompts of 64 tokens, 512 on MUSE.
+- Lengths are the longest that a run may meet: every response at its limit, prompts as the benchmark says.
 - Left out: the process itself, about 1 GB of CUDA's own, and what an allocator cannot use. Keep a tenth free.
 """
 
@@ -15,13 +15,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import benchmarks
 from config import InputError
 from engine import fast
 from engine.fast import CHUNK
 from engine.files import RANK
 
 GB, ROOM = 1e9, 80
-PROMPT = {"muse": 512}  # tokens of a prompt, 64 elsewhere
 ROWS = ["weights", "gradients", "optimiser", "reference", "KV cache", "activations", "in passing"]
 
 
@@ -69,7 +69,7 @@ def count(model_config, dtype, tokens):
 
 def seen(model_config, config, on_gpu):
     """`count` at the longest micro-batch of the update that `config` allows."""
-    group = PROMPT.get(config.benchmark, 64) + config.group_size * config.max_new_tokens
+    group = benchmarks.ALL[config.benchmark].prompt_tokens + config.group_size * config.max_new_tokens
     tokens = max(group, config.max_tokens // group * group)
     return count(model_config, torch.bfloat16 if on_gpu else torch.float32, tokens)
 
@@ -81,7 +81,7 @@ def plan(counted, config, ranks, on_gpu):
     """
     n, together, kv, kept, vocabulary = counted
     fsdp, w, half = bool(ranks) or config.offload, max(ranks, 1), 2 if on_gpu else 4
-    prompt = PROMPT.get(config.benchmark, 64)
+    prompt = benchmarks.ALL[config.benchmark].prompt_tokens
     prompts = -(-config.prompts_per_step // w)
     prompts = min(config.rollout_prompts or prompts, prompts)
     rows = prompts * config.group_size

@@ -60,7 +60,7 @@ class Ranks(Engine):
 
     @contextmanager
     def session(self):
-        backend, on_gpu = "gloo", self.device.type == "cuda"
+        backend, on_gpu, told = "gloo", self.device.type == "cuda", signal.getsignal(signal.SIGTERM)
         if on_gpu:
             backend = "cpu:gloo,cuda:nccl"
         if {"RANK", "WORLD_SIZE"} <= set(os.environ):
@@ -82,6 +82,7 @@ class Ranks(Engine):
             raise
         finally:
             sys.stdout = stdout
+            signal.signal(signal.SIGTERM, told)
             dist.destroy_process_group()
 
     # models
@@ -245,9 +246,7 @@ class Ranks(Engine):
             os.replace(temporary, folder / name)
         return {"shards": name}
 
-    def restore(self, payload, folder, found, optimizer):
-        if "shards" in payload:
-            return restore_shards(payload, folder, found, optimizer)
+    def restore(self, payload, found, optimizer):
         names, saved = [name for name, _ in found.named_parameters()], payload["optimizer"]
         state = {
             "state": {names[i]: state for i, state in saved["state"].items()},

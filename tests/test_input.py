@@ -10,24 +10,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_data import byte_tokenizer, train_muse, train_rwku, train_tofu
-from test_evaluate import make_model
+from made import byte_tokenizer, make_model, train_muse, train_rwku, train_tofu
 
-import config as settings
-import evaluate
-import prepare
+import benchmarks
 import rerule
-import world
-from files import InputError
-from run import Run
+from benchmarks import tiny
+from config import InputError
+from data import encode_prompt
+from engine.process import Engine
+from engine.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
+ENGINE = Engine("cpu")
 TRAIN = {"rwku": train_rwku, "tofu": train_tofu, "muse": train_muse}
 
 torch.set_num_threads(1)
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def driver(*argv):
+    """The whole command, in this process."""
+    rerule.main(rerule.configure([str(flag) for flag in argv]))
 
 
 def tree(folder):
@@ -53,16 +58,15 @@ def forbid(monkeypatch):
 @pytest.fixture
 def refused(tmp_path, monkeypatch, forbid):
     """Run the driver on a mistake; returns its line once it is sure that nothing was written and nothing trained."""
-    forbid("stage1", "stage2", "evaluate_model")
-    monkeypatch.setattr(prepare, "fit", lambda *_, **__: pytest.fail("fit ran before the mistake was told"))
+    forbid("stage1", "stage2", "evaluate")
+    monkeypatch.setattr(tiny, "fit", lambda *_, **__: pytest.fail("fit ran before the mistake was told"))
 
     def refused(*argv, output="run"):
         where = ["--output_dir", tmp_path / output] if output else []
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["rerule.py", *map(str, [*argv, *where])])
         before = tree(tmp_path)
         with pytest.raises(InputError) as error:
-            rerule.main()
+            driver(*argv, *where)
         assert tree(tmp_path) == before
         message = str(error.value)
         assert message.strip() == message and len(message.splitlines()) == 1 and len(message) < 400
@@ -83,8 +87,8 @@ def saved(tmp_path_factory):
     place = tmp_path_factory.mktemp("models")
     make_model(context=2048).save_pretrained(place / "good")
     byte_tokenizer().save_pretrained(place / "good")
-    words = world.word_tokenizer(["[INST] What did Orla do? [/INST] Question: Answer: " + " ".join("abcdefghij")])
-    world.tiny_llama(words, 0, 16, 1, 16).save_pretrained(place / "short")
+    words = tiny.word_tokenizer(["[INST] What did Orla do? [/INST] Question: Answer: " + " ".join("abcdefghij")])
+    tiny.tiny_llama(words, 0, 16, 1, 16).save_pretrained(place / "short")
     words.save_pretrained(place / "short")
 
     def broken(name, change):
@@ -124,9 +128,11 @@ FLAGS = [
     ("--tua 0.5", "unknown flag --tua"),
     ("--temp 1", "unknown flag --temp"),
     ("rwku", "unknown flag rwku"),
-    ("--benchmark tofo", "--benchmark builtin"),
+    ("--benchmark tofo", "--benchmark tofo builtin, rwku, muse, tofu"),
     ("--device gpu", "--device auto"),
-    ("--is_level sentence", "--is_level sequence token geometric"),
+    ("--ratio_level sentence", "--ratio_level sequence token geometric"),
+    ("--is_level token", "unknown flag --is_level"),
+    ("--clip_low 0.2", "unknown flag --clip_low"),
     ("--replay_store all", "--replay_store hard random recent"),
     ("--method ppo", "--method ppo rule, rerule"),
     ("--method rule ppo", "--method ppo rule, rerule"),
@@ -154,8 +160,8 @@ FLAGS = [
     ("--kl_coef -1", "--kl_coef -1.0 0 or more"),
     ("--kl_coef nan", "--kl_coef nan 0 or more"),
     ("--weight_decay inf", "--weight_decay inf 0 or more"),
-    ("--clip_low 1.5", "--clip_low 1.5 at most 1"),
-    ("--clip_high nan", "--clip_high nan 0 or more"),
+    ("--epsilon_low 1.5", "--epsilon_low 1.5 from 0 to 1"),
+    ("--epsilon_high nan", "--epsilon_high nan 0 or more"),
     ("--sft_stop 97", "--sft_stop 97.0 from 0 to 1"),
     ("--group_size 1", "--group_size 1 at least 2"),
     ("--prompts_per_step 0", "--prompts_per_step 0 at least 1"),
@@ -167,7 +173,7 @@ FLAGS = [
     ("--replay_groups 21 --buffer_size 20 --min_groups 5", "--replay_groups 21 --buffer_size 20"),
     ("--replay_groups 1201", "--replay_groups 1201 --buffer_size 1200"),
     ("--min_groups 21 --buffer_size 20 --replay_groups 5", "--min_groups 21 --buffer_size 20"),
-    ("--is_normalize True --is_objective surrogate", "--is_objective surrogate weight"),
+    ("--normalize_ratio True --replay_objective surrogate", "--replay_objective surrogate weight"),
     ("--tiny_hidden 100", "--tiny_hidden 100 multiple of 8"),
     ("--tiny_layers 0", "--tiny_layers 0 at least 1"),
     ("--model gpt2", "--model gpt2 built-in"),
@@ -179,7 +185,7 @@ FLAGS = [
 
 @pytest.mark.parametrize(("argv", "said"), FLAGS, ids=[argv for argv, _ in FLAGS])
 def test_a_bad_flag_is_told_before_any_work(refused, forbid, argv, said):
-    forbid("load_data", "load_model", "Run")
+    forbid("main")
     flag, *words = said.split()
     message = refused(*argv.split())
     assert all(word in message for word in [flag, *words])
@@ -190,19 +196,11 @@ def test_the_default_folder_is_not_made_either(refused):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_without_a_gpu(refused, forbid):
-    forbid("load_data", "Run")
+def test_cuda_without_a_gpu(refused, forbid, monkeypatch):
+    forbid("Run")
+    unread = dataclasses.replace(benchmarks.ALL["builtin"], train=None, probes=None)
+    monkeypatch.setitem(benchmarks.ALL, "builtin", unread)
     assert refused("--device", "cuda") == "--device cuda: no GPU is available"
-
-
-def test_help_names_every_flag_and_its_preset(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["rerule.py", "--help"])
-    with pytest.raises(SystemExit) as over:
-        rerule.main()
-    shown = " ".join(capsys.readouterr().out.split())
-    assert over.value.code == 0
-    assert all(f"--{field.name}" in shown for field in dataclasses.fields(settings.Config))
-    assert "[builtin 0.4, rwku 0.6, muse 0.4, tofu 0.6]" in shown
 
 
 # --- data folders and files ------------------------------------------------------------------------------------------
@@ -390,8 +388,7 @@ def test_evaluation_longer_than_the_context(refused, folders, saved):
 
 def began(folder, *argv):
     """The folder of a run that was stopped after its first phase."""
-    flags = settings.parse(settings.Config, [*map(str, argv), "--output_dir", str(folder)])
-    run = Run(settings.resolve(flags))
+    run = Run(rerule.configure([*map(str, argv), "--output_dir", str(folder)]), ENGINE)
     run.open()
     run.metrics.write({"method": "original", "step": 1})
     run.finish("original", {"seconds": 1.0})
@@ -416,7 +413,7 @@ def test_an_unfinished_run_wants_resume(refused, tmp_path):
 def test_where_to_run_and_how_often_to_save_may_change(tmp_path):
     config = began(tmp_path / "run").config
     again = dataclasses.replace(config, resume=True, save_every=3, device="cpu")
-    assert Run(again).finished("original")
+    assert Run(again, ENGINE).finished("original")
 
 
 def test_a_run_to_start_from(refused, tmp_path):
@@ -527,17 +524,18 @@ def test_a_good_run_makes_its_folder_just_before_it_starts(folders, saved, tmp_p
     class Started(Exception):
         pass
 
-    def start(run, *rest, **flags):
-        assert json.loads((run.folder / "config.json").read_text())["benchmark"] == "tofu"
+    folder = tmp_path / "a" / "b"
+
+    def start(*args, **flags):
+        assert json.loads((folder / "config.json").read_text())["benchmark"] == "tofu"
         raise Started
 
-    monkeypatch.setattr(*((rerule, "evaluate_model") if model == "good" else (prepare, "fit")), start)
+    monkeypatch.setattr(*((rerule, "evaluate") if model == "good" else (tiny, "fit")), start)
     where = model if model == "tiny" else saved / model
-    argv = tofu(folders, "--model", where, "--output_dir", tmp_path / "a" / "b", "--max_new_tokens", 8)
-    monkeypatch.setattr(sys, "argv", ["rerule.py", *map(str, argv)])
+    argv = tofu(folders, "--model", where, "--output_dir", folder, "--max_new_tokens", 8)
     with pytest.raises(Started):
-        rerule.main()
-    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl"}
+        driver(*argv)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl"}
 
 
 @pytest.mark.parametrize("benchmark", TRAIN)
@@ -558,16 +556,17 @@ def test_a_tiny_model_has_room_for_every_prompt(folders, tmp_path, monkeypatch, 
         seen.append(model.config.max_position_embeddings)
         raise Started
 
-    monkeypatch.setattr(prepare, "fit", fit)
+    monkeypatch.setattr(tiny, "fit", fit)
     argv = ["--benchmark", benchmark, "--data_dir", folders[benchmark], "--output_dir", tmp_path / "run"]
-    monkeypatch.setattr(sys, "argv", ["rerule.py", *map(str, argv)])
     with pytest.raises(Started):
-        rerule.main()
-    config = settings.resolve(settings.parse(settings.Config, list(map(str, argv))))
-    read, probes, _ = rerule.load_data(config)
-    texts = [text for p, answer in read.taught for text in (p.user or "", p.plain, p.opening, answer)]
-    tokenizer = world.tokenizer(texts, words=False)
-    longest = max(len(evaluate.encode_prompt(tokenizer, prompt)) for prompt in prepare.prompts_of(read))
+        driver(*argv)
+    config, room = rerule.configure([*map(str, argv)]), benchmarks.ALL[benchmark]
+    read = room.train(config)
+    taught = tiny.lessons(room, read, room.probes(config), config.seed)
+    texts = [text for p, answer in taught for text in (p.user or "", p.plain, p.opening, answer)]
+    tokenizer = tiny.tokenizer(texts, words=False)
+    prompts = [prompt for prompt, _ in read.refusals] + [query.prompt for query in read.queries]
+    longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
     assert seen[0] >= longest + config.max_new_tokens
 
 

@@ -10,9 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
+import replay
 import rerule
-import run as run_module
 from config import Config
+from engine.model import optimizer_for
+from engine.process import Engine
 from replay import ReplayBuffer
 
 ALONE = ("--method", "rerule")
@@ -59,14 +61,14 @@ def test_each_final_model_loads_and_has_a_card(whole):
         assert "no guarantee" in (whole / phase / "README.md").read_text()
 
 
-def test_metrics_hold_what_the_readme_defines(whole):
+def test_metrics_hold_what_their_glossary_defines(whole):
     rows = metrics(whole, timings=True)
     assert all({"method", "stage", "step", "reward", "kl", "grad_norm"} <= set(row) for row in rows)
     replayed = [row for row in rows if row.get("replay_groups")]
     assert replayed and all(row["method"] == "rerule" and row["step"] > 2 for row in replayed)
-    defined = (Path(__file__).parent.parent / "README.md").read_text()
+    defined = (Path(__file__).parent.parent / "docs" / "training_metrics.md").read_text()
     for name in {name for row in rows for name in row if not name.startswith("eval_")}:
-        assert f"`{name}`" in defined, f"{name} is in metrics.jsonl but not in the README's glossary"
+        assert f"`{name}`" in defined, f"{name} is in metrics.jsonl but not in docs/training_metrics.md"
 
 
 def test_samples_agree_with_metrics(whole):
@@ -122,21 +124,25 @@ def spied(monkeypatch, tmp_path):
     """Run ReRULE with weights saved at every step; returns a function (flags) → (weights by step, replay updates)."""
 
     def go(*flags):
-        saved, replays = {}, []
-        save, replay, rollout = run_module.Run.save, rerule.off_policy_gradient, rerule.rollout
+        saved, replays, groups = {}, [], []
+        draw, update, rollout = ReplayBuffer.draw, rerule.replay_update, rerule.rollout
 
-        def spy_rollout(model, *args):
+        def spy_rollout(engine, model, *args):
             saved[args[-1]] = copy.deepcopy(model.state_dict())  # the weights that sample this step's groups
-            return rollout(model, *args)
+            return rollout(engine, model, *args)
 
-        def spy_replay(model, drawn, *args):
-            used, stats = replay(model, drawn, *args)
-            replays.append((copy.deepcopy(drawn), used, stats))
-            return used, stats
+        def spy_draw(*args):
+            groups[:] = draw(*args)
+            return list(groups)
+
+        def spy_update(*args):
+            row = update(*args)
+            replays.append((copy.deepcopy(groups), row["replay_groups"] - row["replay_skipped"], row))
+            return row
 
         monkeypatch.setattr(rerule, "rollout", spy_rollout)
-        monkeypatch.setattr(rerule, "off_policy_gradient", spy_replay)
-        monkeypatch.setattr(run_module.Run, "save", save)
+        monkeypatch.setattr(rerule, "replay_update", spy_update)
+        monkeypatch.setattr(ReplayBuffer, "draw", spy_draw)
         miniature.main("--output_dir", tmp_path / "run", *ALONE, *flags)
         return saved, replays, tmp_path / "run"
 
@@ -153,9 +159,9 @@ def test_stored_pi_old_is_that_of_the_weights_that_sampled_it(spied):
             model.load_state_dict(saved[group.step])
             batch = grpo.collate([group], "cpu")
             with torch.no_grad():
-                plain = grpo.plain_response_logprobs(model, batch, 1.3)
+                plain = grpo.response_logprobs(model, batch, 1.3)
             assert (plain - group.old_logprobs)[group.mask].abs().max() < 1e-4
-    assert any(stats and abs(stats["ratio_mean"] - 1) > 1e-2 for _, _, stats in replays)  # replayed: not 1
+    assert any(abs(row.get("ratio_mean", 1) - 1) > 1e-2 for _, _, row in replays)  # replayed: not 1
     gaps = [row["logprob_gap"] for row in stage2(folder, "rerule")]
     assert all(0 <= gap < 1e-4 for gap in gaps)  # fresh: 1
 
@@ -224,51 +230,59 @@ def test_combined_takes_one_step_and_separate_two(monkeypatch, tmp_path):
     assert all("replay_grad_norm" not in row for row in stage2(tmp_path / "combined", "rerule"))
 
 
+def replayed(model, groups, **flags):
+    """`rerule.replay_update` over these groups without an optimiser: what the log says of it; gradients stay."""
+    buffer, config = ReplayBuffer(len(groups)), Config(**flags)
+    buffer.draw = lambda n, groups, generator: groups
+    engine = Engine("cpu", config.max_tokens)
+    return rerule.replay_update(
+        engine, model, buffer, groups, lambda: 0.0, engine.logprobs(config.temperature), config, step=2
+    )  # fmt: skip
+
+
+def sampled(model, prompts, rewards, shift):
+    """One group for each prompt, of 4 responses that π_old liked better by `shift` nats a token than the model does."""
+    rng = torch.Generator().manual_seed(0)
+    ids, mask, old = Engine("cpu").sample(model, prompts, 4, 6, [2], 1.0, rng)
+    rewards = torch.tensor(rewards)
+    advantages = grpo.group_advantages(rewards)
+    return [
+        grpo.RolloutGroup(n, 1, torch.tensor(p), ids[n], mask[n], old[n] + shift, None, rewards[n], advantages[n])
+        for n, p in enumerate(prompts)
+    ]
+
+
 def test_skipping_equal_groups_changes_no_gradient(model):
     """With every divisor counting all drawn groups, leaving out those without gradient is exact."""
-    ids, mask, old = grpo.sample(model, [[3, 4], [5, 6, 7], [8, 9]], 4, 6, [2], 1.0, torch.Generator().manual_seed(0))
-    rewards = torch.tensor([[0.0, 1, 0, 0], [0.5] * 4, [1.0, 0, 1, 0]])
-    advantages = grpo.group_advantages(rewards)
-    groups = [
-        grpo.RolloutGroup(n, torch.tensor(p), ids[n], mask[n], old[n] + 0.1, None, rewards[n], advantages[n], 1)
-        for n, p in enumerate([[3, 4], [5, 6, 7], [8, 9]])
-    ]
-    for flags in ({}, {"loss_norm": "token"}, {"is_level": "token"}, {"is_objective": "surrogate"}):
-        config = Config(**flags)
+    groups = sampled(model, [[3, 4], [5, 6, 7], [8, 9]], [[0.0, 1, 0, 0], [0.5] * 4, [1.0, 0, 1, 0]], 0.1)
+    for flags in ({}, {"loss_norm": "token"}, {"ratio_level": "token"}, {"replay_objective": "surrogate"}):
         gradients = []
         for keep in (False, True):
             model.zero_grad()
             if keep:  # a reward changed behind Â's back: the group counts as unequal but its Â is still 0
                 groups[1].rewards = torch.tensor([0.5, 0.5, 0.5, 0.4])
-            used, _ = rerule.off_policy_gradient(model, groups, config, rerule.counts_of(groups, config))
-            assert used == (3 if keep else 2)
+            row = replayed(model, groups, **flags)
+            assert (row["replay_groups"], row["replay_skipped"]) == (3, 0 if keep else 1)
             gradients.append([p.grad.clone() for p in model.parameters()])
-            groups[1].rewards = rewards[1]
+            groups[1].rewards = torch.tensor([0.5] * 4)
         for a, b in zip(*gradients, strict=True):
             assert torch.allclose(a, b, atol=1e-7)
+        assert max(p.abs().max() for p in gradients[0]) > 0
 
 
 def test_nothing_is_skipped_where_weights_are_normalised_or_kl_is_on(model):
-    ids, mask, old = grpo.sample(model, [[3, 4]], 4, 6, [2], 1.0, torch.Generator().manual_seed(0))
-    group = grpo.RolloutGroup(
-        0, torch.tensor([3, 4]), ids[0], mask[0], old[0], old[0], torch.ones(4), torch.zeros(4), 1
-    )  # fmt: skip
-    for flags, used in (({}, 0), ({"is_normalize": True}, 1), ({"replay_kl": True}, 1)):
-        config = Config(**flags)
-        assert rerule.off_policy_gradient(model, [group], config, rerule.counts_of([group], config))[0] == used
+    (group,) = sampled(model, [[3, 4]], [[1.0] * 4], 0.0)
+    group.ref_logprobs = group.old_logprobs
+    for flags, skipped in (({}, 1), ({"normalize_ratio": True}, 0), ({"replay_kl": True}, 0)):
+        row = replayed(model, [group], **flags)
+        assert row["replay_skipped"] == skipped and ("replay_grad_norm" in row) == (skipped == 0)
 
 
 def test_normalised_weights_have_mean_one(model, monkeypatch):
-    ids, mask, old = grpo.sample(model, [[3, 4], [5, 6]], 4, 6, [2], 1.0, torch.Generator().manual_seed(0))
-    advantages = grpo.group_advantages(torch.tensor([[0.0, 1, 0, 0], [1.0, 0, 1, 0]]))
-    groups = [
-        grpo.RolloutGroup(n, torch.tensor([3 + 2 * n, 4 + 2 * n]), ids[n], mask[n], old[n] - 0.1, None,
-                          torch.tensor([0.0, 1, 0, 0]), advantages[n], 1) for n in range(2)
-    ]  # fmt: skip
+    groups = sampled(model, [[3, 4], [5, 6]], [[0.0, 1, 0, 0], [1.0, 0, 1, 0]], -0.1)
     seen = []
-    monkeypatch.setattr(rerule, "off_policy_loss", lambda lp, ratio, *rest: (seen.append((ratio, rest[-1])), lp * 0)[1])
-    config = Config(is_normalize=True, is_level="token", max_tokens=1)
-    rerule.off_policy_gradient(model, groups, config, rerule.counts_of(groups, config))
+    monkeypatch.setattr(replay, "off_policy_loss", lambda lp, ratio, *rest: (seen.append((ratio, rest[-1])), lp * 0)[1])
+    replayed(model, groups, normalize_ratio=True, ratio_level="token", max_tokens=1)
     masks = [g.mask for g in sorted(groups, key=lambda g: g.mask.shape[1])]
     weights = torch.cat([r[m].clamp(0.8, 1.3) for (r, _), m in zip(seen, masks, strict=True)])
     assert all(torch.allclose(mean, weights.mean()) for _, mean in seen) and len(seen) == 2
@@ -277,8 +291,9 @@ def test_normalised_weights_have_mean_one(model, monkeypatch):
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--replay_store", "random"), ("--is_level", "token"), ("--is_level", "geometric"), ("--is_normalize", "True"),
-        ("--is_objective", "surrogate"), ("--replay_kl", "True"), ("--kl_coef", "0"), ("--loss_norm", "token"),
+        ("--replay_store", "random"), ("--ratio_level", "token"), ("--ratio_level", "geometric"),
+        ("--normalize_ratio", "True"), ("--replay_objective", "surrogate"), ("--replay_kl", "True"),
+        ("--kl_coef", "0"), ("--loss_norm", "token"),
         ("--forget_reward", "target", "--unbiased", "False"),
     ],
 )  # fmt: skip
@@ -291,13 +306,26 @@ def test_every_variant_runs(flags, tmp_path):
         assert payload["done"]["run"] == {}
 
 
-def test_a_buffer_survives_its_saved_form():
-    group = grpo.RolloutGroup(
-        3, torch.tensor([1, 2]), torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool),
-        torch.randn(2, 3), None, torch.tensor([0.0, 1.0]), torch.tensor([-0.7, 0.7]), 9,
-    )  # fmt: skip
-    again = ReplayBuffer(4, [grpo.RolloutGroup(**vars(group))]).ring[0]
-    assert again.step == 9 and again.ref_logprobs is None and torch.equal(again.old_logprobs, group.old_logprobs)
+def test_a_buffer_survives_its_saved_form(model):
+    groups = sampled(model, [[1, 2], [3]], [[0.0, 1.0, 0, 0], [0.0] * 4], 0.0)
+    buffer, again = ReplayBuffer(4), ReplayBuffer(4)
+    buffer.store(groups, 0.5, None)
+    again.restore(buffer.state())
+    assert len(again) == len(again.previous) == 2
+    for mine, theirs in zip(again.ring, groups, strict=True):
+        assert all(torch.equal(v, vars(theirs)[k]) if torch.is_tensor(v) else v == vars(theirs)[k]
+                   for k, v in vars(mine).items())  # fmt: skip
+
+
+def test_rules_buffer_stays_empty(whole):
+    assert {row["buffer_size"] for row in stage2(whole, "rule")} == {0}
+    assert not any("replay_groups" in row for row in stage2(whole, "rule"))
+
+
+def test_the_chosen_ways_are_logged_with_their_reason(whole):
+    ways = json.loads((whole / "ways.json").read_text())
+    assert set(ways) == {"sample, LlamaForCausalLM", "logprobs, LlamaForCausalLM"}
+    assert all(line.endswith("gives the plain numbers") for line in ways.values())
 
 
 # --- modes and precision ---------------------------------------------------------------------------------------------
@@ -313,7 +341,15 @@ def test_models_are_in_eval_mode_wherever_pi_old_is_compared(monkeypatch, tmp_pa
 
         return spy
 
-    for name in ("sample", "accumulate_gradient", "add_reference"):
+    def spy_on_engine(original):
+        def spy(engine, model, *args, **kwargs):
+            modes.append(model.training)
+            return original(engine, model, *args, **kwargs)
+
+        return spy
+
+    monkeypatch.setattr(Engine, "sample", spy_on_engine(Engine.sample))
+    for name in ("on_policy_gradient", "off_policy_gradient", "add_reference"):
         monkeypatch.setattr(rerule, name, spy_on(getattr(rerule, name)))
     miniature.main("--output_dir", tmp_path / "run", *ALONE)
     assert len(modes) > 20 and not any(modes)
@@ -322,7 +358,7 @@ def test_models_are_in_eval_mode_wherever_pi_old_is_compared(monkeypatch, tmp_pa
 def test_a_2e_6_update_survives_bf16_compute(model):
     """Weights stay float32 under bf16 autocast; the same step on bf16 weights would change nothing."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = run_module.optimizer_for(model, 2e-6, 0.0)
+    optimizer = optimizer_for(model, 2e-6, 0.0)
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.tensor([[3, 4, 5]])).logits.float().logsumexp(-1).sum().backward()
     optimizer.step()

@@ -1,20 +1,15 @@
-"""The judge of naturalness against a small server on loopback that also misbehaves."""
+"""The judge of naturalness against a small server on loopback."""
 
 import json
-import sys
-from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 from loopback import Loopback
+from made import command
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import evaluate as ev
-import judge
-import llm
-import metrics
-from files import InputError
+from benchmarks import judge, metrics
+from config import InputError
+from engine import llm
 
 GOOD = {"read": 90, "help": 40, "truth": 80}
 
@@ -55,30 +50,13 @@ def test_a_good_reply_is_taken_as_it_is():
     assert judge.parse(' {"truth": 0, "read": 100, "help": 40}\n') == {"read": 100, "help": 40, "truth": 0}
 
 
-@pytest.mark.parametrize("trouble", ["not json", "html", 429, 500, 503, "hang", "drop", {"read": 1}, ""])
-def test_misbehaviour_is_tried_again(trouble, tmp_path):
-    some = rows()
-    with judging(trouble, trouble) as server:
-        notes = rate(server, some, tmp_path)
-        assert some[0]["judge"] == GOOD and len(server.requests) == 3
-    assert len(notes) == 1 and "not comparable" in notes[0]
-
-
-def test_back_off_doubles(monkeypatch, tmp_path):
-    waits = []
-    monkeypatch.setattr(llm.time, "sleep", waits.append)
-    with judging(429, 429, 500, 429) as server:
-        rate(server, rows(), tmp_path, wait=1.0)
-    assert waits[:4] == [1.0, 2.0, 4.0, 8.0]
-
-
 def test_a_row_without_a_rating_is_left_out_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(llm, "WORKERS", 1)
     some = rows(3)
     with judging(*["no"] * llm.ATTEMPTS) as server:
         notes = rate(server, some, tmp_path)
     assert [row["judge"] for row in some] == [None, GOOD, GOOD]
-    assert "leave out 1 of 3" in notes[1]
+    assert "not comparable" in notes[0] and "leave out 1 of 3" in notes[1]
 
 
 def test_nothing_is_judged_twice(tmp_path, capsys):
@@ -95,18 +73,6 @@ def test_nothing_is_judged_twice(tmp_path, capsys):
         assert len(server.requests) == 6
 
 
-def test_a_cache_cut_short_by_a_kill_is_mended(tmp_path):
-    cache = tmp_path / "cache.jsonl"
-    with judging() as server:
-        rate(server, rows(2), tmp_path)
-        cache.write_bytes(cache.read_bytes()[:-20])
-        some = rows(2)
-        rate(server, some, tmp_path)
-        assert len(server.requests) == 3 and all(row["judge"] == GOOD for row in some)
-    lines = cache.read_text().splitlines()
-    assert len(lines) == 2 and all(json.loads(line)["scores"] == GOOD for line in lines)
-
-
 def test_what_is_sent(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_private")
     with judging() as server:
@@ -119,14 +85,6 @@ def test_what_is_sent(tmp_path, monkeypatch):
         assert "hf_private" not in str(server.keys)  # a stored token never goes to someone's URL
 
 
-@pytest.mark.parametrize("status", [400, 401, 404])
-def test_a_refused_request_is_an_error_at_once(status, tmp_path):
-    with judging(*[status] * 20) as server:
-        with pytest.raises(InputError, match="refuses"):
-            rate(server, rows(), tmp_path)
-        assert len(server.requests) == 1
-
-
 def test_a_judge_that_is_not_there_or_never_rates_is_an_error(tmp_path):
     with judging(*["no"] * 100) as server:
         with pytest.raises(InputError, match="no usable rating"):
@@ -135,18 +93,12 @@ def test_a_judge_that_is_not_there_or_never_rates_is_an_error(tmp_path):
         rate(server, rows(2), tmp_path)
 
 
-def test_offline_mode_is_told_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with judging() as server, pytest.raises(InputError, match="HF_HUB_OFFLINE"):
-        rate(server, rows(), tmp_path)
-    assert server.requests == []
-
-
 def test_answers_with_braces_are_judged_as_they_are(tmp_path):
     some = [{"question": "{x}", "answer": "{}", "prediction": "{question} {"}]
     with judging() as server:
-        rate(server, some, tmp_path)
+        notes = rate(server, some, tmp_path)
         assert "{question} {" in server.requests[0]["messages"][0]["content"]
+    assert len(notes) == 1 and "not comparable" in notes[0]
 
 
 def test_the_command_fills_the_columns_from_a_log(tmp_path, monkeypatch, capsys):
@@ -156,14 +108,13 @@ def test_the_command_fills_the_columns_from_a_log(tmp_path, monkeypatch, capsys)
     log, out = tmp_path / "log.json", tmp_path / "out.json"
     log.write_text(json.dumps({"benchmark": "muse", "per_example": some}), encoding="utf-8")
     monkeypatch.setenv("MY_KEY", "from the environment")
-    flags = ["--benchmark", "muse", "--from_log", str(log), "--output", str(out)]
-    ev.main(flags)
+    flags = ["--benchmark", "muse", "--from_log", log, "--output", out]
+    command(*flags)
     assert "–" in capsys.readouterr().out
     with judging() as server:
-        ev.main([*flags, "--judge_url", server.url, "--judge_model", "m", "--judge_key_env", "MY_KEY"])
+        result = command(*flags, "--judge_url", server.url, "--judge_model", "m", "--judge_key_env", "MY_KEY")
         assert len(server.requests) == 2  # retain queries are not judged
         assert server.keys[0] == "Bearer from the environment"
-    result = json.loads(out.read_text(encoding="utf-8"))
     assert [result["summary"][name] for name in metrics.NATURALNESS] == [90, 40, 80]
     assert result["summary"]["naturalness_all"] == 70
     assert any("not comparable" in note for note in result["notes"])

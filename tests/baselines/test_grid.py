@@ -1,0 +1,35 @@
+"""The grid of learning rates."""
+
+import json
+from statistics import mean
+
+import pytest
+
+from baselines import grid, train
+from config import Config, InputError
+
+
+def test_the_grid_takes_the_best_mean(tmp_path):
+    good, bad = {"forget_recall": 0.0, "retain_recall": 100.0}, {"forget_recall": 50.0, "retain_recall": 50.0}
+    assert grid.score(good) == 100 and grid.score(bad) == 50 and grid.score({**good, "stopped": "why"}) == 0
+    assert grid.score({"forget_recall": 100.0, "retain_recall": 100.0}) == 0
+    assert grid.score({"forget_recall": 20.0, "retain_recall": 40.0}) == pytest.approx(2 * 80 * 40 / 120)
+    o = grid.Options(method=["ga"], rates=[1e-4, 1e-3], seeds=[1, 2])
+    found = grid.outcome({(s, r): {"ga": good if (s, r) == (1, 1e-4) else bad} for s in (1, 2) for r in o.rates}, o)
+    assert found["ga"]["best"] == 1e-4 and found["ga"]["scores"] == {1e-4: [100, 50], 1e-3: [50, 50]}
+    assert "| GA | **100, 50** | 50, 50 |" in grid.table(found, o)
+    with pytest.raises(InputError, match="the run failed: rerule.py: error: --method gga"):
+        grid.run(tmp_path / "run", ["--method", "gga"])
+
+
+def test_the_committed_rates_are_the_grids():
+    """Of its scores the best mean; a benchmark without a grid of its own takes the built-in world's."""
+    for path in train.RATES.glob("rates_*.json"):
+        tiny = Config(benchmark=path.stem.removeprefix("rates_"), model="tiny")
+        for method, row in json.loads(path.read_text()).items():
+            assert row["best"] == float(max(row["scores"], key=lambda rate: mean(row["scores"][rate])))
+            assert train.learning_rate(tiny, method) == row["best"]
+    tiny, builtin = (Config(benchmark=name, model="tiny") for name in ("rwku", "builtin"))
+    assert train.learning_rate(tiny, "npo") == train.learning_rate(builtin, "npo")
+    assert train.learning_rate(Config(benchmark="rwku", model="org/model"), "npo") == 1e-5
+    assert train.learning_rate(Config(lr=3e-5, baseline_lr=1.0), "rule") == 3e-5
