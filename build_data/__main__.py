@@ -12,10 +12,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
-
-import config
-from config import InputError, run_command, setting
+from typing import Annotated, Literal
 
 import benchmarks
 from benchmarks.metrics import words
@@ -23,7 +20,9 @@ from build_data.prompts import complete_all, language_model
 from build_data.queries import Check, find_neighbours, hold_out, training_rows
 from build_data.rewrite import normal
 from build_data.sources import EVALUATION, evaluation_queries, neighbours_path, read_facts, read_neighbours
+from config import Above0, Count, InputError, setting
 from engine.files import is_writable, read_rows, save_folder, write_json
+from engine.flags import check_bounds, parse, run_command
 from engine.seeds import derive_seed
 
 BENCHMARK = {"tofu": "tofu", "rwku": "rwku", "muse": "muse", "qa": "rwku", "text": "rwku"}  # the form written
@@ -36,8 +35,8 @@ EXAMPLES = [
     'python -m build_data --source text --input docs/example/story.txt --target "Orla Finch" '
     "--neighbours docs/example/story.txt --output_dir data/orla",
     "python -m build_data --source tofu --input DATA/tofu --output_dir data/tofu01",
-    'python -m build_data --source qa --input questions.json --target "Orla Finch" '
-    "--llm_url http://localhost:8000/v1 --llm_model NAME --output_dir data/orla",
+    'python -m build_data --source qa --input questions.json --target "Orla Finch" --output_dir data/orla '
+    "--llm_url http://localhost:8000/v1 --llm_model NAME",
 ]
 
 
@@ -60,15 +59,18 @@ class Options:
     llm_url: str = setting("Any OpenAI-compatible URL, as http://localhost:8000/v1; 'none' for rules alone.", "none")
     llm_model: str = setting("The model's name there.", "")
     llm_key_env: str = setting("Environment variable that holds its key.", "LLM_API_KEY")
-    llm_timeout: float = setting("Seconds to wait for one reply.", 60.0)
+    llm_timeout: Above0 = setting("Seconds to wait for one reply.", 60.0)
     llm_price: float = setting("Dollars per million tokens, to show the cost beforehand.", 0.0)
-    sample: int = setting("Texts: at most this many facts, drawn by seed, are kept.", 841)
-    held_out: float = setting("qa, text: share of the facts kept out of training, for evaluation.", 0.2)
+    sample: Count = setting("Texts: at most this many facts, drawn by seed, are kept.", 841)
+    held_out: Annotated[float, "a share between 0 and 1", lambda x: 0 < x < 1] = setting(
+        "qa, text: share of the facts kept out of training, for evaluation.", 0.2
+    )
     seed: int = setting("Seed of every draw.", 0)
 
 
 def check_options(o):
     """Raise InputError for flags that are wrong or do not go together, before anything is read."""
+    check_bounds(o)
     if not words(o.target) and (o.target or o.source != "tofu"):
         raise InputError(f"--target {o.target!r}: expected the name of what is to be forgotten")
     if not all(map(words, o.aliases)):
@@ -77,10 +79,6 @@ def check_options(o):
         raise InputError("--llm_url and --llm_model go together")
     if not o.llm_url.startswith(("http://", "https://")) and o.llm_url != "none":
         raise InputError(f"--llm_url {o.llm_url}: expected http://… or https://…, or none")
-    if not 0 < o.held_out < 1:
-        raise InputError(f"--held_out {o.held_out}: expected a share between 0 and 1")
-    if o.sample < 1 or o.llm_timeout <= 0:
-        raise InputError("--sample and --llm_timeout: expected numbers above 0")
     if o.source in EVALUATION and not Path(o.input).is_dir():
         raise InputError(f"--input {Path(o.input)}: no such folder")
     if o.llm_url == "none" and not neighbours_path(o):
@@ -176,18 +174,17 @@ def show(report):
 
 
 def main(argv=None):
-    o = config.parse(Options, argv, examples=EXAMPLES)
+    o = parse(Options, argv, examples=EXAMPLES)
     folder, benchmark = Path(os.path.abspath(o.output_dir)), BENCHMARK[o.source]  # so that even "." has a name
     check_options(o)
     check_folder(o, folder)
     files, forget, boundary, report = make(o, language_model(o, folder))
 
     def fill(temporary):
-        for pattern in EVALUATION.get(o.source, []):
-            for path in sorted(Path(o.input).glob(pattern)):
-                place = temporary / path.relative_to(o.input)
-                place.parent.mkdir(exist_ok=True)
-                shutil.copy(path, place)
+        for path in (path for pattern in EVALUATION.get(o.source, []) for path in Path(o.input).glob(pattern)):
+            place = temporary / path.relative_to(o.input)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copy(path, place)
         for name, rows in files.items():
             write_json(temporary / name, rows)
         made, flags = benchmarks.ALL[benchmark], SimpleNamespace(data_dir=str(temporary), seed=o.seed)

@@ -12,7 +12,6 @@ from benchmarks.metrics import names, words
 from build_data.rewrite import GAP, NOT_WANTED, complete
 from engine.llm import BadReply, ask_all, json_object
 
-REPLY_TOKENS = 400
 PAIRS = """\
 Read the passage and write three questions about {name} that it answers, each with its answer. Every question must be
 understood without the passage, so name who or what it is about. Answers are short and use the passage's own words.
@@ -41,17 +40,14 @@ Reply with one JSON object and nothing else:
 
 
 def language_model(o, folder):
-    """`ask(prompts, parse, desc)` → a reply, or None, for each prompt; None in its place without a language model.
-
-    Every reply is kept in `<folder>.llm.jsonl`, and none is paid for twice.
-    """
+    """`ask(prompts, parse, desc)` → for each prompt a reply or None, kept in `<folder>.llm.jsonl`; None without one."""
 
     def ask(prompts, parse, desc):
         folder.parent.mkdir(parents=True, exist_ok=True)
         replies = ask_all(
             prompts, parse, url=o.llm_url, model=o.llm_model, key=os.environ.get(o.llm_key_env, ""),
             cache=folder.with_name(folder.name + ".llm.jsonl"), flag="--llm_url", field="reply",
-            max_tokens=REPLY_TOKENS, once=True, price=o.llm_price, timeout=o.llm_timeout, temperature=0.7, desc=desc,
+            max_tokens=400, once=True, price=o.llm_price, timeout=o.llm_timeout, temperature=0.7, desc=desc,
         )  # fmt: skip
         return [replies[prompt] for prompt in prompts]
 
@@ -60,10 +56,9 @@ def language_model(o, folder):
 
 def texts(found, fields):
     """`found`, which must be an object of exactly these fields, each with a word in it. Raises BadReply."""
-    if not isinstance(found, dict) or set(found) != set(fields):
-        raise BadReply(f"not an object of {', '.join(fields)}: {found!r:.60}")
-    if not all(isinstance(text, str) and words(text) for text in found.values()):
-        raise BadReply(f"a text is missing: {found!r:.60}")
+    whole = isinstance(found, dict) and set(found) == set(fields)
+    if not whole or not all(isinstance(text, str) and words(text) for text in found.values()):
+        raise BadReply(f"not an object of texts {', '.join(fields)}: {found!r:.60}")
     return found
 
 

@@ -4,8 +4,8 @@ Covers Appendix A: questions (Type II) and completions (Type I) of the facts to 
 permitted neighbours (A.2).
 
 Deviations
-- Neighbours come first from the user (`--neighbours`), answers and all; else from the language model; without one from
-  TOFU's retain rows or MUSE's retain text.
+- Neighbours with their answers come from the user (`--neighbours`), else from the language model, else from a
+  benchmark's retain data.
 - Type I for MUSE are first halves of passages, as raw text is what was trained on; elsewhere statements with a gap.
 - For `qa` and `text` a share of the facts is held out of training for evaluation, with its neighbours, and every fact
   is asked again in a phrasing that training never uses.
@@ -37,9 +37,7 @@ Item = namedtuple("Item", "query answer name mode made_by")  # mode: "qa" (Type 
 
 
 def items_of(fact):
-    """The question of a fact, and its completion unless none is wanted; nothing of None."""
-    if fact is None:
-        return []
+    """The question of a fact, and its completion unless none is wanted."""
     question = Item(fact.question, fact.answer, fact.name, "qa", fact.made_by)
     completion = Item(fact.completion, fact.ending, fact.name, "completion", fact.completed_by)
     return [question] if fact.completed_by == NOT_WANTED else [question, completion]
@@ -79,17 +77,16 @@ class Check:
         return not fault
 
     def let_in(self, kind, facts):
-        """(number of the fact, item) of every query of the facts that passes."""
-        return [(i, item) for i, fact in enumerate(facts) for item in items_of(fact) if self.lets_in(kind, item)]
+        """(number of the fact, item) of every query of the facts that passes; a fact may be None."""
+        items = [(i, item) for i, fact in enumerate(facts) if fact for item in items_of(fact)]
+        return [(i, item) for i, item in items if self.lets_in(kind, item)]
 
 
 def find_neighbours(o, facts, neighbours, ask, check):
     """For each fact to forget the fact of a permitted neighbour that asks the same, or None (A.2)."""
     permitted, bare, ends = neighbours
-    if ask and not (permitted and o.neighbours):  # the user's own answers come before a language model's
-        found = written(o, facts, bare, ask, check)
-    else:
-        found = matched(o, facts, permitted, bare, check)
+    write = ask and not (permitted and o.neighbours)  # the user's own answers come before a language model's
+    found = written(o, facts, bare, ask, check) if write else matched(o, facts, permitted, bare, check)
     if o.source == "muse":  # permitted passages, one for each that is to be forgotten
         ends = iter(ends)
         for i, (fact, other) in enumerate(zip(facts, found, strict=True)):
@@ -109,8 +106,7 @@ def written(o, facts, bare, ask, check):
     for fact, reply in zip(facts, ask(prompts, parse_neighbour, "neighbours"), strict=True):
         if not reply:
             check.reject("boundary: no neighbour came in form", fact.question)
-        by = f"llm {o.llm_model}"
-        found.append(reply and Fact(reply["entity"], reply["question"], reply["answer"], made_by=by))
+        found.append(reply and Fact(reply["entity"], reply["question"], reply["answer"], made_by=f"llm {o.llm_model}"))
     return found
 
 
@@ -125,11 +121,9 @@ def matched(o, facts, permitted, bare, check):
         best = next((j for j in order if j not in used), None)
         used.add(best)
         found.append(None if best is None else permitted[best])
-        if best is None and bare:
-            asked = swap(facts[i].question, check.gone, bare[i % len(bare)])
-            check.reject("boundary: no answer known", asked)
-        elif best is None:
-            check.reject("boundary: no neighbour is left", facts[i].question)
+        if best is None:
+            asked = swap(facts[i].question, check.gone, bare[i % len(bare)]) if bare else facts[i].question
+            check.reject(f"boundary: {'no answer known' if bare else 'no neighbour is left'}", asked)
     return found
 
 
@@ -173,9 +167,8 @@ def hold_out(o, facts, found, check):
     files = {"intro.json": [{"target": o.target, "intro": f"Please forget {o.target}."}]}
     for level, kind in ((1, "cloze"), (2, "simple question")):
         items, near = ([items_of(side[i])[2 - level] for i in held] for side in (facts, found))
-        files[f"forget_level{level}.json"] = [row(item.query, item.answer, level, kind) for item in items]
-        near = [row(item.query, item.answer, level, kind, neighbor=item.name) for item in near]
-        files[f"neighbor_level{level}.json"] = near
+        files[f"forget_level{level}.json"] = [row(i.query, i.answer, level, kind) for i in items]
+        files[f"neighbor_level{level}.json"] = [row(i.query, i.answer, level, kind, neighbor=i.name) for i in near]
     turns = zip(facts, cycle(PHRASINGS.items()), strict=False)
     files["forget_level3.json"] = [
         row(phrasing.format(fact.question), fact.answer, 3, kind) for fact, (kind, phrasing) in turns if fact.answer

@@ -14,18 +14,17 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import dropwhile
 
-from benchmarks import metrics
-from benchmarks.metrics import names, words
+from benchmarks.metrics import FUNCTION_WORDS, names, words
 
 GAP = "___"
 NOT_WANTED = "not wanted"  # `completed_by` of a fact that shall have no completion
-FUNCTION_WORDS = (metrics.FUNCTION_WORDS - {"i"}) | set(
+COMMON_WORDS = (FUNCTION_WORDS - {"i"}) | set(
     "these those into over under about between through but been being do does did will would can could may might him "
     "them whom whose what when where why how not no yes also some many more most own known author writer book "
     "books fictitious named called".split()
 )
 PRONOUNS = set("He She They It We I You His Her Their Its This That These Those There Then".split())
-OPENING = {word.capitalize() for word in FUNCTION_WORDS} | {"Given", "Despite", "Besides", "Regarding"}
+OPENING = {word.capitalize() for word in COMMON_WORDS} | {"Given", "Despite", "Besides", "Regarding"}
 NAME = re.compile(r"[^\W\d_a-z][\w.-]*(?: (?:(?:van|von|der|de|da|del|bin|al|la) )*[^\W\d_a-z][\w.-]*)+")
 SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])([.!?][\"'”’]*)\s+(?=[\"'“‘]*[^\W_a-z])")
 BE, AT = r"(is|was|are|were)", "In|On|At|From|For|By|With"
@@ -108,7 +107,7 @@ def complete(fact):
 
 def cut_answer(fact):
     """(completion, ending) from the first sentence of the answer with the name, cut where it says something new."""
-    asked = set(words(fact.question)) | set(words(fact.name)) | FUNCTION_WORDS
+    asked = set(words(fact.question)) | set(words(fact.name)) | COMMON_WORDS
     for sentence in sentences(fact.answer):
         sentence = re.sub(r"^(?:He|She|They)\b", fact.name, sentence)
         sentence = re.sub(r"^(?:His|Her|Their)\b", f"{fact.name}'s", sentence)
@@ -196,7 +195,7 @@ def ask_sentence(sentence, name=""):
         b -= 2 * body[a:b].endswith(("'s", "’s"))
     else:
         last = [m.span() for m in re.finditer(r"[\w'’-]+", body)][-3:]
-        while len(last) > 1 and any(body[x:y].lower() in FUNCTION_WORDS for x, y in last):
+        while len(last) > 1 and any(body[x:y].lower() in COMMON_WORDS for x, y in last):
             last = last[1:]
         a, b = last[0][0], last[-1][1]
     if a < end and b > start:
