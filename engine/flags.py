@@ -9,6 +9,7 @@ import sys
 import time
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
+from textwrap import fill
 from typing import get_args, get_type_hints
 
 from transformers import HfArgumentParser
@@ -37,7 +38,7 @@ def parse(kind, argv=None, presets=None, examples=()):
     argv = list(sys.argv[1:] if argv is None else argv)
     groups = [base for base in kind.__bases__ if base is not object][::-1] or [kind]
     parser = HfArgumentParser(
-        groups, description=f"{kind.__doc__} Defaults in brackets.", allow_abbrev=False,
+        groups, description=fill(f"{kind.__doc__} Defaults in brackets.", 118), allow_abbrev=False,
         usage=f"{program()} {'[config.json] ' if kind is Config else ''}[flags]",
         formatter_class=Help, epilog="\n  ".join(["examples:", *examples]),
     )  # fmt: skip

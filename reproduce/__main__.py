@@ -17,7 +17,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import InputError, parse, run_command, setting
+from config import InputError, setting
+from engine.flags import parse, run_command
 from reproduce import plan
 from reproduce.jobs import read_records, run_all, write_records
 from reproduce.plan import SECTIONS

@@ -8,6 +8,7 @@ claims have two parts, one for each direction, with a margin as the bar.
 
 from dataclasses import dataclass
 
+from engine.plots import NAMES, mean
 from reproduce import records
 from reproduce.records import difference
 
@@ -92,7 +93,7 @@ def claims(r):
     stays = [stays_low(base) for base in bases.values()]
     kinds = [[records.hard_share(base, base["tau"], kind) for kind in "bf"] for base in bases.values()]
     plain, crossed = gains(r, "world0"), gains(r, "world30")
-    by_method = [[b["methods"][m]["evaluations"] for m in records.NAMES] for b in bases.values()]
+    by_method = [[b["methods"][m]["evaluations"] for m in NAMES] for b in bases.values()]
     steady = [[records.instability(evaluations)[0] for evaluations in pair] for pair in by_method]
     purge = r.of("baselines", "PURGE")
     original = {seed: run["rows"]["Original"]["retain_recall"] for seed, run in bases.items()}
@@ -203,7 +204,7 @@ def stays_low(base):
     for _, query, reward, _ in records.groups_of(base, "rule", last=True):
         if place.get(query) == "hard":
             late.setdefault(query, []).append(reward)
-    low = [records.mean(rewards) < base["tau"] for rewards in late.values()]
+    low = [mean(rewards) < base["tau"] for rewards in late.values()]
     return 100 * sum(low) / len(low) if low else None
 
 
@@ -226,7 +227,7 @@ def best_baseline(r):
     """The baseline with the best mean balance of what is kept and what is forgotten."""
     names = {name for run in r.runs("baselines").values() for name in run["rows"]}
     names -= {"Original", "Retained", "Rej. Steer", "PURGE"}
-    means = {name: records.mean(o["balance"] for o in r.of("baselines", name).values()) for name in sorted(names)}
+    means = {name: mean(o["balance"] for o in r.of("baselines", name).values()) for name in sorted(names)}
     return max((name for name in means if means[name] is not None), key=means.get, default=None)
 
 

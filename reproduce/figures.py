@@ -5,7 +5,7 @@ Covers the paper's Figures 1, 2 and 3, and pictures of what this repository adds
 
 import numpy as np
 
-from engine.plots import AMBER, COLOURS, DASH, GREEN, GREY, NAMES, PINK, mark_start, pyplot, save, smooth
+from engine.plots import AMBER, COLOURS, DASH, GREEN, GREY, NAMES, PINK, mark_start, mean, pyplot, save, smooth
 from reproduce import claims, records
 
 BLUE, VERMILION = COLOURS["rule"], COLOURS["rerule"]
@@ -53,7 +53,7 @@ def trajectories(r, path, parts=5):
         for part in range(parts):
             name = {0: "hardest fifth", parts - 1: "easiest fifth"}.get(part, f"{part + 1}")
             lines(axis, curves[0][0], [curve[1][part] for curve in curves], color=shades[part], alpha=0.25,
-                  mean=dict(linewidth=2.6, marker="osD^v"[part % 5], markersize=6, label=name))  # fmt: skip
+                  thick=dict(linewidth=2.6, marker="osD^v"[part % 5], markersize=6, label=name))  # fmt: skip
         mark_start(axis, [base["methods"]["rerule"]["first_replay"] for base in bases],
                    "sorted by reward\nbefore this step")  # fmt: skip
         axis.set(title=title, xlabel="Stage 2 step (middle of a pass through all prompts)", ylim=(-0.03, 1.03))
@@ -78,13 +78,13 @@ def passes(base, kind, parts):
     ]
 
 
-def lines(axis, steps, values, mean, **look):
+def lines(axis, steps, values, thick, **look):
     """Each seed thin, their mean thick: of those that have a value at a step."""
     values = np.array(values, float)  # None: NaN
     for line in values:
         axis.plot(steps, line, linewidth=0.8, **look)
-    middle = [records.mean(v for v in column if v == v) for column in values.T]
-    axis.plot(steps, np.array(middle, float), **look | {"alpha": 1} | mean)
+    middle = [mean(v for v in column if v == v) for column in values.T]
+    axis.plot(steps, np.array(middle, float), **look | {"alpha": 1} | thick)
 
 
 BOXES = {  # Figure 2: a function of ours: (column, row, what it does); the lower rows are what ReRULE adds
@@ -100,7 +100,7 @@ BOXES = {  # Figure 2: a function of ours: (column, row, what it does); the lowe
 ARROWS = [  # from, to (numbers of boxes), bend, words, how far these stand from the middle
     (0, 1, 0, "", 0, 0), (1, 2, 0, "", 0, 0), (2, 3, 0, "", 0, 0), (3, 4, 0, "", 0, 0),
     (4, 1, 0.22, "RULE: next step", 0, 0.57),
-    (4, 5, 0, "once |B| ≥ min_groups and\nstep > warmup_steps;\nuntil then straight to 6", -0.42, 0),
+    (4, 5, 0, "after the warm-up, once\n|B| ≥ min_groups; before,\nstraight to step 6", -0.42, 0),
     (5, 6, 0, "then", 0, 0.09), (6, 1, 0, "ReRULE: next step", 0.31, 0), (6, 7, 0, "add", 0, 0.12),
     (7, 5, 0, "draw", 0, 0.12),
 ]  # fmt: skip
@@ -120,12 +120,11 @@ def pipeline(path):
         axis.add_patch(boxes[-1])
         axis.text(x, y + 0.07, text, ha="center", va="center", fontsize=11, linespacing=1.3)
         axis.text(x, y - 0.19, name, ha="center", va="center", fontsize=9, family="monospace")
+    look = dict(arrowstyle="-|>", linewidth=1.5, color="black", shrinkA=1, shrinkB=1)
     for a, b, bend, words, dx, dy in ARROWS:
         (xa, ya), (xb, yb) = places[a], places[b]
-        look = dict(
-            arrowstyle="-|>", linewidth=1.5, color="black", connectionstyle=f"arc3,rad={bend}", shrinkA=1, shrinkB=1
-        )
-        axis.annotate("", (xb, yb), (xa, ya), arrowprops=look | dict(patchA=boxes[a], patchB=boxes[b]))
+        ends = dict(patchA=boxes[a], patchB=boxes[b], connectionstyle=f"arc3,rad={bend}")
+        axis.annotate("", (xb, yb), (xa, ya), arrowprops=look | ends)
         axis.text((xa + xb) / 2 + dx, (ya + yb) / 2 + dy, words, ha="center", va="center", fontsize=10)
     axis.text(-0.42, 0.4, "Dashed, blue: RULE.\nSolid, orange: what\nReRULE adds.", fontsize=11, va="center")
     axis.set(xlim=(-0.45, 4.45), ylim=(-0.3, 2.75))
@@ -145,7 +144,7 @@ def over_steps(r, path):
         ]
         for axis, (at, values) in zip(axes, [*drawn, (range(1, len(rewards[0]) + 1), rewards)], strict=True):
             lines(axis, at, values, color=COLOURS[method], linestyle=DASH[method], alpha=0.28,
-                  mean=dict(linewidth=2.8, label=f"{NAMES[method]}, mean of {len(values)} seeds"))  # fmt: skip
+                  thick=dict(linewidth=2.8, label=f"{NAMES[method]}, mean of {len(values)} seeds"))  # fmt: skip
     titles = {"Retain quality": "Recall on all neighbours, % (↑ better)",
               "Forget quality": "Refusals of forget probes, % (↑ better)",
               "Hard prompts, as training sees them": "Mean reward, 0–1 (↑ better)"}  # fmt: skip
@@ -163,7 +162,7 @@ def hard_rewards(base, method):
     for step, query, reward, _ in records.groups_of(base, method):
         if place.get(query) == "hard":
             by_step.setdefault(step, []).append(reward)
-    return smooth([records.mean(by_step.get(step, [])) for step in range(1, base["steps"] + 1)])
+    return smooth([mean(by_step.get(step, [])) for step in range(1, base["steps"] + 1)])
 
 
 def conditions(r, path):
@@ -226,17 +225,16 @@ def bars(axis, probes, scale, series):
            for region, hatch in (("easy", ""), ("hard", "//"))]  # fmt: skip
     width = 0.8 / len(bar)
     for at, (label, region, hatch, key, colour) in enumerate(bar):
+        found = {}  # place: a value a seed
         for place, model in enumerate(PROBED):
             values = [p[model][region][key] for p in probes if region in p[model] and p[model][region][key] is not None]
             if values:
-                x, values, shown = (
-                    place - 0.4 + width * (at + 0.5),
-                    scale * np.array(values),
-                    axis.get_legend_handles_labels()[1],
-                )
-                axis.bar(x, values.mean(), width * 0.92, color=colour, alpha=0.75, hatch=hatch, edgecolor="white",
-                         label=None if label in shown else label)  # fmt: skip
-                axis.scatter(np.full(len(values), x), values, s=9, color="black", alpha=0.55, zorder=3)
+                found[place - 0.4 + width * (at + 0.5)] = scale * np.array(values)
+        means = [values.mean() for values in found.values()]
+        axis.bar(list(found), means, width * 0.92, color=colour, alpha=0.75, hatch=hatch, edgecolor="white",
+                 label=label if found else None)  # fmt: skip
+        for x, values in found.items():
+            axis.scatter(np.full(len(values), x), values, s=9, color="black", alpha=0.55, zorder=3)
     axis.margins(y=0.2)  # room for the legend
     axis.set_xticks(range(len(PROBED)), PROBED.values())
     axis.legend(fontsize=9)

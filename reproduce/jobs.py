@@ -1,6 +1,5 @@
 """The workers: each job of the plan in a process of its own, some at a time, and the records that they leave."""
 
-import contextlib
 import gzip
 import importlib.metadata
 import json
@@ -14,6 +13,7 @@ import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from tqdm import tqdm
@@ -48,13 +48,9 @@ def work(job, runs, tofu_dir, about):
     import torch
 
     torch.set_num_threads(1)
-    folder, started = runs / job.name, time.perf_counter()
-    (runs / "logs").mkdir(parents=True, exist_ok=True)
-    with (
-        open(runs / "logs" / f"{job.name}.log", "a", encoding="utf-8") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-    ):
+    folder, path, started = runs / job.name, runs / "logs" / f"{job.name}.log", time.perf_counter()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             if job.family == "probe":
                 from reproduce.gradients import probe
@@ -162,7 +158,11 @@ def run_all(o, folder, records):
             bar.set_postfix_str(time_left(bar.total - bar.n, bar.n, bar.format_dict["elapsed"], o.workers))
             done, _ = wait(running, timeout=2, return_when=FIRST_COMPLETED)
             for future in done:
-                job, problem = running.pop(future), result_of(future)
+                job = running.pop(future)
+                try:
+                    problem = future.result()
+                except BrokenProcessPool:
+                    problem = "its process was killed, perhaps for want of memory"
                 if problem:
                     bar.write(f"{problem} (see {runs / 'logs' / job.name}.log)")
                     raise InputError(f"the run {job.name} failed; once that is mended, the same command goes on")
@@ -170,14 +170,6 @@ def run_all(o, folder, records):
                     records[job.name] = json.loads((runs / job.name / "record.json").read_text(encoding="utf-8"))
                 bar.update(round(job.cost))
     bar.close()
-
-
-def result_of(future):
-    """What a worker said, or that it was killed."""
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        return "its process was killed, perhaps for want of memory"
 
 
 def time_left(cost_left, cost_done, elapsed, workers):

@@ -21,7 +21,7 @@ import numpy as np
 
 from baselines.grid import score
 from engine.files import read_lines
-from engine.plots import NAMES
+from engine.plots import NAMES, mean
 
 LEVELS = "0123456789abcdefg"
 PARTS = ("rollout", "reference", "update", "replay")  # of a step, each with a clock
@@ -83,8 +83,8 @@ def short(value):
 
 def level(rewards):
     """A group's rewards as one character."""
-    mean = sum(rewards) / len(rewards)
-    return "=" if mean == 0.5 and len(set(rewards)) == 1 else LEVELS[round(16 * mean)]
+    average = sum(rewards) / len(rewards)
+    return "=" if average == 0.5 and len(set(rewards)) == 1 else LEVELS[round(16 * average)]
 
 
 def base36(query):
@@ -124,13 +124,9 @@ def arithmetic(rows):
     Replayed groups have about as many tokens as the step's own; those skipped cost nothing. No clock is in it, so a
     number of steps that follows from it is the same on every machine.
     """
-    used = [(row.get("replay_groups", 0) - row.get("replay_skipped", 0)) / groups_in(rows) for row in rows]
+    full = max([row.get("replay_groups", 0) for row in rows] + [1])  # what a full replay update draws: a step's groups
+    used = [(row.get("replay_groups", 0) - row.get("replay_skipped", 0)) / full for row in rows]
     return sum((5 + 3 * share) * row["response_tokens"] for row, share in zip(rows, used, strict=True))
-
-
-def groups_in(rows):
-    """Groups of a step: what a full replay update draws."""
-    return max([row.get("replay_groups", 0) for row in rows] + [1])
 
 
 def regions(base):
@@ -174,11 +170,6 @@ def groups_of(record, method, last=None):
     return found
 
 
-def mean(values):
-    values = [value for value in values if value is not None]
-    return sum(values) / len(values) if values else None
-
-
 def outcome(record, method, base):
     """The figures of one method in one run that tables compare; `base` is the base run of its seed."""
     row, ran = record["rows"].get(NAMES.get(method, method), {}), record["methods"].get(method)
@@ -219,15 +210,11 @@ class Results:
 
 
 def pooled(row, part, base):
-    """Recall of hard and easy neighbours together, on trained or held-out phrasings."""
-    n_hard = 22 if base is None else crossed(base)
+    """Recall of the 42 hard and easy neighbours together, on trained or held-out phrasings."""
+    args = base["args"] if base else ()
+    n_hard = int(args[args.index("--crossed") + 1]) if "--crossed" in args else 22
     hard, easy = row.get(f"hard_{part}_recall"), row.get(f"easy_{part}_recall")
     return (n_hard * (hard or 0) + (42 - n_hard) * (easy or 0)) / 42
-
-
-def crossed(base):
-    """How many of the 42 neighbours of this world have crossed names."""
-    return int(base["args"][base["args"].index("--crossed") + 1]) if "--crossed" in base["args"] else 22
 
 
 def difference(a, b):
@@ -347,9 +334,5 @@ def bound(record, base, method="rerule"):
     found = {"p_hard": p_hard, "n_on": n_on, "n_re": n_re, "clipped_share": ran["clipped_share"]}
     for name, kappa in (("clipped", ran["ess"]), ("unclipped", ran["ess_unclipped"])):
         n_eff = n_on + (kappa or 0.0) * n_re  # Eq. 29
-        found |= {
-            f"kappa_{name}": kappa,
-            f"n_eff_{name}": n_eff,
-            f"bound_{name}": sqrt(n_on / n_eff) if n_eff else None,
-        }
+        found |= {f"kappa_{name}": kappa, f"n_eff_{name}": n_eff, f"bound_{name}": n_eff and sqrt(n_on / n_eff) or None}
     return found

@@ -7,6 +7,7 @@ paper's tables and figures one by one, each with the command that makes it. A pa
 from pathlib import Path
 
 from engine.files import write_text
+from engine.plots import NAMES
 from reproduce import claims, figures, records, tables
 from reproduce.tables import LABELS, interval, scale, spread, table
 
@@ -79,7 +80,7 @@ def figure3(r, folder):
         return None
     figures.over_steps(r, folder / "steps.png")
     rows = []
-    for method, name in records.NAMES.items():
+    for method, name in NAMES.items():
         pairs = [records.instability(base["methods"][method]["evaluations"]) for base in bases]
         rows.append([name, *(spread([pair[at] for pair in pairs], 2) for at in (0, 1))])
     return {"table": table(["sd of retain quality over the last third ↓", "as it is", "about a straight line"], rows)}

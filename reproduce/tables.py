@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 from statistics import fmean, stdev
 
-from engine import plots
+from engine.plots import NAMES, mean, scatter
 from reproduce import claims, figures, records
 from reproduce.plan import RATES
-from reproduce.records import NAMES, PARTS, paired
+from reproduce.records import PARTS, paired
 
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
 LABELS = {
@@ -128,7 +128,7 @@ def methods(r, folder):
         paper = [PAPER[number].get(name, {}).get(key) for number, keys in theirs.items() for key in keys]
         lines.append([name + "†" * stopped, str(len(outcomes)), *tokens, *(column(outcomes, key) for key in COLUMNS),
                       *("" if value is None else f"{value:g}" for value in paper)])  # fmt: skip
-    plots.scatter(points, folder / "methods.png")
+    scatter(points, folder / "methods.png")
     header = ["", "seeds", "# tokens, forget", "retain", *COLUMNS.values(), "*paper:* RWKU forget ↓", "RWKU retain ↑",
               "MUSE KnowMem ↓", "MUSE utility ↑", "TOFU FQ ↑", "TOFU MU ↑", "TOFU F-RL ↓"]  # fmt: skip
     return {"table": table(header, lines)}
@@ -142,9 +142,9 @@ def table3(r, folder):
     figures.hardest(base, folder / "hardest.png")
     rows = []
     for query, kind, prompt, answer in base["cases"]:
-        late = [records.mean(reward for _, q, reward, _ in records.groups_of(base, m, last=True) if q == query)
+        late = [mean(reward for _, q, reward, _ in records.groups_of(base, m, last=True) if q == query)
                 for m in NAMES]  # fmt: skip
-        shown = [records.mean(records.before_replay(base)[query]), *late]
+        shown = [mean(records.before_replay(base)[query]), *late]
         shown = ["–" if value is None else f"{value:.2f}" for value in shown]
         rows.append([prompt, answer, "reject" if kind == "forget" else "normal", *shown])
     gain = claims.figure(paired(r.of("base"), r.of("base", "rule"), "late_cases"))
@@ -181,7 +181,7 @@ def table7(r, folder):
         if ours[0]:
             runs = r.runs(family).values()
             seconds = [[run["methods"]["rerule"][f"seconds_{part}"] for part in PARTS] for run in runs]
-            parts = [100 * records.mean(row[at] / sum(row) for row in seconds) for at in range(len(PARTS))]
+            parts = [100 * mean(row[at] / sum(row) for row in seconds) for at in range(len(PARTS))]
             rows.append([label, *(column(o, "seconds_stage2") + " s" for o in ours),
                          f"{interval(stat)} %" if stat else "–", *(f"{part:.0f} %" for part in parts)])  # fmt: skip
     for name, row in PAPER["table7"].items():
@@ -223,10 +223,11 @@ def longer(r):
     clock = [ours[s]["seconds_stage2"] / o["seconds_stage2"] for s, o in r.of("base", "rule").items() if s in ours]
     methods = [run["methods"] for run in r.runs("select").values()]
     ratios = [found["rerule"]["arithmetic"] / found["rule"]["arithmetic"] for found in methods]
+    steps, ratio = next(iter(runs.values()))["steps"], sorted(ratios)[len(ratios) // 2] if ratios else float("nan")
     return (
-        f"\n\nRULE with as much arithmetic takes {next(iter(runs.values()))['steps']} steps: on the selection seeds ReRULE "
-        f"computed {sorted(ratios)[len(ratios) // 2] if ratios else float('nan'):.2f} times RULE's token positions (sampling "
-        f"and π_ref one forward each, updates three). By the clock it took {records.mean(clock):.2f} times as long here."
+        f"\n\nRULE with as much arithmetic takes {steps} steps: on the selection seeds ReRULE computed {ratio:.2f} "
+        "times RULE's token positions (sampling and π_ref one forward each, updates three). By the clock it took "
+        f"{mean(clock):.2f} times as long here."
     )
 
 

@@ -1,0 +1,84 @@
+"""The report: its text and figures from made-up records."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+from made_up import CHOSEN, made_up, options
+from PIL import Image
+
+from reproduce import figures, plan, report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def records(monkeypatch):
+    monkeypatch.setattr(plan, "choose", lambda *_: CHOSEN)
+    jobs = plan.all_jobs(options(seeds=3), {})
+    return {job.name: made_up(job) for job in jobs}, jobs
+
+
+def test_the_report_has_every_part_and_is_the_same_again(records, tmp_path):
+    runs, jobs = records
+    report.write(tmp_path, options(seeds=3), runs, jobs)
+    text, pictures = (tmp_path / "report.md").read_text(), {p.name: p.read_bytes() for p in tmp_path.glob("*.png")}
+    assert "Not run" not in text and "not run" not in text and "missing" not in text
+    for number in (1, 3, 4, 6, 7, 8):
+        assert f"Table {number}" in text or f"Tables {number}," in text
+    assert all(f"Figure {number}" in text for number in (1, 2, 3))
+    assert all(f"({name})" in text for name in pictures) and len(pictures) == 8
+    assert "commit c0ffee" in text and "python -m reproduce --seeds 3 --tofu_dir DATA/tofu" in text
+    assert sum(line.startswith("| ") and line.endswith("` |") for line in text.splitlines()) >= 14  # claims
+    assert "nan" not in text
+    report.write(tmp_path, options(seeds=3), runs, jobs)
+    assert (tmp_path / "report.md").read_text() == text
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*.png")} == pictures
+
+
+def test_the_report_says_what_is_missing(records, tmp_path):
+    runs, jobs = records
+    runs = {name: run for name, run in runs.items() if run["family"] in ("base", "random")}
+    report.write(tmp_path, options(seeds=3), runs, jobs)
+    text = (tmp_path / "report.md").read_text()
+    assert f"{len(jobs) - 6} of {len(jobs)} runs are missing" in text
+    assert text.count("Not run") >= 5 and "**not run**" in text
+    report.write(tmp_path, options(seeds=3), {}, jobs)
+    assert "No runs yet" in (tmp_path / "report.md").read_text()
+
+
+def test_every_function_in_the_pipelines_picture_exists():
+    for name in figures.BOXES:
+        module, function = name.split(".")
+        assert callable(getattr(importlib.import_module(module), function)), name
+
+
+def test_the_papers_figures():
+    paper = json.loads((ROOT / "reproduce" / "paper.json").read_text(encoding="utf-8"))
+    assert paper["table2"]["ReRULE"]["utility"] - paper["table2"]["RULE"]["utility"] == pytest.approx(9.9)
+    assert paper["table1"]["RULE"]["forget_all"] == pytest.approx((28.0 + 16.8 + 38.3) / 3, abs=0.05)
+    assert paper["table5"]["ReRULE"] == {"forget_quality": 0.165, "model_utility": 0.6076, "forget_rouge_l": 0.1322}
+
+
+def test_every_command_in_the_text_is_one(records):
+    text = (ROOT / "reproduce" / "template.md").read_text(encoding="utf-8")
+    named = re.findall(r"--only (\w+)", text)
+    assert len(named) == len(report.PARTS) and set(named) <= set(plan.SECTIONS)
+
+
+def test_the_pipelines_arrows_follow_the_steps():
+    """1 → 2 → 3 → 4, then 5 and 6 for ReRULE alone, whose next step follows 6; RULE's follows 4."""
+    numbers = [text[0] for *_, text in figures.BOXES.values()]
+    steps = {(numbers[a], numbers[b]) for a, b, *_ in figures.ARROWS}
+    assert {(str(n), str(n + 1)) for n in range(1, 6)} | {("4", "1"), ("6", "1"), ("6", "B"), ("B", "5")} <= steps
+    assert len(steps) == 10  # and Stage 1 before them
+
+
+def test_the_committed_figures_are_sharp_and_small():
+    for path in (ROOT / "results").glob("*.png"):
+        assert path.stat().st_size < 300_000, path.name
+        with Image.open(path) as picture:
+            least = 200 if path.stem in ("pipeline", "gains") else 150
+            assert round(picture.info["dpi"][0]) >= least, path.name
