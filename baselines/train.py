@@ -38,7 +38,7 @@ def learning_rate(config, method):
     for benchmark in (Config.benchmark, config.benchmark):  # the default world has a rate for every method
         path = RATES / f"rates_{benchmark}.json"
         chosen |= json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return chosen[method]["best"]
+    return chosen.get(method, {"best": 1e-5})["best"]
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------

@@ -6,23 +6,14 @@ from data import encode_pair, encode_prompt
 
 def check_model(model, tokenizer, config, benchmark, prompts, probes):
     """Raise InputError where a given model can hold no prompt with its answer, of training or of evaluation."""
-    context = getattr(model.config, "max_position_embeddings", None)
-    check_lengths(tokenizer, prompts, config.max_new_tokens, context)
-    check_ids(model, tokenizer, [encode_prompt(tokenizer, prompt) for prompt in prompts], [0] * len(prompts))
-    needed = context_needed(tokenizer, benchmark, probes)
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    check_ids(model, tokenizer, rows, [config.max_new_tokens] * len(rows))
+    context, needed = (
+        getattr(model.config, "max_position_embeddings", None),
+        context_needed(tokenizer, benchmark, probes),
+    )
     if context and needed > context:
         raise InputError(f"--model {config.model}: its context is {context} tokens, evaluation needs {needed}")
-
-
-def check_lengths(tokenizer, prompts, max_new_tokens, context):
-    """Raise InputError if a prompt and its response exceed the model's context of `context` tokens (None: no limit)."""
-    longest = max(prompts, key=lambda p: len(encode_prompt(tokenizer, p)))
-    length = len(encode_prompt(tokenizer, longest))
-    if context and length + max_new_tokens > context:
-        raise InputError(
-            f"a prompt of {length} tokens and --max_new_tokens {max_new_tokens} exceed the model's context of "
-            f"{context}: {longest.plain[-60:]!r}"
-        )
 
 
 def check_ids(model, tokenizer, rows, limits):
@@ -33,7 +24,7 @@ def check_ids(model, tokenizer, rows, limits):
     context = getattr(model.config, "max_position_embeddings", None)
     length, i = max((len(row) + limit, i) for i, (row, limit) in enumerate(zip(rows, limits, strict=True)))
     if context and length > context:
-        more = f" with {limits[i]} more to write (--max_new_tokens)" if limits[i] else ""
+        more = f" with {limits[i]} more to write (--max_new_tokens {limits[i]})" if limits[i] else ""
         raise InputError(
             f"{len(rows[i])} tokens{more} exceed the model's context of {context}: …{tokenizer.decode(rows[i])[-60:]!r}"
         )

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import grpo
+from engine.files import RANK
 from grpo import Batch, left_pad, next_token, positions
 
 CHUNK = 256  # tokens whose logits are held at a time
@@ -43,12 +44,13 @@ def choose(model, what, told):
         line = f"{chosen[what].__name__}{f': {fast.__name__} {wrong}' if wrong else ': gives the plain numbers'}"
         if told.get(key) != line:
             told[key] = line
-            print(f"{key}: {line}", file=sys.stderr)
+            if not RANK:
+                print(f"{key}: {line}", file=sys.stderr)
     return chosen[what]
 
 
 def compare(model, fast, plain, attempt):
-    """ "" if both ways give the same log-probabilities in one attempt on random tokens, else what is wrong."""
+    """What is wrong with the fast way in one attempt on random tokens; "" where it gives the plain numbers."""
     try:
         with torch.no_grad():
             difference = attempt(model, fast, plain)

@@ -60,10 +60,10 @@ class Ranks(Engine):
 
     @contextmanager
     def session(self):
-        backend, on_gpu, told = "gloo", self.device.type == "cuda", signal.getsignal(signal.SIGTERM)
+        backend, on_gpu, launched = "gloo", self.device.type == "cuda", {"RANK", "WORLD_SIZE"} <= set(os.environ)
         if on_gpu:
             backend = "cpu:gloo,cuda:nccl"
-        if {"RANK", "WORLD_SIZE"} <= set(os.environ):
+        if launched:
             if on_gpu:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             dist.init_process_group(backend, timeout=TIMEOUT)
@@ -82,7 +82,8 @@ class Ranks(Engine):
             raise
         finally:
             sys.stdout = stdout
-            signal.signal(signal.SIGTERM, told)
+            if launched:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # without its group a rank has nothing to say
             dist.destroy_process_group()
 
     # models

@@ -75,6 +75,7 @@ from engine.model import quicken
 from engine.process import Engine
 
 VOCABULARY, N_PROMPTS, PROMPTS_PER_STEP, GROUP, LR = 1000, 320, 32, 8, 2e-6
+PARTS = {"gen_s": "rollout", "ref_s": "reference", "update_s": "update", "replay_s": "replay"}  # → a phase's clocks
 SHAPES = {"short": (12, 24), "rwku": (64, 32)}  # prompt tokens, longest response
 REWARDED = re.compile(r"\bw[1-6]77\b")
 peak_rss_mb = lambda: round(getrusage(RUSAGE_SELF).ru_maxrss / 1024)  # noqa: E731
@@ -115,21 +116,20 @@ def stage2_config(o):
 
 def time_stage2(o, model, reference, tokenizer, peer_step):
     """The driver's own loop; after each step `peer_step()` has its turn. Returns one row for each timed step."""
-    rows, started = [], [0.0]
+    rows = []
 
     def write(row):
-        rows.append(row | {"step_s": time.perf_counter() - started[0]})
+        spent = sum(row.get(f"seconds_{part}", 0.0) for part in PARTS.values())
+        rows.append(row | {"step_s": spent})  # without the log's own columns, which the peer does not have
         peer_step()
-        started[0] = time.perf_counter()
 
     logs = {"metrics": SimpleNamespace(write=write), "samples": SimpleNamespace(write=lambda row: None)}
     config = stage2_config(o)
     run = SimpleNamespace(config=config, engine=Engine("cpu", config.max_tokens), state={"phase": None}, **logs)
     queries = [Query(Prompt(None, text), text, "boundary") for text in build_prompts(o.shape)]
-    method, started[0] = "rerule" if o.replay else "rule", time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
         rerule.stage2(
-            run, method, model, reference, tokenizer, Training([], queries),
+            run, "rerule" if o.replay else "rule", model, reference, tokenizer, Training([], queries),
             reward=lambda query, text: float(bool(REWARDED.search(text))),
         )  # fmt: skip
     return rows[o.warmup :]
@@ -245,9 +245,8 @@ def main(o):
         rows = time_stage2(o, model, reference.requires_grad_(False), build_tokenizer(), peer_step)
     rate = max(rate, matmul_rate())
     result = {name: getattr(o, name) for name in ("shape", "hidden", "layers", "threads", "steps", "max_tokens")}
-    names = {"gen_s": "rollout", "ref_s": "reference", "update_s": "update", "replay_s": "replay"}
     for row in rows:
-        row |= {name: row.get(f"seconds_{phase}", 0.0) for name, phase in names.items()}
+        row |= {name: row.get(f"seconds_{phase}", 0.0) for name, phase in PARTS.items()}
         row |= {"update_group_s": row["update_s"] / PROMPTS_PER_STEP, "tokens_per_step": row["response_tokens"]}
         row["tokens_per_s"] = row["tokens_per_step"] / row["step_s"]
         needed = step_operations(model, o.shape, row["tokens_per_step"]) / rate  # seconds at the peak
@@ -258,7 +257,7 @@ def main(o):
     more = ["update_group_s", "tokens_per_step", "tokens_per_s", "matmul_peak_share"]
     more += ["replay_group_s", "replay_skipped"] * all("replay_group_s" in row for row in rows)
     medians = lambda rows, names: {name: round(median(row[name] for row in rows), 4) for name in names}  # noqa: E731
-    result |= medians(rows, ["step_s", *names, *more]) | {"peak_rss_mb": peak_rss_mb()}
+    result |= medians(rows, ["step_s", *PARTS, *more]) | {"peak_rss_mb": peak_rss_mb()}
     if o.peer:
         result["peer"] = medians(peer_rows[o.warmup :], peer_rows[0])
         result["peer_over_ours"] = round(result["peer"]["step_s"] / result["step_s"], 2)

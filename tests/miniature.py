@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import sys
 
 FLAGS = (
     "--tiny_epochs 6 --tiny_hidden 32 --tiny_layers 1 "
@@ -20,31 +19,27 @@ def driver(*argv):
     import rerule
 
     torch.set_num_threads(1)
-    before, sys.argv = sys.argv, ["rerule.py", *map(str, argv)]
-    try:
-        rerule.main()
-    finally:
-        sys.argv = before
+    rerule.main(rerule.configure([str(flag) for flag in argv]))
 
 
 def main(*argv):
     """Run the driver on a small world with FLAGS and then `argv`."""
-    import world
+    from benchmarks import builtin
 
     sizes = dict(N_TARGETS=3, N_HARD=3, N_EASY=3, N_UNKNOWN=2)
-    before = {name: getattr(world, name) for name in sizes}
-    vars(world).update(sizes)
+    before = {name: getattr(builtin, name) for name in sizes}
+    vars(builtin).update(sizes)
     try:
         driver(*FLAGS, *argv)
     finally:
-        vars(world).update(before)
+        vars(builtin).update(before)
 
 
 def child(argv, kill_at):
     """`main`, killed with SIGKILL once the row (method, step) is logged, or halfway through the n-th ("save", n)."""
-    import files
+    from engine import files, run
 
-    write, save, saves = files.Log.write, files.torch.save, []
+    write, save, saves = files.Log.write, run.torch.save, []
 
     def killing_write(log, row):
         write(log, row)
@@ -60,7 +55,7 @@ def child(argv, kill_at):
             os.kill(os.getpid(), signal.SIGKILL)
         save(state, file)
 
-    files.Log.write, files.torch.save = killing_write, killing_save
+    files.Log.write, run.torch.save = killing_write, killing_save
     main(*argv)
 
 

@@ -1,87 +1,107 @@
-"""Processes of test_parallel.py: pieces of the driver, or all of it, under torchrun; a step whose memory is taken."""
+"""Processes of tests/scale: pieces of the driver, or all of it, under torchrun; a step whose memory is taken."""
 
 import os
 import re
 import signal
 import sys
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
-import config as settings  # noqa: E402  # first, as in the driver
-
-# isort: split
 import torch  # noqa: E402
 from miniature import main  # noqa: E402
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-import files  # noqa: E402
 import grpo  # noqa: E402
-import memory  # noqa: E402
-import parallel  # noqa: E402
 import rerule  # noqa: E402
-import run  # noqa: E402
+from config import Config  # noqa: E402
+from engine import fast, files, run  # noqa: E402
+from engine.flags import run_command  # noqa: E402
+from engine.model import optimizer_for  # noqa: E402
+from engine.process import Engine  # noqa: E402
+from replay import ReplayBuffer  # noqa: E402
+from scale import memory  # noqa: E402
 
 
-def steps(folder, name, *ways):
-    """`step` on each model in the folder, in each way: files KIND.NAME.WAY.pt."""
-    torch.set_num_threads(1)
+def one(folder, *ways):
+    """`step` on each model in the folder, each way with the engine that the driver would start."""
     for flags in ways:
-        with parallel.session(torch.device("cpu"), "offload" in flags) if name == "one" else nullcontext():
-            for kind in ("llama", "qwen2", "gpt2"):
-                step(Path(folder) / kind, Path(folder) / f"{kind}.{name}.{flags}.pt", *flags.split())
+        engine = run.start(config_of(flags))
+        with engine.session():
+            steps(engine, folder, "one", flags)
 
 
-def two(*argv):
-    with parallel.session(torch.device("cpu"), False):
-        steps(*argv)
+def two(folder, *ways):
+    """The same on the ranks of torchrun, which meet once."""
+    engine = run.start(config_of(""))
+    with engine.session():
+        for flags in ways:
+            steps(engine, folder, "two", flags)
 
 
-def step(folder, out, *flags):
+def config_of(flags, **more):
+    flags = {"gradient_checkpointing": "checkpoint" in flags, "offload": "offload" in flags}
+    return Config(device="cpu", max_tokens=40, rollout_prompts=2, **flags, **more)
+
+
+def steps(engine, folder, name, flags):
+    """Files KIND.NAME.FLAGS.pt."""
+    torch.set_num_threads(1)
+    for kind in ("llama", "qwen2", "gpt2"):
+        step(engine, config_of(flags), Path(folder) / kind, Path(folder) / f"{kind}.{name}.{flags}.pt")
+
+
+def step(engine, config, folder, out):
     """A step of Stage 2 on the model in a folder, at fixed rewards: its draws, gradients, and the weights after it."""
-    config = settings.Config(max_tokens=40, gradient_checkpointing="checkpoint" in flags, offload="offload" in flags)
-    reference = run.load_model(folder, torch.device("cpu"))[0].requires_grad_(False)
-    model = run.load_model(folder, torch.device("cpu"), training=config)[0]
+    reference = engine.load(folder)[0].requires_grad_(False)
+    model = engine.load(folder, training=config)[0]
+    logprobs_of = engine.logprobs(1.0)
     prompts = [[3, 4], [5, 6, 7], [8, 9, 10, 11, 12], [4, 4, 4], [7]]
     gather, gathers = _fsdp_param_group.foreach_all_gather, []
     _fsdp_param_group.foreach_all_gather = lambda *parts: (gathers.append(0), gather(*parts))[1]
-    drawn = grpo.sample(model, prompts, 4, 6, [2], 1.0, torch.Generator().manual_seed(0), 2)
+    drawn = engine.sample(model, prompts, 4, 6, [2], 1.0, torch.Generator().manual_seed(0))
     _fsdp_param_group.foreach_all_gather = gather
-    rewards = (torch.arange(20).view(5, 4) * 7 % 3) / 2
-    advantages = grpo.group_advantages(rewards)
-    groups = [
-        grpo.RolloutGroup(n, torch.tensor(p), *(t[n].clone() for t in drawn), None, rewards[n], advantages[n], 1)
-        for n, p in enumerate(prompts)
-    ]
-    grpo.add_reference(reference, groups, 1.0, config.max_tokens)
+    groups = with_rewards(prompts, drawn, (torch.arange(20).view(5, 4) * 7 % 3) / 2)
+    grpo.add_reference(reference, engine.batches(reference, groups), logprobs_of)
+    engine.complete(groups)
     for group in groups:
         group.ref_logprobs += 0.3  # as if the policy had moved: the KL term has a gradient
     found = {
         "gathers": len(gathers),
-        "blocks": len(parallel.blocks(model)),
+        "blocks": len(fast.blocks(model)),
         "drawn": drawn,
         "ref": [group.ref_logprobs for group in groups],
     }
-    found["on"] = rerule.on_policy_gradient(model, groups, config, rerule.counts_of(groups, config))
-    found["gradients"] = {name: parallel.whole(p.grad).clone() for name, p in model.named_parameters()}
-    optimizer = run.optimizer_for(model, 2e-3, 0.01)
-    found["norm"] = run.optimizer_step(model, optimizer, 0.1)  # small: clipping acts
-    for part, flag in (
-        (groups[:1], {}),
-        (groups, {}),
-        (groups, {"is_normalize": True}),
-    ):  # one group for two ranks; all
-        off = settings.Config(max_tokens=40, **flag)
-        used, ratios = rerule.off_policy_gradient(model, part, off, rerule.counts_of(part, off))
-        found[f"off {flag} {len(part)}"] = (float(used), *ratios.values())
-        found[f"norm {flag} {len(part)}"] = run.optimizer_step(model, optimizer, 0.1)
-    bare, weights = parallel.plain(model)
+    for name, part in (("one group", groups[:1]), ("gradients", groups)):  # five micro-batches, or one for all ranks
+        model.zero_grad()
+        batches = engine.batches(model, part)
+        loss, kl, gap = engine.reduce(*grpo.on_policy_gradient(model, batches, config.kl_coef, logprobs_of))
+        found[name] = {name: engine.whole(p.grad).clone() for name, p in model.named_parameters()}
+    found["on"] = loss, kl / grpo.counts(groups)[1], gap
+    optimizer = optimizer_for(model, 2e-3, 0.01)
+    update = partial(engine.step, model, optimizer, 0.1)  # small: clipping acts
+    found["norm"] = update()
+    for part, flag in ((groups[:1], {}), (groups, {}), (groups, {"normalize_ratio": True})):  # one for two ranks; all
+        off, buffer = config_of("", **flag), ReplayBuffer(len(part))
+        buffer.ring.extend(part)
+        row = rerule.replay_update(engine, model, buffer, groups, update, logprobs_of, off, 1)
+        found[f"off {flag} {len(part)}"] = tuple(row.values())
+    bare, weights = engine.plain(model)
     found["weights"] = {name: tensor.clone() for name, tensor in (weights or bare.state_dict()).items()}
-    if parallel.rank() == 0:
+    if files.RANK == 0:
         torch.save(found, out)
+
+
+def with_rewards(prompts, drawn, rewards):
+    """What an engine has drawn (N, G, T) as groups with rewards (N, G)."""
+    advantages = grpo.group_advantages(rewards)
+    return [
+        grpo.RolloutGroup(n, 1, torch.tensor(p), *(t[n].clone() for t in drawn), None, rewards[n], advantages[n])
+        for n, p in enumerate(prompts)
+    ]
 
 
 def drive(kill, *argv):
@@ -95,7 +115,7 @@ def drive(kill, *argv):
         if "loss" in row and (row["method"], row["step"]) == (method, int(at)):
             if rank == "stop":
                 raise KeyboardInterrupt
-            if int(rank) == parallel.rank():
+            if int(rank) == files.RANK:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     files.Log.write = killing_write
@@ -113,7 +133,7 @@ def measure(checkpointing, hidden=768, layers=6, vocabulary=2000):
         vocab_size=int(vocabulary), hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=int(layers),
         num_attention_heads=8, max_position_embeddings=512,
     )  # fmt: skip
-    config = settings.Config(prompts_per_step=2, group_size=4, max_new_tokens=8, max_tokens=128, lr=2e-6)
+    config = Config(prompts_per_step=2, group_size=4, max_new_tokens=8, max_tokens=128, lr=2e-6)
     config.gradient_checkpointing = checkpointing
     planned = memory.plan(memory.seen(architecture, config, on_gpu=False), config, 0, False)["most at once"][1]
     sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=40)
@@ -122,7 +142,7 @@ def measure(checkpointing, hidden=768, layers=6, vocabulary=2000):
     before = memory_of("VmRSS")
     model, reference = LlamaForCausalLM(architecture).eval(), LlamaForCausalLM(architecture).eval()
     if checkpointing:
-        parallel.checkpoint_layers(model)
+        fast.checkpoint_layers(model)
     update(model, reference.requires_grad_(False), config)
     print(planned, memory_of("VmHWM") - before)  # getrusage's peak is inherited from the process that started this one
 
@@ -134,21 +154,18 @@ def memory_of(name):
 
 def update(model, reference, config):
     """A step of Stage 2 without a tokenizer, twice."""
+    engine = Engine("cpu", config.max_tokens)
+    logprobs_of, optimizer = engine.logprobs(1.0), optimizer_for(model, config.lr, 0.0)
     prompts = [torch.randint(model.config.vocab_size, (64,)).tolist() for _ in range(config.prompts_per_step)]
-    optimizer = run.optimizer_for(model, config.lr, 0.0)
     for _ in range(2):
-        drawn = grpo.sample(model, prompts, config.group_size, config.max_new_tokens, [], 1.0, torch.Generator())
+        drawn = engine.sample(model, prompts, config.group_size, config.max_new_tokens, [], 1.0, torch.Generator())
         rewards = torch.tensor([0.0, 1.0]).repeat(len(prompts), config.group_size // 2)
-        advantages = grpo.group_advantages(rewards)
-        groups = [
-            grpo.RolloutGroup(n, torch.tensor(p), *(t[n].clone() for t in drawn), None, rewards[n], advantages[n], 1)
-            for n, p in enumerate(prompts)
-        ]
-        grpo.add_reference(reference, groups, 1.0, config.max_tokens)
-        rerule.on_policy_gradient(model, groups, config, rerule.counts_of(groups, config))
-        run.optimizer_step(model, optimizer, 1.0)
+        groups = with_rewards(prompts, drawn, rewards)
+        grpo.add_reference(reference, engine.batches(reference, groups), logprobs_of)
+        grpo.on_policy_gradient(model, engine.batches(model, groups), config.kl_coef, logprobs_of)
+        engine.step(model, optimizer, 1.0)
 
 
 if __name__ == "__main__":
     what = {"two": two, "drive": drive, "measure": measure}[sys.argv[1]]
-    files.exit_on_input_error(lambda: what(*sys.argv[2:]))
+    run_command(lambda: what(*sys.argv[2:]))

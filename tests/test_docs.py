@@ -1,10 +1,13 @@
 """README and docs/ name files, flags, functions and tests: all exist, and every page is in the README's list."""
 
+import ast
 import dataclasses
 import fnmatch
 import importlib
+import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -96,7 +99,7 @@ def rows(page, columns):
 def test_every_function_and_test_of_the_equations_exists():
     checked = 0
     for equation, functions, tests in rows(ROOT / "docs" / "equations.md", 3)[1:]:
-        for name in re.findall(r"`([\w.]+)`", functions):
+        for name in re.findall(r"`(\w+(?:\.\w+)+)`", functions):
             found(name)
             checked += 1
         for path, pattern in re.findall(r"`(tests/[\w/]+\.py)(?:::([\w*]+))?`", tests):
@@ -118,3 +121,20 @@ def test_every_open_choice_and_every_field_of_a_benchmark_is_told():
     assert {field.name for field in dataclasses.fields(config.Choices)} <= named(choices)
     fields = {row[0].strip("`") for row in rows(ROOT / "docs" / "benchmarks.md", 3)}
     assert {field.name for field in dataclasses.fields(data.Benchmark)} <= fields
+
+
+def test_every_module_with_deviations_is_in_the_table_of_them():
+    modules = {path for folder in ("", "*/") for path in ROOT.glob(f"{folder}*.py") if path.parent.name != "tests"}
+    with_some = {path for path in modules if "\nDeviations" in (ast.get_docstring(ast.parse(text(path))) or "")}
+    listed = re.findall(r"^\| \[([\w/]+\.py)\]", text(ROOT / "docs" / "choices.md"), re.MULTILINE)
+    assert {ROOT / name for name in listed} == with_some
+
+
+def test_the_example_of_a_benchmark_is_one(tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", text(ROOT / "docs" / "benchmarks.md"), flags=re.DOTALL)
+    exec(block, module := {})
+    rows = [{"question": q, "answer": q.lower(), "forget": q < "C"} for q in ("A?", "B?", "C?")]
+    (tmp_path / "trivia.json").write_text(json.dumps(rows))
+    found, o = module["BENCHMARK"], SimpleNamespace(data_dir=str(tmp_path), seed=0)
+    assert [query.kind for query in found.train(o).queries] == ["forget", "forget", "boundary"]
+    assert len(found.train(o).refusals) == 2 and [probe.forget for probe in found.probes(o)] == [True, True, False]

@@ -372,7 +372,7 @@ def test_prompts_longer_than_the_context(refused, folders, saved, benchmark):
 
 def test_answers_longer_than_the_context(refused, folders, saved):
     """The preset of TOFU: 256 new tokens."""
-    assert "--max_new_tokens 256 exceed the model's context of 16" in refused(
+    assert "with 256 more to write (--max_new_tokens 256) exceed the model's context of 16" in refused(
         *tofu(folders, "--model", saved / "short")
     )
 

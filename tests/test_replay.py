@@ -1,20 +1,38 @@
 """The ring, the hard-case test, activation, Eq. 5 and κ, against hand-worked numbers."""
 
+import io
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import make_groups, naive_logprobs, tiny
 
+import grpo
 import replay
+import rerule
+from config import Config
+from data import Prompt, Query, Training
+from engine.process import Engine
 from grpo import RolloutGroup
+
+plain_logprobs = partial(grpo.response_logprobs, temperature=1.0)
 
 
 def group(step, rewards=(0.0, 1.0)):
     n = len(rewards)
     return RolloutGroup(
-        step, torch.tensor([1]), torch.ones(n, 2, dtype=torch.long), torch.ones(n, 2, dtype=torch.bool),
-        torch.zeros(n, 2), None, torch.tensor(rewards), torch.zeros(n), step,
+        step, step, torch.tensor([1]), torch.ones(n, 2, dtype=torch.long), torch.ones(n, 2, dtype=torch.bool),
+        torch.zeros(n, 2), None, torch.tensor(rewards), torch.zeros(n),
     )  # fmt: skip
+
+
+def steps_of(groups):
+    return [group.step for group in groups]
+
+
+HARD, EASY, UNEQUAL = [0.0, 0.0], [1.0, 1.0], [0.0, 0.5]  # rewards, for τ = 0.6
 
 
 def rng(seed=0):
@@ -24,20 +42,21 @@ def rng(seed=0):
 def test_ring_drops_the_oldest():
     ring = replay.ReplayBuffer(3)
     for step in range(5):
-        ring.add([group(step)])
-    assert [g.step for g in ring.ring] == [2, 3, 4] and len(ring) == 3
+        ring.store([group(step)], 0.6, rng())
+    assert steps_of(ring.ring) == [2, 3, 4] and len(ring) == 3
 
 
 def test_sampling_is_uniform_without_replacement():
-    ring = replay.ReplayBuffer(10, [group(step) for step in range(6)])
+    ring = replay.ReplayBuffer(10)
+    ring.store([group(step) for step in range(6)], 0.6, rng())
     counts, generator = [0] * 6, rng()
     for _ in range(3000):
-        drawn = [g.step for g in ring.sample(2, generator)]
+        drawn = steps_of(ring.draw(2, [], generator))
         assert len(set(drawn)) == 2
         for step in drawn:
             counts[step] += 1
     assert all(abs(count - 1000) < 120 for count in counts)  # 5 standard deviations of a binomial(3000, 1/3)
-    assert sorted(g.step for g in ring.sample(99, rng())) == list(range(6))
+    assert sorted(steps_of(ring.draw(99, [], rng()))) == list(range(6))
 
 
 def test_hard_is_strictly_below_tau():
@@ -47,11 +66,64 @@ def test_hard_is_strictly_below_tau():
 
 
 def test_random_storage_keeps_as_many_as_are_hard():
-    groups = [group(i, [0.0, 0.0] if i < 3 else [1.0, 1.0]) for i in range(20)]
-    assert [g.step for g in replay.groups_to_store(groups, 0.6, "hard", rng())] == [0, 1, 2]
-    drawn = [tuple(g.step for g in replay.groups_to_store(groups, 0.6, "random", rng(s))) for s in range(20)]
+    groups = [group(i, HARD if i < 3 else EASY) for i in range(20)]
+    assert steps_of(replay.hard_groups(groups, 0.6)) == [0, 1, 2]
+    drawn = [tuple(steps_of(replay.random_groups(groups, 0.6, rng(s)))) for s in range(20)]
     assert {len(steps) for steps in drawn} == {3} and len(set(drawn)) > 10
     assert any(step >= 3 for steps in drawn for step in steps)
+
+
+def test_unequal_storage_leaves_out_groups_without_a_gradient():
+    groups = [group(0, HARD), group(1, UNEQUAL), group(2, EASY), group(3, UNEQUAL)]
+    assert steps_of(replay.unequal_groups(groups, 0.6)) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "control, stored, drawn",
+    [
+        ("hard", [0, 1], [0, 1]),
+        ("unequal", [1], [1]),
+        ("recent", [0, 1], [0, 1, 2]),
+        ("current", [0, 1], [7]),
+        ("none", [0, 1], []),
+    ],
+)
+def test_what_each_control_stores_of_a_step_and_draws_from_in_the_next(control, stored, drawn):
+    ring = replay.ReplayBuffer(10, control)
+    ring.store([group(0, HARD), group(1, UNEQUAL), group(2, EASY)], 0.6, rng())
+    assert steps_of(ring.ring) == stored and len(ring) == len(stored)
+    assert sorted(steps_of(ring.draw(9, [group(7)], rng()))) == drawn
+
+
+def test_a_random_control_stores_by_the_generator_it_is_given():
+    groups = [group(i, HARD if i < 3 else EASY) for i in range(20)]
+    ring = replay.ReplayBuffer(10, "random")
+    ring.store(groups, 0.6, rng(4))
+    assert steps_of(ring.ring) == steps_of(replay.random_groups(groups, 0.6, rng(4))) and len(ring) == 3
+
+
+def test_a_closed_buffer_stores_nothing_yet_knows_the_step_before():
+    ring = replay.ReplayBuffer(10, "recent")
+    ring.store([group(0, HARD)], 0.6, rng())
+    ring.store([group(1, HARD)], 0.6, rng(), closed=True)
+    assert steps_of(ring.ring) == [0] and steps_of(ring.draw(9, [], rng())) == [1]
+
+
+def test_a_buffer_of_a_saved_state_is_the_one_that_was_saved():
+    ring, again, file = replay.ReplayBuffer(2), replay.ReplayBuffer(2), io.BytesIO()
+    for step in range(3):
+        stored = group(step, UNEQUAL)
+        stored.old_logprobs, stored.texts = torch.randn(2, 2), ["a b", "é"]
+        ring.store([stored], 0.6, rng())
+    torch.save(ring.state(), file)
+    file.seek(0)
+    again.restore(torch.load(file, weights_only=True))
+    assert steps_of(again.ring) == [1, 2] and steps_of(again.previous) == [2]
+    for one, other in zip(ring.ring, again.ring, strict=True):
+        assert torch.equal(one.old_logprobs, other.old_logprobs) and one.texts == other.texts
+        assert other.ref_logprobs is None and other.mask.dtype == torch.bool
+    again.store([group(9, HARD)], 0.6, rng())
+    assert steps_of(again.ring) == [2, 9]  # still a ring of two
 
 
 def test_activation_needs_both_size_and_warm_up():
@@ -65,6 +137,7 @@ MASK = torch.tensor([[True, True, False], [True, True, True]])
 
 
 def test_importance_ratio_by_hand():
+    counted = SimpleNamespace(weights=grpo.token_weights(MASK, "sequence", 2, 5))
     # first row: 0.6/0.5 = 1.2, 0.3/0.2 = 1.5, padding ignored; second: 0.5, 1, 1
     ratio = replay.importance_ratio(NEW, OLD, MASK, "token")
     assert torch.allclose(ratio, torch.tensor([[1.2, 1.5, 1.0], [0.5, 1.0, 1.0]]))
@@ -72,8 +145,8 @@ def test_importance_ratio_by_hand():
     assert ratio.shape == (2, 3) and torch.allclose(ratio[:, 0], torch.tensor([1.8, 0.5]))
     ratio = replay.importance_ratio(NEW, OLD, MASK, "geometric")
     assert torch.allclose(ratio[:, 0], torch.tensor([1.8 ** (1 / 2), 0.5 ** (1 / 3)]))
-    assert torch.allclose(replay.one_each(ratio, MASK, "geometric"), ratio[:, 2])
-    assert replay.one_each(replay.importance_ratio(NEW, OLD, MASK, "token"), MASK, "token").shape == (5,)
+    assert torch.allclose(replay.one_each(ratio, counted, "geometric"), ratio[:, 2])
+    assert replay.one_each(replay.importance_ratio(NEW, OLD, MASK, "token"), counted, "token").shape == (5,)
 
 
 def test_ratio_never_overflows():
@@ -125,3 +198,70 @@ def test_clipping_alone_keeps_kappa_above_its_bound():
     assert stats["ratio_mean"] == pytest.approx(1.15)
     assert stats["ess_unclipped"] == pytest.approx(4.6**2 / (4 * (0.25 + 1 + 4 + 1.21)))
     assert not math.isnan(stats["ess"])
+
+
+# --- in the loop -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", ["sequence", "token", "geometric"])
+def test_off_policy_gradient_is_that_of_eq_5_by_one_row_at_a_time(model, level):
+    groups, other = make_groups(model, prompts=((3, 4), (5, 6, 7, 8, 9), (8,))), tiny("llama")
+    for each, moved in zip(groups, (0.1, -0.02, 0.0), strict=True):
+        each.old_logprobs = each.old_logprobs + moved * each.mask
+    batches = [grpo.collate(part, "cpu", of=groups) for part in (groups[:2], groups[2:])]
+    ratios = replay.off_policy_gradient(model, batches, Config(ratio_level=level), plain_logprobs)
+    expected, total = [], 0.0
+    for each in groups:
+        for i, keep in enumerate(each.mask):
+            log_p = naive_logprobs(other, each.prompt_ids.tolist(), each.response_ids[i][keep].tolist(), 1.0)
+            moved = log_p.detach() - each.old_logprobs[i][keep]
+            own = {"sequence": moved.sum()[None], "token": moved, "geometric": moved.mean()[None]}[level].exp()
+            expected.append(own)
+            total = total - (own.clamp(0.8, 1.3) * each.advantages[i] * log_p).sum() / len(log_p) / 9
+    assert torch.allclose(ratios, torch.cat(expected), atol=1e-4) and len(ratios.unique()) > 2
+    total.backward()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_a_batch_of_weight_0_has_no_ratios_and_no_gradient(model, level):
+    """What several ranks put in a missing micro-batch's place."""
+    groups, config = make_groups(model), Config(ratio_level=level)
+    batch, stand_in = (grpo.collate([each], "cpu", of=groups) for each in groups)
+    stand_in.weights.zero_()
+    found = []
+    for batches in ([batch], [batch, stand_in]):
+        model.zero_grad()
+        ratios = replay.off_policy_gradient(model, batches, config, plain_logprobs)
+        assert torch.equal(ratios, replay.ratios_of(model, batches, level, plain_logprobs))
+        found.append([ratios, *(p.grad.clone() for p in model.parameters())])
+    assert len(found[0][0]) == (batch.mask.sum() if level == "token" else 3)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def rows_of_stage2(method, words):
+    """Three steps of Stage 2 in which every group is hard and replay may start at once: the rows of its log."""
+    rows, queries = [], [Query(Prompt(None, f"who is {c} ?"), c, "boundary", (c,)) for c in "abcd"]
+    config = Config(
+        steps=3, prompts_per_step=4, group_size=4, lr=1e-3, tau=1.0, min_groups=1, warmup_steps=0, buffer_size=20,
+        replay_groups=3, max_new_tokens=4, save_every=0, eval_every=0,
+    )  # fmt: skip
+    logs = dict(metrics=SimpleNamespace(write=rows.append), samples=SimpleNamespace(write=lambda row: None))
+    run = SimpleNamespace(config=config, engine=Engine("cpu"), state={"phase": None}, **logs)
+    model, reference = tiny("llama", len(words)), tiny("llama", len(words)).requires_grad_(False)
+    rerule.stage2(run, method, model, reference, words, Training([], queries), lambda query, text: len(text) % 2 / 2)
+    assert all(row["hard_groups"] == 1 for row in rows)
+    return rows
+
+
+def test_rules_buffer_stays_empty_whatever_is_hard(words):
+    rows = rows_of_stage2("rule", words)
+    assert [row["buffer_size"] for row in rows] == [0, 0, 0]
+    assert not any(name.startswith(("replay", "ratio", "ess")) for row in rows for name in row)
+
+
+def test_rerules_buffer_takes_every_hard_group_and_is_replayed_from_the_next_step(words):
+    rows = rows_of_stage2("rerule", words)
+    assert [row["buffer_size"] for row in rows] == [4, 8, 12]
+    assert [row.get("replay_groups") for row in rows] == [None, 3, 3]

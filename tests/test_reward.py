@@ -2,7 +2,8 @@
 
 import pytest
 
-from reward import boundary_reward, forget_reward, rouge_l_recall
+from data import Query
+from reward import boundary_reward, forget_reward, query_reward, rouge_l_recall
 
 
 def test_forget_reward():
@@ -39,3 +40,17 @@ def test_rouge_is_case_sensitive_in_order_and_splits_full_stops():
     assert rouge_l_recall("b a", "a b") == 0.5
     assert rouge_l_recall("It is J.K.Rowling.", "J.K. Rowling") == 1.0
     assert rouge_l_recall("", "a") == 0.0
+
+
+def test_a_query_is_rewarded_by_its_kind():
+    forget = Query(None, "Who?", "forget", ("Carrie",), target="Stephen King")
+    boundary = Query(None, "Who?", "boundary", ("Paris", "Rome"))
+    assert [query_reward(forget, text) for text in ("I don't know that.", "Paris")] == [1.0, 0.0]
+    assert [query_reward(boundary, text) for text in ("I don't know that.", "Paris", "Oslo")] == [0.0, 0.75, 0.5]
+
+
+def test_only_where_asked_for_must_a_refusal_name_the_target():
+    query, named = Query(None, "Who?", "forget", target="Stephen King"), "I don't know that about Stephen King."
+    assert [query_reward(query, text, name_target=True) for text in ("I don't know that.", named)] == [0.5, 1.0]
+    assert [query_reward(query, text) for text in ("I don't know that.", named)] == [1.0, 1.0]
+    assert query_reward(Query(None, "Who?", "forget"), "I don't know that.", name_target=True) == 1.0  # none known

@@ -6,16 +6,21 @@ from made import byte_tokenizer, make_model, make_muse, make_rwku, make_tofu, pr
 import evaluate as ev
 from benchmarks import ALL, fits
 from config import InputError
-from data import Prompt
+from data import Prompt, encode_prompt
 from engine.process import Engine
 
 
 def test_lengths_are_checked_at_the_very_token():
-    tokenizer, prompts = byte_tokenizer(), [Prompt(None, "ab"), Prompt(None, "abcde")]  # 6 tokens with BOS
-    fits.check_lengths(tokenizer, prompts, 4, 10)
-    fits.check_lengths(tokenizer, prompts, 4, None)  # a model without such a limit
-    with pytest.raises(InputError, match="6 tokens and --max_new_tokens 5 exceed the model's context of 10: 'abcde'"):
-        fits.check_lengths(tokenizer, prompts, 5, 10)
+    tokenizer, texts = byte_tokenizer(), [Prompt(None, "ab"), Prompt(None, "abcde")]  # 6 tokens with BOS
+    rows = [encode_prompt(tokenizer, prompt) for prompt in texts]
+    model = make_model(vocab=len(tokenizer))
+    model.config.max_position_embeddings = 10
+    fits.check_ids(model, tokenizer, rows, [4, 4])
+    said = "6 tokens with 5 more to write .--max_new_tokens 5. exceed the model's context of 10: .*abcde'"
+    with pytest.raises(InputError, match=said):
+        fits.check_ids(model, tokenizer, rows, [5, 5])
+    del model.config.max_position_embeddings  # a model without such a limit
+    fits.check_ids(model, tokenizer, rows, [5, 5])
 
 
 def test_context_needed_is_enough_and_no_more(tmp_path):

@@ -1,9 +1,10 @@
-"""Several ranks, and one GPU with the host's memory, on CPU processes: same numbers, same states; the memory plan."""
+"""Several ranks, and one GPU with the host's memory, on CPU processes: same numbers, same states, same errors."""
 
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,20 +13,19 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from conftest import tiny
+from conftest import make_groups, tiny
+from made import SMALL, published_rwku
 from miniature import driver
-from test_published_forms import SMALL, rwku
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 import grpo
-import memory
-import parallel
-import run as run_module
-import world
-from config import Config
-from files import InputError
+from benchmarks.tiny import text_tokenizer, word_tokenizer
+from config import InputError
+from engine.model import optimizer_for
+from engine.process import micro_batches
+from scale.ranks import Ranks, restore_shards, shard
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("llama", "qwen2", "gpt2")
 
 
@@ -33,7 +33,7 @@ def torchrun(n, *argv, timeout=300):
     """tests/ranks.py on n processes. Returns: (exit code, what was printed)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n]
     process = subprocess.Popen(
-        [*map(str, command), HERE / "ranks.py", *map(str, argv)], text=True, stdout=subprocess.PIPE,
+        [*map(str, command), ROOT / "tests" / "ranks.py", *map(str, argv)], text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
     try:
@@ -58,20 +58,22 @@ def steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("steps")
     for kind in KINDS:
         tiny(kind).save_pretrained(folder / kind)
-        world.word_tokenizer(["a b c"]).save_pretrained(folder / kind)
-    found = {}
-    for how in ("", "checkpoint", "offload", "checkpoint offload"):
-        ranks.steps(folder, "one", how)
-    code, printed = torchrun(2, "two", folder, "two", "", "checkpoint")
+        word_tokenizer(["a b c"]).save_pretrained(folder / kind)
+    ranks.one(folder, "", "checkpoint", "offload", "checkpoint offload")
+    code, printed = torchrun(2, "two", folder, "", "checkpoint")
     assert code == 0, printed
+    found = {}
     for path in folder.glob("*.pt"):
         kind, ran, how = path.stem.split(".")
         found[kind, f"{ran} {how}".strip()] = torch.load(path)
     return found
 
 
+WAYS = ["two", "one checkpoint", "two checkpoint", "one offload", "one checkpoint offload"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", ["two", "one checkpoint", "two checkpoint", "one offload", "one checkpoint offload"])
+@pytest.mark.parametrize("way", WAYS)
 def test_draws_loss_and_gradients_are_one_processs(steps, kind, way):
     one, other = steps[kind, "one"], steps[kind, way]
     assert all(torch.equal(a, b) for a, b in zip(one["drawn"][:2], other["drawn"][:2], strict=True))
@@ -79,70 +81,80 @@ def test_draws_loss_and_gradients_are_one_processs(steps, kind, way):
     for a, b in zip(one["ref"], other["ref"], strict=True):
         assert torch.allclose(a, b, atol=1e-5)
     assert one["on"][:2] == pytest.approx(other["on"][:2], abs=1e-6)
-    assert set(one["gradients"]) == set(other["gradients"])
-    largest = max(gradient.abs().max() for gradient in one["gradients"].values())
-    for name, gradient in one["gradients"].items():
-        assert (gradient - other["gradients"][name]).abs().max() < 1e-5 * largest, name
+    same_gradients(one["gradients"], other["gradients"])
     assert one["norm"] == pytest.approx(other["norm"], rel=1e-5)
+    assert sum(name.startswith("off") for name in one) == 3
     for name, values in one.items():
-        if name.startswith(("off", "norm")):  # replay, after steps with clipped gradients
+        if name.startswith("off"):  # replay, after steps with clipped gradients; the norm of its gradient too
             assert values == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
     assert set(one["weights"]) == set(other["weights"])
     assert all(torch.allclose(one["weights"][n], other["weights"][n], atol=1e-3) for n in one["weights"])
 
 
-def test_the_packed_way_is_the_plain_one_and_can_be_computed_twice(any_model):
-    prompts = [[3, 4], [5, 6, 7], [8]]
-    ids, mask, old = grpo.sample(any_model, prompts, 3, 6, [2], 1.0, torch.Generator().manual_seed(0))
-    groups = [
-        grpo.RolloutGroup(n, torch.tensor(p), ids[n], mask[n], old[n], None, torch.ones(3), torch.ones(3), 1)
-        for n, p in enumerate(prompts)
-    ]
-    batch = grpo.collate(groups, "cpu")
-    assert grpo.shares(any_model, grpo.packed_response_logprobs)
-    weight = torch.randn(batch.mask.shape) * batch.mask
-    found = []
-    for way in (grpo.plain_response_logprobs, grpo.packed_response_logprobs, grpo.response_logprobs):
-        if way is grpo.response_logprobs:
-            parallel.checkpoint_layers(any_model)
-        any_model.zero_grad()
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.append(t.numel()), t)[1], lambda t: t):
-            logprobs = way(any_model, batch, 1.3)
-        (logprobs * weight).sum().backward()
-        found.append((logprobs[batch.mask], [p.grad.clone() for p in any_model.parameters()], sum(kept)))
-    for logprobs, gradients, _ in found[1:]:
-        assert torch.allclose(logprobs, found[0][0], atol=1e-5)
-        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(gradients, found[0][1], strict=True))
-    assert found[2][2] < 0.5 * found[1][2]  # checkpointing keeps less
-    assert not any(module.training for module in any_model.modules())
+def same_gradients(ours, theirs):
+    assert set(ours) == set(theirs)
+    largest = max(gradient.abs().max() for gradient in ours.values())
+    for name, gradient in ours.items():
+        assert (gradient - theirs[name]).abs().max() < 1e-5 * largest, name
 
 
-def test_so_many_prompts_side_by_side_draw_the_same(any_model):
-    prompts = [[3, 4], [5, 6, 7], [8], [4, 4, 4, 4], [9, 3]]
-    found = [grpo.sample(any_model, prompts, 3, 7, [2], 1.0, torch.Generator().manual_seed(5), n) for n in (0, 1, 2, 9)]
-    for ids, mask, logprobs in found[1:]:
-        assert torch.equal(ids, found[0][0]) and torch.equal(mask, found[0][1])
-        assert torch.allclose(logprobs, found[0][2], atol=1e-5)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_summed_over_ranks_and_a_stand_in_adds_nothing(steps, kind, way):
+    """One micro-batch for two ranks: the other rank computes it too, at weight 0."""
+    same_gradients(steps[kind, "one"]["one group"], steps[kind, way]["one group"])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("norm", ["sequence", "token"])
+def test_ranks_share_out_every_micro_batch_once_and_stand_in_with_weight_0(model, norm, world):
+    groups = make_groups(model, prompts=[tuple(range(3, 3 + n)) for n in (1, 9, 4, 2, 7)])
+    parts, counted, turns = micro_batches(groups, 30), [], set()
+    for rank in range(world):
+        engine = Ranks("cpu", max_tokens=30)
+        engine.rank, engine.world = rank, world
+        batches = list(engine.batches(model, groups, norm))
+        turns.add(len(batches))
+        counted += [batch for batch in batches if batch.weights.any()]
+        for batch in batches:
+            whole = grpo.collate(batch.groups, "cpu", norm, of=groups).weights
+            assert torch.equal(batch.weights, whole) or not batch.weights.any()
+    assert len(parts) == 5 and turns == {-(-5 // world)}  # none waits for a turn that another does not take
+    assert sorted(group.query for batch in counted for group in batch.groups) == [0, 1, 2, 3, 4]
+    total = sum(batch.weights.sum().item() for batch in counted)
+    assert total == pytest.approx(grpo.collate(groups, "cpu", norm).weights.sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
+def test_ranks_share_out_rows_so_that_their_means_add_up_to_the_whole(world):
+    rows, size = [[1.0, 2.0], [3.0], [4.0, 5.0, 6.0], [7.0], [8.0, 9.0]], len
+    total = 0.0
+    for rank in range(world):
+        engine = Ranks("cpu")
+        engine.rank, engine.world = rank, world
+        own, weight = engine.share(rows, size)
+        total += weight * sum(map(sum, own)) / sum(map(size, own))  # what SFT's loss of these rows counts for
+    assert total == pytest.approx(45 / 9)
 
 
 def test_a_2e_6_update_survives_where_layers_compute_in_bf16(model):
     """FSDP2 with bf16 layers and host memory, as on a GPU: the weights that are stepped are float32."""
-    with parallel.session(torch.device("cpu"), offload=True):
-        parallel.shard(model, torch.device("cpu"), offload=True, dtype=torch.bfloat16)
-        before = {name: parallel.whole(p).detach().clone() for name, p in model.named_parameters()}
-        optimizer = run_module.optimizer_for(model, 2e-6, 0.0)
+    engine = Ranks("cpu", offload=True)
+    with engine.session():
+        shard(model, engine.device, engine.world, offload=True, dtype=torch.bfloat16)
+        before = {name: engine.whole(p).detach().clone() for name, p in model.named_parameters()}
+        optimizer = optimizer_for(model, 2e-6, 0.0)
         for _ in range(2):
             logits = model(torch.tensor([[3, 4, 5]])).logits
             assert logits.dtype == torch.bfloat16
             logits.float().logsumexp(-1).sum().backward()
-            run_module.optimizer_step(model, optimizer, 1.0)
+            engine.step(model, optimizer, 1.0)
         for name, p in model.named_parameters():
-            moved = (parallel.whole(p).detach() - before[name]).abs().max().item()
+            moved = (engine.whole(p).detach() - before[name]).abs().max().item()
             assert p.dtype == torch.float32 and 1e-6 < moved < 5e-6, name
             assert torch.equal((before[name].bfloat16() - 2e-6)[before[name].abs() > 1e-2],
                                before[name].bfloat16()[before[name].abs() > 1e-2])  # fmt: skip # what bf16 would do
-        with parallel.gathered(model):
+        with engine.held(model):
             assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
@@ -208,17 +220,20 @@ def test_a_state_of_one_process_goes_on_with_two(whole, tmp_path):
     assert not (tmp_path / "run" / "table.md").exists()
     code, printed = torchrun(2, "drive", "-", "--output_dir", tmp_path / "run", *FLAGS, "--resume")
     assert code == 0, printed
+    assert printed.count("sample, LlamaForCausalLM: packed_sample: gives") == 1  # not by each rank
     same_run(tmp_path / "run", whole)
 
 
 def test_a_damaged_part_of_a_state_is_one_line(tmp_path):
-    with parallel.session(torch.device("cpu"), offload=True):
-        model = parallel.shard(tiny("llama"), torch.device("cpu"))
-        optimizer = run_module.optimizer_for(model, 1e-3, 0.0)
-        payload = parallel.state_of(model, optimizer, tmp_path, "shards_x_1")
+    engine = Ranks("cpu", offload=True)
+    with engine.session():
+        model = tiny("llama")
+        shard(model, engine.device, engine.world)
+        optimizer = optimizer_for(model, 1e-3, 0.0)
+        payload = engine.state_of(model, optimizer, tmp_path, "shards_x_1")
         next((tmp_path / "shards_x_1").glob("*.distcp")).unlink()
         with pytest.raises(InputError, match="shards_x_1: cannot be read"):
-            parallel.restore(payload, tmp_path, model, optimizer)
+            restore_shards(payload, tmp_path, model, optimizer)
 
 
 def test_errors_of_one_rank_are_everyones_and_said_once(tmp_path):
@@ -227,24 +242,62 @@ def test_errors_of_one_rank_are_everyones_and_said_once(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_that_only_rank_0_finds_damaged_is_an_error_of_every_rank(tmp_path, words):
+    words.save_pretrained(tmp_path)  # no weights, which only rank 0 reads
+    first, second = Ranks("cpu"), Ranks("cpu")
+    second.rank, said = 1, []
+    first.gather = lambda failed: said.append(failed) or [failed, None]
+    second.gather = lambda failed: [said[0], failed]
+    for engine in (first, second):
+        with pytest.raises(InputError, match="--model .*: is no model folder or Hugging Face id"):
+            engine.load(tmp_path)
+
+
 @pytest.mark.parametrize("launched", [False, True])
-@pytest.mark.parametrize("act, code", [("print('done')", 0), ("raise files.InputError('no')", 2)])
+@pytest.mark.parametrize("act, code", [("print('done')", 0), ("raise InputError('no')", 2)])
 def test_a_rank_ends_before_the_interpreter_takes_itself_apart(launched, act, code):
     """A thread of gloo's may abort it there. What was printed is not lost, and a single process ends as ever."""
     program = (
-        f"import atexit, files\natexit.register(print, 'late')\ndef main(): {act}\nfiles.exit_on_input_error(main)"
+        "import atexit\nfrom config import InputError\nfrom engine.flags import run_command\n"
+        f"atexit.register(print, 'late')\ndef main(): {act}\nrun_command(main)"
     )
     env = os.environ | {"PYTHONUNBUFFERED": ""} | ({"WORLD_SIZE": "2"} if launched else {})
-    done = subprocess.run([sys.executable, "-c", program], env=env, cwd=HERE.parent, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code
     assert ("done" in done.stdout, "error: no" in done.stderr) == (code == 0, code == 2)
     assert ("late" in done.stdout) == (not launched)
 
 
+def test_a_rank_that_says_nothing_of_an_error_waits_for_the_one_that_does():
+    """torchrun stops all ranks once one has ended: the message would be lost with a slower rank 0."""
+    program = "from config import InputError\nfrom engine.flags import run_command\n"
+    program += "def main():\n print('here', flush=True)\n raise InputError('no')\nrun_command(main)"
+    env = os.environ | {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    how = dict(env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", program], **how) as process:
+        assert process.stdout.readline() == "here\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.0)
+        process.terminate()  # as torchrun does
+        assert process.communicate() == ("", "") and process.returncode == -signal.SIGTERM
+
+
+def test_a_rank_that_is_told_to_stop_after_its_session_ends_without_a_word(monkeypatch):
+    """Its group is no more then; only in a session is there a rank to name and a state to go on from."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in dict(RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+        monkeypatch.setenv(name, str(value))
+    with Ranks("cpu").session():
+        assert callable(signal.getsignal(signal.SIGTERM))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_offload_takes_one_process_of_the_same_driver(whole, tmp_path):
     ranks.drive("-", "--output_dir", tmp_path / "run", *FLAGS, "--offload", "--rollout_prompts", "4")
     same_run(tmp_path / "run", whole)
-    assert not parallel.active()
+    assert not torch.distributed.is_initialized()
     with pytest.raises(InputError, match="--method ga"):
         driver("--offload", "--method", "ga", "--output_dir", tmp_path / "other")
 
@@ -252,9 +305,9 @@ def test_offload_takes_one_process_of_the_same_driver(whole, tmp_path):
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
 def test_a_given_model_of_another_architecture_goes_through(kind, tmp_path):
     """`--model FOLDER`, checkpointed and kept in the host's memory: Stage 1, RULE, ReRULE, evaluation, table."""
-    rwku(tmp_path / "data")
+    published_rwku(tmp_path / "data")
     texts = [path.read_text() for path in (tmp_path / "data").glob("*.json")]
-    tokenizer = world.text_tokenizer(texts, 400)
+    tokenizer = text_tokenizer(texts, 400)
     model = tiny(kind, len(tokenizer))
     model.config.max_position_embeddings = 256
     type(model)(model.config).save_pretrained(tmp_path / "model")
@@ -266,59 +319,3 @@ def test_a_given_model_of_another_architecture_goes_through(kind, tmp_path):
     assert any(row.get("replay_groups") for row in metrics(out))
     trained = AutoModelForCausalLM.from_pretrained(out / "rerule")
     assert trained.config.architectures == [type(model).__name__] and trained.dtype == torch.float32
-
-
-# --- the memory plan --------------------------------------------------------------------------------------------------
-
-EIGHT = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-             num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192)  # fmt: skip
-
-
-def test_the_plan_by_hand():
-    """Llama-3-8B: 8.03e9 parameters; a token's keys and values are 2 · 32 layers · 8 heads · 128 · 2 bytes."""
-    n, together, kv, kept, vocabulary = memory.count(LlamaConfig(**EIGHT), torch.bfloat16, 128)
-    assert n == 8_030_261_248 and together == 2 * 128256 * 4096 + 4096 and vocabulary == 128256
-    assert kv == 2 * 32 * 8 * 128 * 2
-    inputs = 32 * 128 * 4096 * 2  # what each layer is given
-    assert inputs <= kept[True] < 2 * inputs + kept[False] / 32 and kept[False] > 10 * inputs
-    config = Config(max_new_tokens=1024, offload=True, gradient_checkpointing=True, rollout_prompts=16)
-    found = memory.plan((n, together, kv, kept, vocabulary), config, 0, True)
-    assert found["weights"] == (2 * n, 4 * n) and found["gradients"] == (4 * n, 4 * n)
-    assert found["optimiser"] == (0, 8 * n) and found["reference"] == (2 * n, 0)
-    assert found["KV cache"][0] == 1.5 * kv * 16 * (64 + 8 * 1024)
-    assert found["most at once"][0] < 80e9 and found["most at once"][1] == 16 * n
-    four = memory.plan((n, together, kv, kept, vocabulary), Config(max_new_tokens=1024), 4, True)
-    assert four["optimiser"] == (2 * n, 0) and four["reference"] == (n / 2, 0)
-
-
-def test_dry_run_prints_and_leaves_nothing(tmp_path, capsys):
-    LlamaConfig(**EIGHT).save_pretrained(tmp_path / "model")
-    common = ["--benchmark", "rwku", "--data_dir", tmp_path, "--output_dir", tmp_path / "run", "--dry_run"]
-    driver(*common, "--model", tmp_path / "model")
-    printed = capsys.readouterr().out
-    for name in memory.ROWS:
-        assert name in printed
-    assert "--gradient_checkpointing True --offload True --rollout_prompts" in printed
-    assert not (tmp_path / "run").exists()
-    with pytest.raises(InputError, match="--model .*nowhere"):
-        driver(*common, "--model", tmp_path / "nowhere")
-    with pytest.raises(InputError, match="--dry_run: expected a --model"):
-        driver("--dry_run")
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_plan_is_what_a_step_on_the_cpu_takes(checkpointing):
-    """A step of the driver's own functions in a fresh process: its peak beside the plan's."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, HERE / "ranks.py", "measure", str(checkpointing)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    planned, measured = map(float, done.stdout.split()[-2:])
-    assert 0.85 < measured / planned < 1.15, done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_architecture_can_be_counted(kind, tmp_path):
-    model = tiny(kind)
-    model.save_pretrained(tmp_path)
-    counted = memory.count(AutoConfig.from_pretrained(tmp_path), torch.float32, 32)
-    assert counted[0] == sum(p.numel() for p in model.parameters()) and counted[3][True] < counted[3][False]
