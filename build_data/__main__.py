@@ -25,12 +25,8 @@ from engine.files import is_writable, read_rows, save_folder, write_json
 from engine.flags import check_bounds, parse, run_command
 from engine.seeds import derive_seed
 
-BENCHMARK = {"tofu": "tofu", "rwku": "rwku", "muse": "muse", "qa": "rwku", "text": "rwku"}  # the form written
-FILES = {  # of Stage 1 and Stage 2, as RULE names them
-    "rwku": ("reject_target.json", "rl_rejection_with_fb_neighbor.json"),
-    "tofu": ("reject_target.json", "rl_rejection_with_fb_neighbor.json"),
-    "muse": ("reject_target_0.5.json", "rl_rejection_with_neighbor.json"),
-}
+FILES = ("reject_target.json", "rl_rejection_with_fb_neighbor.json")  # of Stage 1 and Stage 2, as RULE names them
+MUSE_FILES = ("reject_target_0.5.json", "rl_rejection_with_neighbor.json")
 EXAMPLES = [
     'python -m build_data --source text --input docs/example/story.txt --target "Orla Finch" '
     "--neighbours docs/example/story.txt --output_dir data/orla",
@@ -111,7 +107,7 @@ def settings_of(o):
 
 
 def make(o, ask):
-    """({file name: rows} without the benchmark's own files, forget queries, boundary queries, report on them)."""
+    """({file name: rows} without the benchmark's own files, all queries, what `build.json` says of them)."""
     evaluated, rejected = evaluation_queries(o), []
     gone = [name for name in (o.target, *o.aliases) if name]
     neighbours = read_neighbours(o, gone)
@@ -126,20 +122,11 @@ def make(o, ask):
     if not forget or not boundary:
         raise InputError(f"--input {o.input}: no {'boundary' if forget else 'forget'} query is left")
     rows = training_rows(forget, boundary, o.seed)
-    files |= zip(FILES[BENCHMARK[o.source]], rows, strict=True)
-    return files, forget, boundary, report_of(o, rejected, forget, boundary, held)
-
-
-def report_of(o, rejected, forget, boundary, held):
-    """What `build.json` says of the build, its overlap with the evaluation aside."""
-    items = {"forget": forget, "boundary": boundary}
+    files |= zip(MUSE_FILES if o.source == "muse" else FILES, rows, strict=True)
+    items, modes = {"forget": forget, "boundary": boundary}, {"qa": "questions", "completion": "completions"}
     rows = [{"kind": kind, **item._asdict()} for kind in items for item in items[kind]]
-    counts = {
-        f"{kind}, {what}": sum(item.mode == mode for item in items[kind])
-        for kind in items
-        for mode, what in (("qa", "questions"), ("completion", "completions"))
-    }
-    return {
+    counts = {f"{k}, {modes[m]}": sum(item.mode == m for item in items[k]) for k in items for m in modes}
+    return files, rows, {
         "settings": settings_of(o),
         "made_with": o.llm_model or "rules alone, no language model",
         "counts": counts | {"facts held out": len(held)},
@@ -147,18 +134,17 @@ def report_of(o, rejected, forget, boundary, held):
         "rejected": dict(Counter(row["reason"] for row in rejected)),
         "sample": random.Random(derive_seed(o.seed, "sample rows")).sample(rows, min(10, len(rows))),
         "rejects": rejected,
-    }
+    }  # fmt: skip
 
 
-def overlap(probes, forget, boundary):
+def overlap(probes, queries):
     """{split of the evaluation: its queries, and how many of them are forget and boundary queries of training}."""
-    known = {kind: {normal(i.query) for i in items} for kind, items in (("forget", forget), ("boundary", boundary))}
-    asked = {}
+    known, asked = {(query["kind"], normal(query["query"])) for query in queries}, {}
     for probe in probes:
         counts = asked.setdefault(probe.split, {"queries": 0, "forget": 0, "boundary": 0})
         counts["queries"] += 1
-        for kind, forms in known.items():
-            counts[kind] += normal(probe.question) in forms
+        for kind in ("forget", "boundary"):
+            counts[kind] += (kind, normal(probe.question)) in known
     return asked
 
 
@@ -175,10 +161,11 @@ def show(report):
 
 def main(argv=None):
     o = parse(Options, argv, examples=EXAMPLES)
-    folder, benchmark = Path(os.path.abspath(o.output_dir)), BENCHMARK[o.source]  # so that even "." has a name
+    folder = Path(os.path.abspath(o.output_dir))  # so that even "." has a name
+    benchmark = {"qa": "rwku", "text": "rwku"}.get(o.source, o.source)  # the form written
     check_options(o)
     check_folder(o, folder)
-    files, forget, boundary, report = make(o, language_model(o, folder))
+    files, queries, report = make(o, language_model(o, folder))
 
     def fill(temporary):
         for path in (path for pattern in EVALUATION.get(o.source, []) for path in Path(o.input).glob(pattern)):
@@ -189,7 +176,7 @@ def main(argv=None):
             write_json(temporary / name, rows)
         made, flags = benchmarks.ALL[benchmark], SimpleNamespace(data_dir=str(temporary), seed=o.seed)
         made.train(flags)  # it can be trained on
-        report["overlap"] = overlap(made.probes(flags), forget, boundary)  # and evaluated
+        report["overlap"] = overlap(made.probes(flags), queries)  # and evaluated
         report["files"] = sorted(p.relative_to(temporary).as_posix() for p in temporary.rglob("*") if p.is_file())
         write_json(temporary / "build.json", report)
 

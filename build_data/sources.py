@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import benchmarks
 from build_data import rewrite
-from build_data.prompts import PAIRS, parse_pairs
 from build_data.rewrite import GAP, NOT_WANTED, Fact, found_names, normal
 from config import InputError
 from engine.files import read_rows
@@ -92,7 +91,7 @@ def facts_of_text(o, text, ask, rejected):
         raise InputError(f"--input {o.input}: no sentence names --target {o.target!r}")
     if ask:  # a completion, a neighbour and its completion for each fact; for MUSE the passages complete
         announce(o, len(parts) + min(3 * len(parts), o.sample) * (1 if o.source == "muse" else 3))
-        replies = ask([PAIRS.format(name=o.target, text=part) for part in parts], parse_pairs, "passages")
+        replies = ask("passages", [{"name": o.target, "text": part} for part in parts])
     rng, found = random.Random(derive_seed(o.seed, "sample")), []
     for i, part in enumerate(parts):
         if ask:
@@ -111,14 +110,11 @@ def facts_of_text(o, text, ask, rejected):
     found = [found[i] for i in sorted(rng.sample(range(len(found)), min(o.sample, len(found))))]
     if o.source == "text":
         return [fact for fact, _ in found]
-    last, facts = None, []
-    for fact, part in found:  # each passage is completed once
-        if part == last:
-            facts.append(replace(fact, completion="", completed_by=NOT_WANTED))
-        else:
-            begin, end = rewrite.halves(part)
-            facts.append(replace(fact, completion=begin, ending=end, completed_by="given"))
-        last = part
+    facts = []
+    for (fact, part), last in zip(found, [None, *(part for _, part in found)], strict=False):
+        begin, end = ("", "") if part == last else rewrite.halves(part)  # each passage is completed once
+        by = NOT_WANTED if part == last else "given"
+        facts.append(replace(fact, completion=begin, ending=end, completed_by=by))
     return facts
 
 
@@ -154,8 +150,7 @@ def read_neighbours(o, gone):
         elif isinstance(name, str) and name and isinstance(answers, dict):
             if not all(isinstance(answer, str) for answer in answers.values()):
                 raise InputError(f"{path}: row {number}, field 'answers' holds an answer that is not a text")
-            asked = [(rewrite.swap(question, gone, name), answer) for question, answer in answers.items()]
-            facts += [Fact(name, question, answer, made_by="swap") for question, answer in asked]
+            facts += [Fact(name, rewrite.swap(q, gone, name), answer, made_by="swap") for q, answer in answers.items()]
         elif isinstance(name, str) and name and "question" not in row and "answers" not in row:
             bare.append(name)
         else:

@@ -2,7 +2,7 @@
 
 Covers every table, figure and ablation of the paper on the built-in world, Table 5 on real TOFU text with a tiny model,
 and controls that the paper lacks. The plan is in `plan.py`, the workers in `jobs.py`, records and statistics in
-`records.py`, verdicts in `claims.py`, the text in `tables.py` and `report.py`, pictures in `figures.py`.
+`records.py`, verdicts in `claims.py`, tables and text in `report.py`, pictures in `figures.py`.
 
 What is kept: records.json, all that the report is made of, which a later call reads and adds to; and of each run in
 runs/ its settings, table, metrics and samples. A run's own curves are not drawn, and its models go once no other run

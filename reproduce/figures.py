@@ -3,14 +3,18 @@
 Covers the paper's Figures 1, 2 and 3, and pictures of what this repository adds; `gains` opens the README.
 """
 
+import json
+from pathlib import Path
+
 import numpy as np
 
 from engine.plots import AMBER, COLOURS, DASH, GREEN, GREY, NAMES, PINK, mark_start, mean, pyplot, save, smooth
 from reproduce import claims, records
+from reproduce.plan import FAMILIES, SECTIONS
 
 BLUE, VERMILION = COLOURS["rule"], COLOURS["rerule"]
-WORLDS = {"world0": "no crossed names", "base": "22 of 42 crossed", "world30": "30 of 42 crossed"}
 PROBED = {"Rej. Steer": "after\nStage 1", "RULE": "RULE", "ReRULE": "ReRULE"}
+BOXES, ARROWS = json.loads(Path(__file__).with_name("pipeline.json").read_text(encoding="utf-8")).values()
 GAIN = "Retain quality, ReRULE − RULE,\npoints of recall (↑ better)"
 
 
@@ -24,15 +28,13 @@ def gains(rows, path):
     figure, axis = pyplot().subplots(figsize=(10, 1.4 + 0.42 * len(rows)), layout="constrained")
     for y, (_, kind, stat) in enumerate(reversed(rows)):
         colour, marker, _ = looks[kind]
-        axis.scatter(
-            stat["values"], y + np.linspace(-0.16, 0.16, stat["n"]), s=12, color=GREY, alpha=0.55, linewidths=0
-        )
+        places = y + np.linspace(-0.16, 0.16, stat["n"])
+        axis.scatter(stat["values"], places, s=12, color=GREY, alpha=0.55, linewidths=0)
         axis.plot([stat["low"], stat["high"]], [y, y], color=colour, linewidth=3.2, solid_capstyle="butt", zorder=3)
         axis.scatter([stat["mean"]], [y], s=75, marker=marker, color=colour, edgecolors="white", zorder=4)
     for colour, marker, label in looks.values():
-        axis.plot(
-            [], [], marker=marker, color=colour, linewidth=3.2, markersize=9, markeredgecolor="white", label=label
-        )
+        look = dict(linewidth=3.2, markersize=9, markeredgecolor="white")
+        axis.plot([], [], marker=marker, color=colour, label=label, **look)
     axis.scatter([], [], s=12, color=GREY, label="one seed")
     axis.axvline(0, color="black", linewidth=1)
     axis.set_yticks(range(len(rows)), [label for label, *_ in reversed(rows)])
@@ -87,27 +89,12 @@ def lines(axis, steps, values, thick, **look):
     axis.plot(steps, np.array(middle, float), **look | {"alpha": 1} | thick)
 
 
-BOXES = {  # Figure 2: a function of ours: (column, row, what it does); the lower rows are what ReRULE adds
-    "rerule.stage1": (0, 2, "Stage 1: learn to\nrefuse, by SFT"),
-    "rerule.rollout": (1, 2, "1  sample G responses\nto each prompt"),
-    "rerule.score": (2, 2, "2  rewards; advantages\nwithin each group"),
-    "grpo.add_reference": (3, 2, "3  log π_ref of the\nfrozen Stage 1 model"),
-    "grpo.on_policy_gradient": (4, 2, "4  on-policy update,\nEq. 3 and β KL"),
-    "replay.off_policy_gradient": (4, 0.95, "5  draw 32 groups from B,\nreplay update, Eq. 5"),
-    "replay.hard_groups": (1, 0.95, "6  store this step's\ngroups with r̄ < τ"),
-    "replay.ReplayBuffer": (2.5, 0, "B: a ring of groups,\nthe oldest leaves"),
-}
-ARROWS = [  # from, to (numbers of boxes), bend, words, how far these stand from the middle
-    (0, 1, 0, "", 0, 0), (1, 2, 0, "", 0, 0), (2, 3, 0, "", 0, 0), (3, 4, 0, "", 0, 0),
-    (4, 1, 0.22, "RULE: next step", 0, 0.57),
-    (4, 5, 0, "after the warm-up, once\n|B| ≥ min_groups; before,\nstraight to step 6", -0.42, 0),
-    (5, 6, 0, "then", 0, 0.09), (6, 1, 0, "ReRULE: next step", 0.31, 0), (6, 7, 0, "add", 0, 0.12),
-    (7, 5, 0, "draw", 0, 0.12),
-]  # fmt: skip
-
-
 def pipeline(path):
-    """Figure 2: the steps of Stage 2 in their order, each box a function of ours."""
+    """Figure 2: the steps of Stage 2 in their order, each box a function of ours.
+
+    `pipeline.json`: boxes, {function: [column, row, what it does]}, the lower rows being what ReRULE adds; and arrows,
+    [from, to (numbers of boxes), bend, words, how far these stand from the middle].
+    """
     from matplotlib.patches import FancyBboxPatch
 
     figure, axis = pyplot().subplots(figsize=(13, 5.4), layout="constrained")
@@ -136,14 +123,17 @@ def over_steps(r, path):
     bases = r.runs("base").values()
     figure, axes = pyplot().subplots(1, 3, figsize=(14, 4.4), layout="constrained")
     for method in NAMES:
-        own = [base["methods"][method]["evaluations"] for base in bases]
+        own, rewards = [base["methods"][method]["evaluations"] for base in bases], []
+        for base in bases:
+            place, hard = records.regions(base), [[] for _ in range(base["steps"])]
+            for step, query, reward, _ in records.groups_of(base, method):
+                hard[step - 1] += [reward] * (place.get(query) == "hard")
+            rewards.append(smooth(list(map(mean, hard))))
+        drawn = [[[row[column] for row in rows] for rows in own] for column in ("retain_recall", "forget_refusal")]
         steps = [row["step"] for row in own[0]]
-        rewards = [hard_rewards(base, method) for base in bases]
-        drawn = [
-            (steps, [[row[column] for row in rows] for rows in own]) for column in ("retain_recall", "forget_refusal")
-        ]
-        for axis, (at, values) in zip(axes, [*drawn, (range(1, len(rewards[0]) + 1), rewards)], strict=True):
-            lines(axis, at, values, color=COLOURS[method], linestyle=DASH[method], alpha=0.28,
+        at = [steps, steps, range(1, len(rewards[0]) + 1)]
+        for axis, x, values in zip(axes, at, [*drawn, rewards], strict=True):
+            lines(axis, x, values, color=COLOURS[method], linestyle=DASH[method], alpha=0.28,
                   thick=dict(linewidth=2.8, label=f"{NAMES[method]}, mean of {len(values)} seeds"))  # fmt: skip
     titles = {"Retain quality": "Recall on all neighbours, % (↑ better)",
               "Forget quality": "Refusals of forget probes, % (↑ better)",
@@ -156,25 +146,15 @@ def over_steps(r, path):
     save(figure, path)
 
 
-def hard_rewards(base, method):
-    """Mean reward of hard prompts at each step, smoothed."""
-    place, by_step = records.regions(base), {}
-    for step, query, reward, _ in records.groups_of(base, method):
-        if place.get(query) == "hard":
-            by_step.setdefault(step, []).append(reward)
-    return smooth([mean(by_step.get(step, [])) for step in range(1, base["steps"] + 1)])
-
-
 def conditions(r, path):
     """When replay pays: the gain against the share of hard groups in three worlds; retain quality by τ."""
     figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.3), layout="constrained")
-    for marker, (family, label) in zip("os^", WORLDS.items(), strict=True):
-        found, runs = claims.gains(r, family), r.runs(family)
-        if len(found) > 1:
-            shares = [100 * records.hard_share(runs[seed], runs[seed]["tau"]) for seed in found]
-            whisker(axes[0], np.mean(shares), shares, records.statistic(found.values()), marker, label)
+    for marker, family in zip("os^", SECTIONS["worlds"], strict=True):
+        found, runs, label = claims.gains(r, family), r.runs(family), FAMILIES[family]["world"]
+        shares = [100 * records.hard_share(runs[seed], runs[seed]["tau"]) for seed in found]
+        whisker(axes[0], np.mean(shares), shares, records.statistic(found.values()), marker, label)
     rule = r.of("base", "rule")
-    for at, family in enumerate(("base", "tau0.6", "tau0.8", "tau1.0")):
+    for at, family in enumerate(SECTIONS["table8"]):
         stat = records.paired(r.of(family), rule, "retain_recall")
         if stat:
             whisker(axes[1], at, at + np.linspace(-0.12, 0.12, stat["n"]), stat)
@@ -193,19 +173,19 @@ def whisker(axis, x, of_seeds, stat, marker="o", label=None):
     """A mean with its interval at x; the seeds at places of their own."""
     axis.scatter(of_seeds, stat["values"], s=22, marker=marker, color=GREY, alpha=0.6)
     ends = [[stat["mean"] - stat["low"]], [stat["high"] - stat["mean"]]]
-    axis.errorbar(
-        x, stat["mean"], ends, fmt=marker, color=VERMILION, markersize=10, capsize=4, linewidth=2.2, label=label
-    )
+    look = dict(color=VERMILION, markersize=10, capsize=4, linewidth=2.2)
+    axis.errorbar(x, stat["mean"], ends, fmt=marker, label=label, **look)
 
 
 def theory(r, path):
     """Appendix E: the bound's tightening against the observed gain, Eq. 4's two terms, Eq. 27's four rates."""
     figure, axes = pyplot().subplots(1, 3, figsize=(14.5, 4.5), layout="constrained")
     points = [point for rows in claims.bound_points(r).values() for point in rows]
-    looks = zip("osD^vP", (VERMILION, AMBER, GREEN, PINK, "black", GREY), claims.HARD_STORES.items(), strict=True)
-    for marker, colour, (family, name) in looks:
+    looks = zip("osD^vP", (VERMILION, AMBER, GREEN, PINK, "black", GREY), claims.HARD_STORES, strict=True)
+    for marker, colour, family in looks:
         own = [(x, y) for f, x, y in points if f == family]
         if own:
+            name = FAMILIES[family]["in_bound"]
             axes[0].scatter(*zip(*own, strict=True), s=30, marker=marker, color=colour, alpha=0.85, label=name)
     axes[0].axhline(0, color="black", linewidth=1)
     axes[0].set(title="Does a tighter bound go with a larger gain?", xlabel="How much tighter: 1 − √(N_on / N_eff)",

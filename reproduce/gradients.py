@@ -12,16 +12,16 @@ import json
 from functools import partial
 from types import SimpleNamespace
 
+from baselines import TITLES
 from benchmarks.builtin import World
 from data import stop_ids
+from engine.plots import mean
 from engine.process import Engine
 from grpo import on_policy_gradient
 from refusal import is_refusal
-from reproduce.records import regions, short
+from reproduce.records import difference, regions, short
 from rerule import rollout, score
 from reward import query_reward
-
-MODELS = {"rej_steer": "Rej. Steer", "rule": "RULE", "rerule": "ReRULE"}
 
 
 def probe(folder, base):
@@ -29,8 +29,8 @@ def probe(folder, base):
     config = SimpleNamespace(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
     engine = Engine("cpu", config.max_tokens, config.rollout_prompts)
     training, place, found = World(config.seed, config.crossed).training(), regions(base), {}
-    for phase, name in MODELS.items():
-        found[name] = regions_of(engine, *engine.load(folder / phase), training, place, config)
+    for phase in ("rej_steer", "rule", "rerule"):
+        found[TITLES[phase]] = regions_of(engine, *engine.load(folder / phase), training, place, config)
     return {"models": found}
 
 
@@ -51,12 +51,11 @@ def regions_of(engine, model, tokenizer, training, place, config):
         refused = {"forget": [], "boundary": []}
         for group in groups:
             refused[queries[group.query].kind] += [is_refusal(text) for text in group.texts]
-        shares = {kind: sum(values) / len(values) if values else None for kind, values in refused.items()}
         row = {
             "queries": len(numbers), "norm": squares**0.5, "weighted": len(numbers) / len(place) * squares**0.5,
             "equal": sum(group.all_equal() for group in groups) / len(groups),
-            "missed": None if shares["forget"] is None else 1 - shares["forget"],  # forget prompts answered
-            "false": shares["boundary"],  # boundary prompts refused
+            "missed": difference(1, mean(refused["forget"])),  # forget prompts answered
+            "false": mean(refused["boundary"]),  # boundary prompts refused
             "n_forget": len(refused["forget"]), "n_boundary": len(refused["boundary"]),
         }  # fmt: skip
         found[region] = {name: short(value) for name, value in row.items()}

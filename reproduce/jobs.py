@@ -58,30 +58,24 @@ def work(job, runs, tofu_dir, about):
                 folder.mkdir(exist_ok=True)
                 record = probe(runs / job.start, json.loads((runs / job.start / "record.json").read_text()))
             else:
-                drive([*(arg.format(tofu_dir=tofu_dir) for arg in job.args), "--resume", "--output_dir", str(folder)]
-                      + (["--start_from", str(runs / job.start)] if job.start else []))  # fmt: skip
+                import rerule
+
+                flags = [*(arg.format(tofu_dir=tofu_dir) for arg in job.args), "--resume", "--output_dir", str(folder)]
+                flags += ["--start_from", str(runs / job.start)] if job.start else []
+                rerule.main(rerule.configure(flags), figures=False)
                 record = record_of(folder)
         except InputError as error:
             return f"{job.name}: {error}"
     record = {"family": job.family, "seed": job.seed, "args": list(job.args), **about, **record}
     if not (folder / "record.json").exists():  # a base run made again for its models keeps its first record
         write_json(folder / "record.json", record | {"seconds": round(time.perf_counter() - started, 1)})
-    return None
-
-
-def drive(args):
-    """`python rerule.py args`, in this process and without a run's own figures."""
-    import rerule
-
-    rerule.main(rerule.configure(args), figures=False)
 
 
 def trim(folder):
     """Keep of a finished run what can be read: settings, table, metrics, record, and samples packed."""
     for path in folder.iterdir():
         if path.name == "samples.jsonl":
-            with gzip.open(folder / "samples.jsonl.gz", "wb") as packed:
-                packed.write(path.read_bytes())
+            (folder / "samples.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name not in KEPT:
@@ -99,7 +93,7 @@ def about():
         done = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    changed = git("status", "--porcelain", "--", "*.py", ":!tests")
+    changed = git("status", "--porcelain", "--", "*.py", "reproduce/families.json", ":!tests")
     commit = (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" with uncommitted changes" if changed else "")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "scipy")}
     return {"commit": commit, "versions": {"python": platform.python_version(), **versions}}

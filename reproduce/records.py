@@ -15,7 +15,6 @@ Covers the measurable part of Appendix E (Eq. 28, 29, 31). Symbols as there.
 import json
 import random
 from math import sqrt
-from pathlib import Path
 
 import numpy as np
 
@@ -39,35 +38,31 @@ WINDOW = 3  # "late" is the last third of a run's steps
 
 def record_of(folder):
     """The record of a finished run's folder."""
-    folder = Path(folder)
     config, table = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "table.json"))
     metrics = [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == 2]
     samples, methods, queries = read_lines(folder / "samples.jsonl"), {}, []
     for method in dict.fromkeys(row["method"] for row in samples):
-        own, groups = [row for row in metrics if row["method"] == method], {}
+        own, steps = [row for row in metrics if row["method"] == method], {}
         for row in samples:
             if row["method"] == method:
-                groups.setdefault(row["step"], []).append(row)
-        queries = ["".join(base36(row["query"]) for row in groups[step]) for step in sorted(groups)]  # of every method
+                steps.setdefault(row["step"], []).append(row)
+        groups = [steps[step] for step in sorted(steps)]
+        queries = [
+            "".join(np.base_repr(row["query"], 36).zfill(2) for row in rows) for rows in groups
+        ]  # of every method
         methods[method] = {
-            "rewards": ["".join(level(row["rewards"]) for row in groups[step]) for step in sorted(groups)],
+            "rewards": ["".join(level(row["rewards"]) for row in rows) for rows in groups],
             **totals(own),
-            "evaluations": [
-                {"step": row["step"]} | {k: short(row[f"eval_{k}"]) for k in KEPT if f"eval_{k}" in row}
-                for row in own
-                if "eval_retain_recall" in row
-            ],
         }
+        methods[method]["evaluations"] = [
+            {"step": row["step"]} | {k: short(row[f"eval_{k}"]) for k in KEPT if f"eval_{k}" in row}
+            for row in own if "eval_retain_recall" in row
+        ]  # fmt: skip
     early = ("Original", "Retained", "Rej. Steer") if config["start_from"] else ()  # the base run's own
-    found = {name: config[name] for name in ("tau", "lr", "steps", "group_size")} | {
-        "rows": {
-            name: {k: short(row[k]) for k in KEPT if row.get(k) is not None}
-            for name, row in table.items()
-            if name not in early
-        },
-        "methods": methods,
-        "queries": queries,
-    }
+    rows = {name: row for name, row in table.items() if name not in early}
+    found = {name: config[name] for name in ("tau", "lr", "steps", "group_size")}
+    found["rows"] = {name: {k: short(row[k]) for k in KEPT if row.get(k) is not None} for name, row in rows.items()}
+    found |= {"methods": methods, "queries": queries}
     if {"rule", "rerule"} <= set(methods):  # a base run: what its variants are read with
         asked = {row["query"]: row for row in samples}
         answers = {row["question"]: row["answer"] for row in read_lines(folder / "predictions" / "original.jsonl")}
@@ -85,11 +80,6 @@ def level(rewards):
     """A group's rewards as one character."""
     average = sum(rewards) / len(rewards)
     return "=" if average == 0.5 and len(set(rewards)) == 1 else LEVELS[round(16 * average)]
-
-
-def base36(query):
-    """A query's number in two digits."""
-    return np.base_repr(query, 36).zfill(2)
 
 
 def mean_reward(character):
@@ -113,8 +103,7 @@ def totals(rows):
     found["replay_skipped"] = sum(row["replay_skipped"] for row in replayed)
     found["arithmetic"] = arithmetic(rows)
     for name in ("ess", "ess_unclipped", "clipped_share", "replay_age"):
-        values = [row[name] for row in replayed if row.get(name) is not None]
-        found[name] = sum(values) / len(values) if values else None
+        found[name] = mean(row.get(name) for row in replayed)
     return {name: short(value) for name, value in found.items()}
 
 
@@ -131,8 +120,7 @@ def arithmetic(rows):
 
 def regions(base):
     """{query: "hard" or "easy"}: split at τ by RULE's mean reward before ReRULE first replays."""
-    seen = before_replay(base)
-    return {query: "hard" if sum(means) / len(means) < base["tau"] else "easy" for query, means in seen.items()}
+    return {query: "hard" if mean(means) < base["tau"] else "easy" for query, means in before_replay(base).items()}
 
 
 def before_replay(base):
@@ -149,7 +137,7 @@ def cases(base, prompts, answers):
 
     Equals stand in an order that is arbitrary but fixed.
     """
-    means = {query: sum(values) / len(values) for query, values in before_replay(base).items()}
+    means = {query: mean(values) for query, values in before_replay(base).items()}
     order = sorted(means, key=lambda query: (means[query], random.Random(query).random()))
     return [
         [query, kind, prompts[query], answers.get(prompts[query], "")]
@@ -160,14 +148,11 @@ def cases(base, prompts, answers):
 
 def groups_of(record, method, last=None):
     """(step, query, mean reward, all equal) of every group; of the last third of the steps alone with `last`."""
-    steps, found = len(record["methods"][method]["rewards"]), []
-    first = steps - steps // WINDOW if last else 0
-    for at in range(first, steps):
-        queries, characters = record["queries"][at], record["methods"][method]["rewards"][at]
-        for place, character in enumerate(characters):
-            query = int(queries[2 * place : 2 * place + 2], 36)
-            found.append((at + 1, query, mean_reward(character), all_equal(character)))
-    return found
+    rewards = record["methods"][method]["rewards"]
+    first = len(rewards) - len(rewards) // WINDOW if last else 0
+    steps = list(enumerate(zip(record["queries"], rewards, strict=False), 1))[first:]
+    return [(step, int(queries[2 * at : 2 * at + 2], 36), mean_reward(character), all_equal(character))
+            for step, (queries, characters) in steps for at, character in enumerate(characters)]  # fmt: skip
 
 
 def outcome(record, method, base):
@@ -178,8 +163,10 @@ def outcome(record, method, base):
         trained, held_out = row.get(f"{kind}_trained_recall"), row.get(f"{kind}_heldout_recall")
         found[kind] = None if trained is None else (4 * trained + 2 * held_out) / 6  # six phrasings, two held out
     if found["hard"] is not None or found["easy"] is not None:
-        found["heldout"] = pooled(row, "heldout", base)
-        found["trained"] = pooled(row, "trained", base)
+        args = base["args"] if base else ()
+        n_hard = int(args[args.index("--crossed") + 1]) if "--crossed" in args else 22  # of 42 neighbours
+        hard, easy = (row.get(f"{kind}_heldout_recall") or 0 for kind in ("hard", "easy"))
+        found["heldout"] = (n_hard * hard + (42 - n_hard) * easy) / 42
     found["balance"] = score(row) if row.get("retain_recall") is not None else None
     if ran and base:
         place, late = regions(base), groups_of(record, method, last=True)
@@ -203,18 +190,9 @@ class Results:
 
     def of(self, family, method="rerule"):
         """{seed: outcome of one method}, each read with the base run of its seed."""
-        of_base = {"tofu_random": "tofu", "baselines": "base"}.get(family, family)
-        bases = self.runs(of_base if of_base in ("tofu", "world0", "world30") else "base")
-        bases = {} if family in ("select", "grid") else bases
+        own = {"tofu": "tofu", "tofu_random": "tofu", "world0": "world0", "world30": "world30"}
+        bases = self.runs(own.get(family, "base"))
         return {seed: outcome(run, method, bases.get(seed)) for seed, run in sorted(self.runs(family).items())}
-
-
-def pooled(row, part, base):
-    """Recall of the 42 hard and easy neighbours together, on trained or held-out phrasings."""
-    args = base["args"] if base else ()
-    n_hard = int(args[args.index("--crossed") + 1]) if "--crossed" in args else 22
-    hard, easy = row.get(f"hard_{part}_recall"), row.get(f"easy_{part}_recall")
-    return (n_hard * (hard or 0) + (42 - n_hard) * (easy or 0)) / 42
 
 
 def difference(a, b):
@@ -257,10 +235,10 @@ def paired(a, b, column):
     return statistic([difference(a[seed].get(column), b[seed].get(column)) for seed in sorted(a) if seed in b])
 
 
-def instability(evaluations, column="retain_recall"):
-    """(sd of a column over the last third of the steps, sd of what a straight line through it leaves)."""
+def instability(evaluations):
+    """(sd of retain recall over the last third of the steps, sd of what a straight line through it leaves)."""
     last = max(row["step"] for row in evaluations)
-    late = [(row["step"], row[column]) for row in evaluations if row["step"] > last - last / WINDOW]
+    late = [(row["step"], row["retain_recall"]) for row in evaluations if row["step"] > last - last / WINDOW]
     if len(late) < 3:
         return None, None
     x, y = np.array(late, float).T
@@ -284,24 +262,18 @@ def rank_correlation(x, y):
 def hard_share(base, tau, kind=None):
     """Share of groups with r̄ < τ before replay, of one kind of prompt or of all."""
     seen = before_replay(base)
-    means = [r for query, values in seen.items() if kind in (None, base["kinds"][query]) for r in values]
-    return sum(r < tau for r in means) / len(means) if means else None
-
-
-# --- choices ---------------------------------------------------------------------------------------------------------
+    return mean(r < tau for query, values in seen.items() if kind in (None, base["kinds"][query]) for r in values)
 
 
 def rate_scores(records, seeds, rates):
     """{method: {rate: [`grid.score`, a seed each]}} of the selection runs that are there, as for the baselines."""
     names = {rate: "select" if rate == rates[0] else f"grid{rate}" for rate in rates}
-    scores = {method: {rate: [] for rate in rates} for method in NAMES}
-    for method, by_rate in scores.items():
-        for rate, values in by_rate.items():
-            for seed in seeds:
-                run = records.get(f"{names[rate]}_{seed}")
-                if run:
-                    values.append(outcome(run, method, None)["balance"])
-    return scores
+
+    def score_of(name, method):
+        runs = [records[f"{name}_{seed}"] for seed in seeds if f"{name}_{seed}" in records]
+        return [outcome(run, method, None)["balance"] for run in runs]
+
+    return {method: {rate: score_of(name, method) for rate, name in names.items()} for method in NAMES}
 
 
 def choose(records, seeds, rates):
@@ -316,9 +288,6 @@ def choose(records, seeds, rates):
     runs = [records[f"select_{seed}"] for seed in seeds]
     ratio = float(np.median([r["methods"]["rerule"]["arithmetic"] / r["methods"]["rule"]["arithmetic"] for r in runs]))
     return best | {"steps": round(ratio * runs[0]["steps"]), "ratio": ratio}
-
-
-# --- Appendix E ------------------------------------------------------------------------------------------------------
 
 
 def bound(record, base, method="rerule"):
