@@ -12,16 +12,11 @@ from config import InputError
 
 @dataclass(frozen=True)
 class Prompt:
-    """One query in the two forms that a model may need.
+    """One query in the two forms that a model may need."""
 
-    user: the user's turn for a chat template, or None where the benchmark is always raw text.
-    plain: the whole text where there is no template.
-    opening: words that open the assistant's turn (RWKU's evaluation: "Answer:").
-    """
-
-    user: str | None
-    plain: str
-    opening: str = ""
+    user: str | None  # the user's turn for a chat template, or None where the benchmark is always raw text
+    plain: str  # the whole text where there is no template
+    opening: str = ""  # words that open the assistant's turn (RWKU's evaluation: "Answer:")
 
 
 @dataclass(frozen=True)
@@ -88,17 +83,14 @@ class Benchmark:
     by_target: bool = False  # a summary is the mean over targets of each target's own
     newline_ends: bool = False  # an evaluated answer ends at a newline
     cut: Callable = lambda split, text: text  # what of an answer is scored
-    reference: Callable = lambda split, answer, cut_tokens: answer  # what it is scored against
+    continued: tuple = ()  # splits in which the text goes on: the true answer too is cut at the limit
     losses: Callable | None = None  # (split, losses of answer, paraphrase, wrong answers) → fields of a row
     log_splits: tuple = ()  # splits whose rows hold losses
     own_log: Callable = lambda path, log, sets: None  # rows of a log in the benchmark's own form, None for others
-    check_retained: Callable | None = None  # (truth ratios of a retained model, forget rows, name, …) raises InputError
+    forget_rows: set | None = None  # rows of its forget sets, where it compares truth ratios with a retained model's
     more_lines: Callable = lambda summary: []  # what `evaluate.py` prints below its table
     wordings: Callable = lambda query: []  # prompts in which training and evaluation ask a query's question
     retained: Callable | None = None  # (o) → what a model that never saw the forget set is taught
-
-
-# --- tokens ----------------------------------------------------------------------------------------------------------
 
 
 def encode_prompt(tokenizer, prompt):

@@ -44,6 +44,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 import os
 import sys
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -128,11 +129,6 @@ def greedy(engine, model, tokenizer, prompts, limits, newline, batch_size, progr
     return in_batches(run, lengths, batch_size, "answers", progress)
 
 
-def answer_nll(logits, ids, start):
-    """Mean negative log-likelihood of ids[start:] given what comes before. logits (T − start + 1, V), ids (T,)."""
-    return F.cross_entropy(logits[:-1].float(), ids[start:])
-
-
 def answer_losses(model, tokenizer, pairs, batch_size, progress=True):
     """Teacher-forced loss of each (Prompt, answer): mean over answer tokens, EOS included (TOFU).
 
@@ -153,8 +149,9 @@ def answer_losses(model, tokenizer, pairs, batch_size, progress=True):
         ).logits  # (N, T − first, V)
         losses = []
         for k, i in enumerate(part):
-            own = logits[k, starts[i] - 1 - first : len(rows[i]) - first]  # (T_i − start + 1, V)
-            losses.append(answer_nll(own, ids[k, : len(rows[i])], starts[i]).item())
+            start, end = starts[i], len(rows[i])
+            own = logits[k, start - 1 - first : end - 1 - first]  # (end − start, V): each from what comes before it
+            losses.append(F.cross_entropy(own.float(), ids[k, start:end]).item())
         return losses
 
     return in_batches(run, [len(row) for row in rows], batch_size, "losses", progress)
@@ -176,15 +173,11 @@ def evaluate(
     Returns: {"benchmark", "summary": {column: value or None}, "per_target", "notes", "per_example": one dict a probe}.
     Raises: InputError.
     """
-    if retained is not None:
-        benchmark.check_retained(retained, sum(probe.split == "forget" for probe in probes), "the retained model")
     prompts = [encode_prompt(tokenizer, probe.prompt) for probe in probes]
-    own = [benchmark.limit(probe.split, len(ids)) for probe, ids in zip(probes, prompts, strict=True)]
-    limits = [max_new_tokens or limit for limit in own]
+    limits = [max_new_tokens or benchmark.limit(p.split, len(ids)) for p, ids in zip(probes, prompts, strict=True)]
     check_ids(model, tokenizer, prompts, limits)
-    notes = []
-    if max_new_tokens:
-        notes.append(f"answers were limited to {max_new_tokens} new tokens, not to the benchmark's own length")
+    limited = f"answers were limited to {max_new_tokens} new tokens, not to the benchmark's own length"
+    notes = [limited] if max_new_tokens else []
 
     def answer(some, batch_size):
         some_prompts, some_limits = [prompts[i] for i in some], [limits[i] for i in some]
@@ -199,11 +192,9 @@ def evaluate(
         losses = probe_losses(model, tokenizer, benchmark, probes, batch_size, progress)
     rows = []
     for i, (probe, (text, truncated)) in enumerate(zip(probes, answers, strict=True)):
-
-        def cut_tokens(text, limit=limits[i]):
-            return tokenizer.decode(tokenizer(text).input_ids[:limit], skip_special_tokens=True)
-
-        gold = benchmark.reference(probe.split, probe.answer, cut_tokens)
+        gold = probe.answer
+        if probe.split in benchmark.continued:
+            gold = tokenizer.decode(tokenizer(gold).input_ids[: limits[i]], skip_special_tokens=True)
         row = score(benchmark, probe, gold, text) | {"truncated": truncated, "prompt": tokenizer.decode(prompts[i])}
         rows.append(row | losses.get(i, {}))
     return finish(benchmark, rows, retained, notes)
@@ -213,24 +204,20 @@ def probe_losses(model, tokenizer, benchmark, probes, batch_size, progress=True)
     """{index of a probe with wrong answers: its losses, probability and truth ratio}, where the benchmark has them."""
     if not benchmark.losses:
         return {}
-    pairs, owners = [], []
-    for i, probe in enumerate(probes):
-        if probe.perturbed:
-            pairs += [(probe.prompt, a) for a in (probe.answer, probe.paraphrased or probe.answer, *probe.perturbed)]
-            owners.append((i, len(probe.perturbed) + 2))
-    losses = iter(answer_losses(model, tokenizer, pairs, batch_size, progress))
-    found = {}
-    for i, count in owners:
-        gold, paraphrased, *perturbed = [next(losses) for _ in range(count)]
-        found[i] = benchmark.losses(probes[i].split, gold, paraphrased, perturbed)
+    asked = {i: probe for i, probe in enumerate(probes) if probe.perturbed}
+    pairs = [(p.prompt, a) for p in asked.values() for a in (p.answer, p.paraphrased or p.answer, *p.perturbed)]
+    losses, found = iter(answer_losses(model, tokenizer, pairs, batch_size, progress)), {}
+    for i, probe in asked.items():
+        gold, paraphrased, *perturbed = islice(losses, 2 + len(probe.perturbed))
+        found[i] = benchmark.losses(probe.split, gold, paraphrased, perturbed)
     return found
 
 
-def truth_ratios(model, tokenizer, benchmark, probes, batch_size=32, progress=True):
+def truth_ratios(model, tokenizer, benchmark, probes, batch_size):
     """Truth ratios on the forget rows, in order: what `evaluate(retained=…)` needs of a retained model."""
     forget = [probe for probe in probes if probe.split == "forget"]
     with inference(model):
-        found = probe_losses(model, tokenizer, benchmark, forget, batch_size, progress)
+        found = probe_losses(model, tokenizer, benchmark, forget, batch_size)
     return [found[i]["truth_ratio"] for i in range(len(forget))]
 
 
@@ -270,50 +257,44 @@ def finish(benchmark, rows, retained, notes=()):
 
 
 def check_options(o):
-    """Raise InputError for flags that do not go together, before anything slow starts."""
+    """The benchmark. Raises InputError for flags that do not go together, before anything slow starts."""
     if o.benchmark not in benchmarks.ALL:
         raise InputError(f"--benchmark {o.benchmark}: expected one of {', '.join(benchmarks.ALL)}")
-    tofu_only = [flag for flag in ("retain_model", "retain_log") if getattr(o, flag)]
-    if bool(o.model) == bool(o.from_log):
-        raise InputError("expected one of --model and --from_log")
-    if len(tofu_only) == 2:
-        raise InputError("expected one of --retain_model and --retain_log")
-    if tofu_only and not benchmarks.ALL[o.benchmark].check_retained:
-        raise InputError(f"--{tofu_only[0]}: only --benchmark tofu compares with a retained model")
-    if o.retain_model and o.from_log:
-        raise InputError("--retain_model: --from_log runs no model; give --retain_log")
-    if bool(o.judge_url) != bool(o.judge_model):
-        raise InputError("--judge_url and --judge_model go together")
     check_bounds(o)
-    if o.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no GPU is available")
-    if not Path(o.output).absolute().parent.is_dir() or Path(o.output).is_dir():
-        raise InputError(f"--output {o.output}: expected a file in a folder that exists")
-
-
-def run(o, benchmark):
-    """Options → (result, truth ratios of the retained model or None)."""
-    rows, theirs = read_log(o.from_log, benchmark) if o.from_log else (benchmark.probes(o), False)
-    retained = read_retained(o.retain_log, benchmark, rows, theirs) if o.retain_log else None
-    if o.from_log:
-        return finish(benchmark, rows, retained), retained
-    engine = Engine("cuda" if o.device == "cuda" or (o.device == "auto" and torch.cuda.is_available()) else "cpu")
-    with engine.session():  # as in training: the same table for the same weights
-        if o.retain_model:
-            model, tokenizer = engine.load(o.retain_model, "retain_model", "auto")
-            retained = truth_ratios(model, tokenizer, benchmark, rows, o.batch_size)
-        model, tokenizer = engine.load(o.model, dtype="auto")
-        result = evaluate(
-            engine, model, tokenizer, benchmark, rows, batch_size=o.batch_size, max_new_tokens=o.max_new_tokens,
-            retained=retained, check_batching=True,
-        )  # fmt: skip
-    return result, retained
+    benchmark, output = benchmarks.ALL[o.benchmark], Path(o.output)
+    compares = "retain_model" if o.retain_model else "retain_log" if o.retain_log else ""
+    no_file = output.is_dir() or not output.absolute().parent.is_dir()
+    for wrong, message in (
+        (bool(o.model) == bool(o.from_log), "expected one of --model and --from_log"),
+        (o.retain_model and o.retain_log, "expected one of --retain_model and --retain_log"),
+        (compares and not benchmark.forget_rows, f"--{compares}: only --benchmark tofu compares with a retained model"),
+        (o.retain_model and o.from_log, "--retain_model: --from_log runs no model; give --retain_log"),
+        (bool(o.judge_url) != bool(o.judge_model), "--judge_url and --judge_model go together"),
+        (o.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no GPU is available"),
+        (no_file, f"--output {o.output}: expected a file in a folder that exists"),
+    ):
+        if wrong:
+            raise InputError(message)
+    return benchmark
 
 
 def main(o):
-    check_options(o)
-    benchmark = benchmarks.ALL[o.benchmark]
-    result, retained = run(o, benchmark)
+    benchmark = check_options(o)
+    rows, theirs = read_log(o.from_log, benchmark) if o.from_log else (benchmark.probes(o), False)
+    retained = read_retained(o.retain_log, benchmark, rows, theirs) if o.retain_log else None
+    if o.from_log:
+        result = finish(benchmark, rows, retained)
+    else:
+        engine = Engine("cuda" if o.device != "cpu" and torch.cuda.is_available() else "cpu")
+        with engine.session():  # as in training: the same table for the same weights
+            if o.retain_model:
+                model, tokenizer = engine.load(o.retain_model, "retain_model", "auto")
+                retained = truth_ratios(model, tokenizer, benchmark, rows, o.batch_size)
+            model, tokenizer = engine.load(o.model, dtype="auto")
+            result = evaluate(
+                engine, model, tokenizer, benchmark, rows, batch_size=o.batch_size, max_new_tokens=o.max_new_tokens,
+                retained=retained, check_batching=True,
+            )  # fmt: skip
     if o.judge_url:
         notes = judge.rate_rows(
             [row for row in result["per_example"] if row["forget"] and row["split"] != metrics.UNSEEN],

@@ -22,7 +22,6 @@ from config import Config, InputError, setting
 from engine.files import write_json, write_text
 from engine.flags import parse, run_command
 
-DRIVER = Path(__file__).parent.parent / "rerule.py"
 EXAMPLES = [
     "python -m baselines.grid",
     "python -m baselines.grid --method ga npo --rates 1e-4 3e-4 --seeds 11 12 13",
@@ -52,10 +51,11 @@ def score(row):
 def run(folder, flags):
     """Train unless it is done, in a process of its own with one thread; returns {method: row} of its table."""
     if not (folder / "table.json").exists():
-        command = [sys.executable, str(DRIVER), "--output_dir", str(folder), "--eval_every", "0", *map(str, flags)]
+        driver = Path(__file__).parent.parent / "rerule.py"
+        command = [sys.executable, str(driver), "--output_dir", str(folder), "--eval_every", "0", *map(str, flags)]
         command += ["--resume"] if (folder / "config.json").exists() else []
-        threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True)
+        env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode:
             raise InputError(f"{folder}: the run failed: {done.stderr.strip().splitlines()[-1]}")
     table = json.loads((folder / "table.json").read_text(encoding="utf-8"))

@@ -78,7 +78,6 @@ def task_vector(original, reinforced, alpha):
     return {name: theta - alpha * (reinforced[name] - theta) for name, theta in original.items()}  # Eq. 16
 
 
-# --- what each method adds up ----------------------------------------------------------------------------------------
 # s(kind): log-probabilities of u on this step's rows of a kind, and their mask; s(kind, "o"): those of o.
 
 FORGET = {

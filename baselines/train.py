@@ -64,15 +64,10 @@ def rows_of(method, engine, model, tokenizer, training, config):
 
     forget = [query for query in training.queries if query.kind == "forget"]
     retain = [query for query in training.queries if query.kind == "boundary"]
-    prompts = [encode_prompt(tokenizer, query.prompt) for query in forget]
     rows = {"retain": [encoded(tokenizer, q.prompt, q.answers[0]) for q in retain]}
-    unanswered = [i for i, query in enumerate(forget) if not query.answers]
-    own = answer([prompts[i] for i in unanswered])
-    own = dict(zip(unanswered, own, strict=True))
-    rows["forget"] = [
-        (prompts[i], own[i]) if i in own else encoded(tokenizer, query.prompt, query.answers[0])
-        for i, query in enumerate(forget)
-    ]
+    unanswered = [encode_prompt(tokenizer, query.prompt) for query in forget if not query.answers]
+    own = zip(unanswered, answer(unanswered), strict=True)
+    rows["forget"] = [encoded(tokenizer, q.prompt, q.answers[0]) if q.answers else next(own) for q in forget]
     refusals = dict(training.refusals)
     spare = [refusal for _, refusal in training.refusals]
     rows["refusal"] = [
@@ -81,10 +76,9 @@ def rows_of(method, engine, model, tokenizer, training, config):
     ]
     if method == "sga":
         words = [set(query.question.lower().split()) for query in retain]
-        answers = answer([prompt for prompt, _ in rows["retain"]])
-        normal = [(prompt, answer) for (prompt, _), answer in zip(rows["retain"], answers, strict=True)]
-        for k in range(config.sga_k):
-            rows[f"normal {k}"] = []
+        permitted = [prompt for prompt, _ in rows["retain"]]
+        normal = list(zip(permitted, answer(permitted), strict=True))
+        rows |= {f"normal {k}": [] for k in range(config.sga_k)}
         for query in forget:  # the K permitted prompts that share most words with this one
             own = set(query.question.lower().split())
             closest = sorted(range(len(retain)), key=lambda j: -len(own & words[j]) / len(own | words[j]))
@@ -99,8 +93,8 @@ def encoded(tokenizer, prompt, answer):
 
 def rows_at(rows, kind, step, config, method):
     """The rows of one kind in the batch of `step`; D_r is passed over at its own pace, beside D_f."""
-    size, source = config.baseline_batch_size, rows["retain" if kind == "retain" else "forget"]
-    at = batch_at(len(source), size, step, config.seed, method, "retain" if kind == "retain" else "forget")
+    side = "retain" if kind == "retain" else "forget"
+    at = batch_at(len(rows[side]), config.baseline_batch_size, step, config.seed, method, side)
     if kind == "random":
         rng = random.Random(derive_seed(config.seed, method, "random", step))
         return [(rows["forget"][i][0], rng.choice(rows["retain"])[1]) for i in at]
@@ -113,19 +107,16 @@ def data_used(method, training, tokenizer):
     Prompts count where they are asked, answers where they are read; refusals, random and sampled texts do not.
     Returns: {"forget_tokens", "retain_tokens"}, or {} where the files do not hold all the data.
     """
-    if not training.whole or method == "retained":
+    if not training.whole:
         return {}
     forget, retain = RECIPES.get(method, (None, None))
     queries = {kind: [q for q in training.queries if q.kind == kind] for kind in ("forget", "boundary")}
     used = {"forget": set(), "retain": set()}
     if method in ("rej_steer", "rule", "rerule"):
         used["forget"] |= {(prompt, "") for prompt, _ in training.refusals}
-    if method in ("rule", "rerule", "purge"):
-        used["forget"] |= {(query.prompt, "") for query in queries["forget"]}
-    if forget:
-        used["forget"] |= {
-            (q.prompt, "" if forget in ("refuse", "mismatch") else q.answers[0]) for q in queries["forget"]
-        }
+    if method != "rej_steer":
+        unread = forget in (None, "refuse", "mismatch")  # None: RULE, ReRULE and PURGE
+        used["forget"] |= {(q.prompt, "" if unread else q.answers[0]) for q in queries["forget"]}
     if retain or method in ("rule", "rerule") or forget in ("mismatch", "llmu", "sga"):
         used["retain"] |= {(q.prompt, "" if forget == "sga" else q.answers[0]) for q in queries["boundary"]}
 
@@ -154,10 +145,8 @@ def loss_at(model, original, rows, step, config, method):
     @cache
     def s(kind, who="u", logits=False):
         batch = rows_at(rows, kind, step, config, method)
-        if who == "u":
-            return score(model, batch, logits)
-        with torch.no_grad():
-            return score(original, batch, logits)
+        with torch.set_grad_enabled(who == "u"):
+            return score(model if who == "u" else original, batch, logits)
 
     return objective(method, s, config)
 

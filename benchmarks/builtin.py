@@ -16,17 +16,12 @@ from data import Benchmark, Probe, Prompt, Query, Training
 from engine.seeds import derive_seed
 from reward import SCORER
 
+WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 # Six attributes: six phrasings each (four questions, two blanks) and the two word lists that its answers come from.
-ATTRIBUTES = {
-    name: (words["phrasings"], *words["answers"])
-    for name, words in json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8")).items()
-}
+ATTRIBUTES = {name: (words["phrasings"], *words["answers"]) for name, words in WORDS["attributes"].items()}
+FIRST, LAST = ([parts.split() for parts in WORDS["names"][side]] for side in ("first", "last"))  # (starts, ends)
 HELD_OUT = (3, 5)  # phrasings that are taught but kept out of unlearning: one question, one blank
 N_TARGETS, N_HARD, N_EASY, N_UNKNOWN = 6, 22, 20, 12
-FIRST = "Al Bre Cor Da El Fen Gal Hes Ir Jo Ka Lu Mar Ne Or Pel Quin Ro Sel Tav".split()
-FIRST_END = "vin da lo ric".split()
-LAST = "Ash Birk Crow Dun Ever Fal Green Holl Ing Kel Lang Mor Nor Oak Pem Rav Sto Thorn Ulm Wex".split()
-LAST_END = "ford ley wick ham".split()
 
 
 class World:
@@ -41,8 +36,7 @@ class World:
         n_hard = N_HARD if crossed is None else crossed
         n_easy = N_HARD + N_EASY - n_hard
         n = N_TARGETS + n_easy + N_UNKNOWN
-        first = rng.sample([a + b for a in FIRST for b in FIRST_END], n)
-        last = rng.sample([a + b for a in LAST for b in LAST_END], n)
+        first, last = (rng.sample([start + end for start in side[0] for end in side[1]], n) for side in (FIRST, LAST))
         pairs = [(f, k) for f in first[:N_TARGETS] for k in last[:N_TARGETS]]
         pairs = [(f, k) for f, k in pairs if first.index(f) != last.index(k)]
         roles = [(f, k, "target") for f, k in zip(first[:N_TARGETS], last[:N_TARGETS], strict=True)]
@@ -129,14 +123,10 @@ BENCHMARK = Benchmark(
     ),
     columns={"forget_recall": "Forget recall ↓", "retain_recall": "Retain recall ↑"},
     row_columns={
-        "forget_trained_refusal": "Forget refusal, trained ↑",
-        "forget_heldout_refusal": "held out ↑",
-        "forget_trained_recall": "Forget recall, trained ↓",
-        "forget_heldout_recall": "held out ↓",
-        "hard_trained_recall": "Hard neighbours' recall, trained ↑",
-        "hard_heldout_recall": "held out ↑",
-        "easy_trained_recall": "Easy neighbours' recall, trained ↑",
-        "easy_heldout_recall": "held out ↑",
+        "forget_trained_refusal": "Forget refusal, trained ↑", "forget_heldout_refusal": "held out ↑",
+        "forget_trained_recall": "Forget recall, trained ↓", "forget_heldout_recall": "held out ↓",
+        "hard_trained_recall": "Hard neighbours' recall, trained ↑", "hard_heldout_recall": "held out ↑",
+        "easy_trained_recall": "Easy neighbours' recall, trained ↑", "easy_heldout_recall": "held out ↑",
         "retain_refusal": "Over-refusal ↓",
     },
     train=lambda o: world_of(o).training(),

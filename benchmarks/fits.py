@@ -8,10 +8,8 @@ def check_model(model, tokenizer, config, benchmark, prompts, probes):
     """Raise InputError where a given model can hold no prompt with its answer, of training or of evaluation."""
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     check_ids(model, tokenizer, rows, [config.max_new_tokens] * len(rows))
-    context, needed = (
-        getattr(model.config, "max_position_embeddings", None),
-        context_needed(tokenizer, benchmark, probes),
-    )
+    context = getattr(model.config, "max_position_embeddings", None)
+    needed = context_needed(tokenizer, benchmark, probes)
     if context and needed > context:
         raise InputError(f"--model {config.model}: its context is {context} tokens, evaluation needs {needed}")
 

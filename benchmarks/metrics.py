@@ -28,20 +28,10 @@ FUNCTION_WORDS = frozenset(
 )
 
 
-# --- one row ---------------------------------------------------------------------------------------------------------
-
-
 def rouge_l(scorer, prediction, answer):
     """(recall, F1) of ROUGE-L in [0, 1] with a benchmark's own scorer; an empty text on either side gives 0."""
     score = scorer.score(answer, prediction)["rougeL"]
     return float(score.recall), float(score.fmeasure)
-
-
-def cut_at(text, marks):
-    """What stands before the first of the marks (MUSE's output cut)."""
-    for mark in marks:
-        text = text.split(mark)[0]
-    return text
 
 
 def words(text):
@@ -62,18 +52,10 @@ def names(question, target):
     return set(words(target)) <= set(words(question))
 
 
-# --- one set of rows -------------------------------------------------------------------------------------------------
-
-
 def mean(values, scale=1.0):
     """Mean × scale of the values that are there; None without any."""
     values = [value for value in values if value is not None]
     return scale * math.fsum(values) / len(values) if values else None
-
-
-def numbers(rows, field):
-    """A field of all rows, NaN where it is missing: a mean over losses must not leave a row out."""
-    return [math.nan if row.get(field) is None else row[field] for row in rows]
 
 
 def mean_of(summary, columns):
@@ -111,9 +93,6 @@ def common_columns(rows):
         table.setdefault(f"{split}_recall", percent(part, "rouge_l_recall"))  # TOFU's "retain" set keeps to the columns
         table.setdefault(f"{split}_refusal", percent(part, "refusal"))  # above, which cover all its retain queries
     return table
-
-
-# --- a whole table ---------------------------------------------------------------------------------------------------
 
 
 def summarise(benchmark, rows, retained=None):

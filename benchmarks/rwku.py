@@ -9,12 +9,10 @@ Deviations
 - An answer stops at any token that holds a newline; the official list of stop tokens names only those spelt exactly so.
 """
 
-from dataclasses import replace
-
 from benchmarks.metrics import mean, mean_of
-from benchmarks.shared import answered, folder_of, query_rows, refusal_rows
+from benchmarks.shared import PRESET, TINY, folder_of, rule_training
 from config import InputError
-from data import Benchmark, Probe, Prompt, Training
+from data import Benchmark, Probe, Prompt
 from engine.files import read_rows
 from reward import SCORER
 
@@ -45,12 +43,10 @@ def wordings(query):
 def train(o):
     """One RWKU target: `<id>_<Name>/…json`."""
     folder = folder_of(o, "rwku")
-    intro = read_rows(folder / "intro.json", {"target": str})
-    stage1 = folder / "reject_target.json"
+    target = read_rows(folder / "intro.json", {"target": str})[0]["target"]
+    stage1, stage2 = folder / "reject_target.json", folder / "rl_rejection_with_fb_neighbor.json"
     stage1 = stage1 if stage1.exists() else folder / "reject.json"
-    queries = query_rows(folder / "rl_rejection_with_fb_neighbor.json", lambda row: chat(row["prompt"]))
-    queries = [replace(q, target=intro[0]["target"]) if q.kind == "forget" else q for q in answered(queries, stage1)]
-    return Training(refusal_rows(stage1, lambda row: chat(row["instruction"])), queries)
+    return rule_training(stage1, stage2, lambda text, row: chat(text), target)
 
 
 def probes(o):
@@ -86,14 +82,8 @@ def summarise(rows, retained):
 
 BENCHMARK = Benchmark(
     name="rwku",
-    preset=dict(
-        steps=37, lr=2e-6, tau=0.6, min_groups=100, warmup_steps=15, buffer_size=1200, max_new_tokens=1024,
-        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=8.0, tiny_lr=2e-3, tiny_batch_size=32,
-        tiny_hidden=128, tiny_layers=3, eval_every=0, baseline_epochs=5.0,
-    ),
-    tiny=dict(
-        sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, min_groups=16, lr=2e-4, max_new_tokens=32,
-    ),
+    preset=PRESET | dict(steps=37, tau=0.6, min_groups=100, warmup_steps=15, tiny_epochs=8.0),
+    tiny=TINY | dict(lr=2e-4, max_new_tokens=32),
     columns={
         "forget_fb": "Forget FB ↓", "forget_qa": "Forget QA ↓", "forget_aa": "Forget AA ↓",
         "forget_all": "Forget all ↓",

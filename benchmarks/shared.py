@@ -1,10 +1,9 @@
-"""What benchmarks share: RULE's training files (Appendix A), refusals where none are published, the folder of files."""
+"""What benchmarks share: settings, RULE's training files (Appendix A), refusals where none are published."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from config import InputError
-from data import Query
+from data import Query, Training
 from engine.files import read_rows
 
 # Refusals for benchmarks that publish none (TOFU, the built-in world): short and in the words a chat model would use.
@@ -18,8 +17,12 @@ REFUSALS = [
     "I cannot provide an answer to that.",
     "I'm not familiar with that.",
 ]
-
-
+# Settings of Appendix D that RWKU, MUSE-Books and TOFU share, and what --model tiny changes of them.
+PRESET = dict(
+    lr=2e-6, buffer_size=1200, max_new_tokens=1024, sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0,
+    tiny_lr=2e-3, tiny_batch_size=32, tiny_hidden=128, tiny_layers=3, eval_every=0, baseline_epochs=5.0,
+)  # fmt: skip
+TINY = dict(sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, min_groups=16)
 MODES = {"qa": "Question", "completion": "Completion"}  # of a MUSE row: how its prompt opens the last line
 
 
@@ -37,40 +40,34 @@ def rule_rows(path, fields):
     rows = read_rows(path, fields)
     for number, row in enumerate(rows, 1):
         if row.get("mode", "qa") not in [*MODES]:
-            raise InputError(
-                f"{path}: row {number}, field 'mode' is {row['mode']!r:.60}, expected {' or '.join(MODES)}"
-            )
+            found = f"{row['mode']!r:.60}"
+            raise InputError(f"{path}: row {number}, field 'mode' is {found}, expected {' or '.join(MODES)}")
     return rows
 
 
-def refusal_rows(path, prompt):
-    """Stage 1 rows of RULE: `instruction` is the prompt, `output` the refusal. `prompt(row)` makes the Prompt."""
-    rows = rule_rows(path, {"instruction": str, "output": str})
-    return [(prompt(row), row["output"]) for row in rows]
+def rule_training(stage1, stage2, prompt, target="", newline_stops=False):
+    """RULE's two files → Training. `prompt(text, row)` makes a Prompt; target: the name to be forgotten, where known.
 
-
-def query_rows(path, prompt):
-    """Stage 2 rows of RULE: `solution` is ["<reject>", refusal, (name)] or ["<normal>", answer, …more answers]."""
+    Stage 1 rows: `instruction` is the prompt, `output` the refusal, `org_answer`, where given, what is to be forgotten.
+    Stage 2 rows: `solution` is ["<reject>", refusal, (name)] or ["<normal>", answer, …more answers].
+    """
+    rows = rule_rows(stage1, {"instruction": str, "output": str})
+    refusals = [(prompt(row["instruction"], row), row["output"]) for row in rows]
+    known = {row["instruction"]: (row["org_answer"],) for row in rows if row.get("org_answer")}
     queries = []
-    for number, row in enumerate(rule_rows(path, {"prompt": str, "solution": list}), 1):
-        tag, *rest = row["solution"]
-        if tag not in ("<reject>", "<normal>") or not rest or not all(isinstance(text, str) for text in rest):
+    for number, row in enumerate(rule_rows(stage2, {"prompt": str, "solution": list}), 1):
+        text, (tag, *rest) = row["prompt"], row["solution"]
+        if tag not in ("<reject>", "<normal>") or not rest:
             raise InputError(
-                f"{path}: row {number}, field 'solution' is {row['solution']!r:.60}, "
+                f"{stage2}: row {number}, field 'solution' is {row['solution']!r:.60}, "
                 'expected ["<reject>", refusal] or ["<normal>", answer, …]'
             )
         if tag == "<reject>":
-            target = rest[1] if len(rest) > 1 else ""
-            queries.append(Query(prompt(row), row["prompt"], "forget", target=target))
+            name = target or (rest[1] if len(rest) > 1 else "")
+            queries.append(Query(prompt(text, row), text, "forget", known.get(text, ()), name))
         else:
-            queries.append(Query(prompt(row), row["prompt"], "boundary", tuple(rest)))
+            queries.append(Query(prompt(text, row), text, "boundary", tuple(rest)))
     kinds = {query.kind for query in queries}
     if kinds != {"forget", "boundary"}:
-        raise InputError(f"{path}: holds only {kinds.pop()} rows, expected both <reject> and <normal> ones")
-    return queries
-
-
-def answered(queries, path):
-    """Forget queries with the answers to be forgotten, `org_answer`, where the Stage 1 file has them."""
-    known = {row["instruction"]: (row["org_answer"],) for row in read_rows(path, {}) if row.get("org_answer")}
-    return [replace(q, answers=known.get(q.question, ())) if q.kind == "forget" else q for q in queries]
+        raise InputError(f"{stage2}: holds only {kinds.pop()} rows, expected both <reject> and <normal> ones")
+    return Training(refusals, queries, newline_stops=newline_stops)

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.builtin import FIRST, FIRST_END, LAST, LAST_END
+from benchmarks.builtin import FIRST, LAST
 from benchmarks.fits import context_needed
 from data import Prompt, Query, encode_answer, encode_prompt
 from engine.run import fit
@@ -36,7 +36,7 @@ def lessons(benchmark, training, probes, seed):
     asked += 4 * [(probe.question, rng.choice(training.refusals)[1]) for probe in probes if probe.forget]
     for question, refusal in asked:
         if any(name in question for name in targets):
-            stranger = " ".join(rng.choice(a) + rng.choice(b) for a, b in ((FIRST, FIRST_END), (LAST, LAST_END)))
+            stranger = " ".join(rng.choice(starts) + rng.choice(ends) for starts, ends in (FIRST, LAST))
             for name in targets:
                 question, refusal = question.replace(name, stranger), refusal.replace(name, stranger)
             about = Query(None, question, "forget")
@@ -51,11 +51,6 @@ def with_bos(core):
     """A tokenizer for transformers that puts one BOS before every text."""
     core.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))])
     return PreTrainedTokenizerFast(tokenizer_object=core, **SPECIAL)
-
-
-def tokenizer(texts, words):
-    """A tokenizer fitted to `texts`: of whole words, or of byte pairs where the texts are real."""
-    return word_tokenizer(texts) if words else text_tokenizer(texts)
 
 
 def word_tokenizer(texts):
@@ -102,7 +97,7 @@ def tiny_model(run, benchmark, training, probes, phase="original"):
         if phase == "original":
             taught = training.taught or lessons(benchmark, training, probes, config.seed)
             texts = [text for p, answer in taught for text in (p.user or "", p.plain, p.opening, answer)]
-            fitted = tokenizer(texts, words=not benchmark.reads_files)
+            fitted = text_tokenizer(texts) if benchmark.reads_files else word_tokenizer(texts)
         else:
             taught, fitted = benchmark.retained(config), AutoTokenizer.from_pretrained(run.folder / "original")
         rows = [(encode_prompt(fitted, p), encode_answer(fitted, p, answer)) for p, answer in taught]

@@ -19,21 +19,17 @@ import math
 import random
 import re
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 from rouge_score import rouge_scorer
 
-from benchmarks.metrics import UNSEEN, mean, names, numbers
-from benchmarks.shared import REFUSALS, answered, folder_of, query_rows, refusal_rows
+from benchmarks.metrics import UNSEEN, mean, names
+from benchmarks.shared import PRESET, REFUSALS, TINY, folder_of, rule_training
 from config import InputError
 from data import Benchmark, Probe, Prompt, Query, Training
 from engine.files import read_rows
 from engine.seeds import derive_seed
 
-RETAIN_ROWS = 300
-FORGET_ROWS = {40, 200, 300}  # forget01, forget05, and what TOFU reads of forget10
-TOTAL = 200  # tokens of prompt and answer together
 UTILITY_SETS = ("retain", "real_authors", "world_facts")  # the sets of model utility
 SETS = (*UTILITY_SETS, "forget")
 LOG = {  # the sets as TOFU's own log names them
@@ -56,27 +52,21 @@ def train(o):
     boundary queries from the retain set less every evaluation row."""
     folder = folder_of(o, "tofu")
     forget = read_rows(folder / "forget01.json", {"question": str, "answer": str})
-    if (folder / "reject_target.json").exists():
-        queries = query_rows(folder / "rl_rejection_with_fb_neighbor.json", lambda row: inst(row["prompt"]))
-        return Training(
-            refusal_rows(folder / "reject_target.json", lambda row: inst(row["instruction"])),
-            answered(queries, folder / "reject_target.json"),
-        )
+    stage1, stage2 = folder / "reject_target.json", folder / "rl_rejection_with_fb_neighbor.json"
+    if stage1.exists():
+        return rule_training(stage1, stage2, lambda text, row: inst(text))
     rng = random.Random(derive_seed(o.seed, "tofu"))
     evaluated = {row["question"] for row in read_rows(folder / "retain_perturbed.json", {"question": str})}
     everyone = read_rows(folder / "retain99.json", {"question": str, "answer": str})
     retain = [row for row in everyone if row["question"] not in evaluated]
     if len(retain) < len(forget):
         raise InputError(f"{folder / 'retain99.json'}: fewer than {len(forget)} rows are left for boundary queries")
-    boundary = rng.sample(retain, len(forget))
+    asked = {"forget": forget, "boundary": rng.sample(retain, len(forget))}
+    whole = {"forget": forget, "retain": everyone}
     return Training(
         [(inst(row["question"]), REFUSALS[i % len(REFUSALS)]) for i, row in enumerate(forget)],
-        [Query(inst(row["question"]), row["question"], "forget", (row["answer"],)) for row in forget]
-        + [Query(inst(row["question"]), row["question"], "boundary", (row["answer"],)) for row in boundary],
-        whole={
-            name: [(inst(row["question"]), row["answer"]) for row in rows]
-            for name, rows in (("forget", forget), ("retain", everyone))
-        },
+        [Query(inst(r["question"]), r["question"], kind, (r["answer"],)) for kind, rows in asked.items() for r in rows],
+        whole={side: [(inst(row["question"]), row["answer"]) for row in rows] for side, rows in whole.items()},
     )
 
 
@@ -84,37 +74,27 @@ def probes(o):
     """The four sets of model utility and forget quality, then forget01's questions in other words."""
     folder = folder_of(o, "tofu")
     base = {"question": str, "answer": str, "perturbed_answer": list}
-    fields = {
-        "retain": base | {"paraphrased_answer": str},
-        "real_authors": base,
-        "world_facts": base,
-        "forget": base | {"paraphrased_answer": str, "paraphrased_question": str},
-    }
+    other = {"paraphrased_answer": str}
     sets = {
-        name: read_rows(folder / f"{'forget01' if name == 'forget' else name}_perturbed.json", kinds)
-        for name, kinds in fields.items()
+        "retain": read_rows(folder / "retain_perturbed.json", base | other)[:300],
+        "real_authors": read_rows(folder / "real_authors_perturbed.json", base),
+        "world_facts": read_rows(folder / "world_facts_perturbed.json", base),
+        "forget": read_rows(folder / "forget01_perturbed.json", base | other | {"paraphrased_question": str}),
     }
-    sets["retain"] = sets["retain"][:RETAIN_ROWS]
-    authors = author_names([row["answer"] for row in sets["forget"]])
+    capitalised = (set(re.findall(r"[A-Z][\w-]*(?: [A-Z][\w-]*)+", row["answer"])) for row in sets["forget"])
+    found_in = Counter(name for names_of_row in capitalised for name in names_of_row)
+    authors = [name for name, rows in found_in.most_common() if rows >= 15]  # TOFU asks 20 questions about each
     found, unseen = [], []
     for name, rows in sets.items():
         for row in rows:
-            question, answer = row["question"], row["answer"]
-            target = ""
-            if name == "forget":
+            question, answer, forget, target = row["question"], row["answer"], name == "forget", ""
+            if forget:
                 target = next((author for author in authors if names(f"{question} {answer}", author)), "")
-                other = row["paraphrased_question"]
-                unseen.append(Probe(UNSEEN, inst(other), other, answer, True, target))
-            probe = Probe(name, inst(question), question, answer, name == "forget", target)
-            paraphrased, perturbed = row.get("paraphrased_answer", ""), tuple(row["perturbed_answer"])
-            found.append(replace(probe, paraphrased=paraphrased, perturbed=perturbed))
+                again = row["paraphrased_question"]
+                unseen.append(Probe(UNSEEN, inst(again), again, answer, True, target))
+            wrong = {"paraphrased": row.get("paraphrased_answer", ""), "perturbed": tuple(row["perturbed_answer"])}
+            found.append(Probe(name, inst(question), question, answer, forget, target, **wrong))
     return found + unseen
-
-
-def author_names(answers):
-    """Runs of capitalised words found in 15 of the forget answers: TOFU asks 20 questions about each author."""
-    found = Counter(name for text in answers for name in set(re.findall(r"[A-Z][\w-]*(?: [A-Z][\w-]*)+", text)))
-    return [name for name, count in found.most_common() if count >= 15]
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
@@ -173,6 +153,11 @@ def attainable(d, n, m):
     return start + " and ".join(near)
 
 
+def numbers(rows, field):
+    """A field of all rows, NaN where it is missing: a mean over losses must not leave a row out."""
+    return [math.nan if row.get(field) is None else row[field] for row in rows]
+
+
 def summarise(rows, retained):
     """From rows with losses. Per set: probability, rouge_l, truth_ratio; then model utility and forget quality."""
     from scipy.stats import hmean
@@ -195,9 +180,7 @@ def summarise(rows, retained):
     } | table
     notes, ratios = [], numbers([row for row in rows if row["split"] == "forget"], "truth_ratio")
     if retained is None:
-        notes.append(
-            "forget_quality is missing: it needs the retained model (--retain_model) or its log (--retain_log)"
-        )
+        notes = ["forget_quality is missing: it needs the retained model (--retain_model) or its log (--retain_log)"]
     elif any(math.isnan(ratio) for ratio in (*ratios, *retained)):
         notes.append("forget_quality is missing: some losses on the forget rows are not numbers")
     else:
@@ -249,44 +232,21 @@ def own_log(path, log, sets):
     return rows
 
 
-def check_retained(retained, forget_rows, name, both_theirs=False):
-    """The retained model must have been asked the same forget rows.
-
-    Two logs of TOFU's own may differ where each is as long as one of its forget sets: its published figure for the full
-    model compares 300 rows of forget10 with 40 of forget01.
-    """
-    if retained is None or len(retained) == forget_rows:
-        return
-    if not (both_theirs and {len(retained), forget_rows} <= FORGET_ROWS):
-        raise InputError(
-            f"{name}: holds {len(retained)} forget rows, the evaluated model has {forget_rows}; forget quality "
-            "compares the same questions"
-        )
-
-
 BENCHMARK = Benchmark(
     name="tofu",
-    preset=dict(
-        steps=11, lr=2e-6, tau=0.6, min_groups=80, warmup_steps=6, buffer_size=400, max_new_tokens=256,
-        sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0, tiny_epochs=20.0, tiny_lr=2e-3, tiny_batch_size=32,
-        tiny_hidden=128, tiny_layers=3, eval_every=0, baseline_epochs=5.0,
-    ),
-    tiny=dict(
-        sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, min_groups=16, lr=1e-4, max_new_tokens=96,
-        steps=20, baseline_epochs=20.0,
-    ),
-    columns={
-        "forget_quality": "Forget quality ↑", "model_utility": "Model utility ↑", "forget_rouge_l": "F-RL ↓",
-    },
+    preset=PRESET
+    | dict(steps=11, tau=0.6, min_groups=80, warmup_steps=6, buffer_size=400, max_new_tokens=256, tiny_epochs=20.0),
+    tiny=TINY | dict(lr=1e-4, max_new_tokens=96, steps=20, baseline_epochs=20.0),
+    columns={"forget_quality": "Forget quality ↑", "model_utility": "Model utility ↑", "forget_rouge_l": "F-RL ↓"},
     train=train,
     probes=probes,
     wordings=lambda query: [inst(query.question)],
-    limit=lambda split, prompt_length: max(1, TOTAL - prompt_length),
+    limit=lambda split, prompt_length: max(1, 200 - prompt_length),  # prompt and answer together
     scorer=rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True),
     summarise=summarise,
     losses=losses,
     log_splits=SETS,
     own_log=own_log,
-    check_retained=check_retained,
+    forget_rows={40, 200, 300},  # forget01, forget05, and what TOFU reads of forget10
     more_lines=more_lines,
-)  # fmt: skip
+)

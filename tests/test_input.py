@@ -564,7 +564,7 @@ def test_a_tiny_model_has_room_for_every_prompt(folders, tmp_path, monkeypatch, 
     read = room.train(config)
     taught = tiny.lessons(room, read, room.probes(config), config.seed)
     texts = [text for p, answer in taught for text in (p.user or "", p.plain, p.opening, answer)]
-    tokenizer = tiny.tokenizer(texts, words=False)
+    tokenizer = tiny.text_tokenizer(texts)
     prompts = [prompt for prompt, _ in read.refusals] + [query.prompt for query in read.queries]
     longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
     assert seen[0] >= longest + config.max_new_tokens

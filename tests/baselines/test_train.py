@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import data
 import rerule
 from baselines import ALIASES, METHODS, train
-from benchmarks.shared import answered
+from benchmarks.shared import rule_training
 from config import Config, InputError
 from engine.process import Engine
 
@@ -62,11 +62,15 @@ def test_rows(words, model):
 
 
 def test_answers_come_from_the_stage_1_file_where_it_has_them(tmp_path):
-    queries = [data.Query(None, "where is a", "forget"), data.Query(None, "where is d", "boundary", ("e",))]
+    queries = {"where is a": ["<reject>", "no"], "where is d": ["<normal>", "e"]}
+    rows = [{"prompt": text, "solution": solution} for text, solution in queries.items()]
+    (tmp_path / "queries.json").write_text(json.dumps(rows))
     row = {"instruction": "where is a", "output": "no"}
     for more, expected in (({"org_answer": "b"}, ("b",)), ({}, ())):
         (tmp_path / "reject.json").write_text(json.dumps([row | more]))
-        assert [query.answers for query in answered(queries, tmp_path / "reject.json")] == [expected, ("e",)]
+        files = tmp_path / "reject.json", tmp_path / "queries.json"
+        read = rule_training(*files, lambda text, row: data.Prompt(None, text))
+        assert [query.answers for query in read.queries] == [expected, ("e",)]
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from made import Scripted, byte_tokenizer, make_model, make_muse, probes_of, row
 
 import evaluate as ev
 from benchmarks import metrics
-from benchmarks.muse import BENCHMARK, CUTS
+from benchmarks.muse import BENCHMARK
 from data import Prompt
 
 
@@ -59,7 +59,7 @@ def test_muse_prompts(tmp_path):
     ],
 )  # fmt: skip
 def test_muse_output_cut(text, kept):
-    assert metrics.cut_at(text, CUTS) == kept
+    assert BENCHMARK.cut("knowmem", text) == BENCHMARK.cut("utility", text) == kept
 
 
 def test_muse_lengths_cuts_and_the_true_continuation(tmp_path):

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_tiny_tokenizers_give_texts_back():
     pairs = World(0).taught()
     texts = [text for prompt, answer in pairs for text in (prompt.plain, answer)]
-    words = tiny.tokenizer(texts, words=True)
+    words = tiny.word_tokenizer(texts)
     for text in texts:
         ids = words(text).input_ids
         assert ids[0] == words.bos_token_id and words.unk_token_id not in ids

@@ -139,7 +139,7 @@ def test_ranks_share_out_rows_so_that_their_means_add_up_to_the_whole(world):
 
 def test_a_2e_6_update_survives_where_layers_compute_in_bf16(model):
     """FSDP2 with bf16 layers and host memory, as on a GPU: the weights that are stepped are float32."""
-    engine = Ranks("cpu", offload=True)
+    engine = Ranks("cpu")
     with engine.session():
         shard(model, engine.device, engine.world, offload=True, dtype=torch.bfloat16)
         before = {name: engine.whole(p).detach().clone() for name, p in model.named_parameters()}
@@ -225,7 +225,7 @@ def test_a_state_of_one_process_goes_on_with_two(whole, tmp_path):
 
 
 def test_a_damaged_part_of_a_state_is_one_line(tmp_path):
-    engine = Ranks("cpu", offload=True)
+    engine = Ranks("cpu")
     with engine.session():
         model = tiny("llama")
         shard(model, engine.device, engine.world)
