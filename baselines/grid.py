@@ -24,7 +24,7 @@ from engine.flags import parse, run_command
 
 EXAMPLES = [
     "python -m baselines.grid",
-    "python -m baselines.grid --method ga npo --rates 1e-4 3e-4 --seeds 11 12 13",
+    "python -m baselines.grid --method ga npo --rates 1e-4 3e-4 --seeds 11 12 13 --results runs/grid",
     "python -m baselines.grid --benchmark tofu --data_dir DATA/tofu --seeds 11",
 ]
 
@@ -86,6 +86,9 @@ def main(argv=None):
     folder, results = Path(o.runs) / o.benchmark, Path(o.results)
     shared = ["--benchmark", o.benchmark, *(["--data_dir", o.data_dir, "--model", "tiny"] if o.data_dir else [])]
     jobs = [(seed, rate) for seed in o.seeds for rate in o.rates]
+    stored = results / f"rates_{o.benchmark}.json"
+    if stored.exists() and not set(json.loads(stored.read_text(encoding="utf-8"))) <= set(o.method):
+        raise InputError(f"--results {results}: {stored.name} holds methods that --method leaves out; choose another")
 
     def base(seed):
         return run(folder / f"base_{seed}", [*shared, "--seed", seed, "--method", "rej_steer"])
@@ -100,8 +103,8 @@ def main(argv=None):
         rows = dict(tqdm(pool.map(job, jobs), desc="grid", total=len(jobs)))
     found = outcome(rows, o)
     results.mkdir(parents=True, exist_ok=True)
-    write_json(results / f"rates_{o.benchmark}.json", found)
-    write_text(results / f"rates_{o.benchmark}.md", table(found, o))
+    write_json(stored, found)
+    write_text(stored.with_suffix(".md"), table(found, o))
     print(table(found, o))
 
 

@@ -33,3 +33,11 @@ def test_the_committed_rates_are_the_grids():
     assert train.learning_rate(tiny, "npo") == train.learning_rate(builtin, "npo")
     assert train.learning_rate(Config(benchmark="rwku", model="org/model"), "npo") == 1e-5
     assert train.learning_rate(Config(lr=3e-5, baseline_lr=1.0), "rule") == 3e-5
+
+
+def test_a_partial_grid_writes_over_no_whole_one(tmp_path):
+    stored = tmp_path / "rates_builtin.json"
+    stored.write_text('{"ga": {"best": 1e-4}, "npo": {"best": 1e-3}}')
+    with pytest.raises(InputError, match="rates_builtin.json holds methods that --method leaves out"):
+        grid.main(["--method", "ga", "--results", str(tmp_path), "--runs", str(tmp_path / "runs")])
+    assert json.loads(stored.read_text())["npo"] == {"best": 1e-3} and not (tmp_path / "runs").exists()
