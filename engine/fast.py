@@ -8,6 +8,7 @@ the numbers differ or the try fails, and says which was taken and why. Symbols a
 import sys
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,9 +24,6 @@ from grpo import Batch, left_pad, next_token, positions
 CHUNK = 256  # tokens whose logits are held at a time
 NO_LOGITS = torch.tensor([], dtype=torch.long)  # where models make logits of their own: `head_logprobs` does it
 CHOSEN = WeakKeyDictionary()  # model → {what: way}, as `choose` has found it
-
-
-# --- which way -------------------------------------------------------------------------------------------------------
 
 
 def choose(model, what, told):
@@ -63,35 +61,27 @@ def compare(model, fast, plain, attempt):
 
 def attempt_sample(model, fast, plain):
     """Mean difference of log π_old over what both draw alike from the same numbers."""
-    drawn = []
-    for way in (fast, plain):
-        rng = torch.Generator(model.device).manual_seed(0)
-        draw = lambda rng=rng: torch.rand(5, dtype=torch.double, device=model.device, generator=rng)  # noqa: E731
-        drawn.append(way(model, random_prompts(model), 2, 5, [], 1.0, draw))
-    same = (drawn[0][0] == drawn[1][0]).cumprod(-1).bool()  # rounding may tip a draw; from there texts differ
-    if same.float().mean() <= 0.5:
-        return float("inf")
-    return (drawn[0][2][same] - drawn[1][2][same]).abs().mean().item()
+    how = (random_tokens(model, (3,), (7,)), 2, 5, [], 1.0)
+    generators = [torch.Generator(model.device).manual_seed(0) for _ in range(2)]
+    draws = [partial(torch.rand, 5, dtype=torch.double, device=model.device, generator=rng) for rng in generators]
+    (ours, _, logprobs), (theirs, _, others) = fast(model, *how, draws[0]), plain(model, *how, draws[1])
+    same = (ours == theirs).cumprod(-1).bool()  # rounding may tip a draw; from there texts differ
+    return (logprobs[same] - others[same]).abs().mean().item() if same.float().mean() > 0.5 else float("inf")
 
 
 def attempt_logprobs(model, fast, plain):
     """Mean difference over two groups of two responses."""
-    rng, vocabulary = torch.Generator().manual_seed(0), model.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocabulary, (4, 5), generator=rng)
+    ids, *prompts = random_tokens(model, (4, 5), (3,), (7,))
     mask = torch.arange(5) < torch.tensor([[5], [3], [1], [4]])
-    tensors = [x.to(model.device) for x in (ids, mask, torch.zeros(4, 5))]
-    prompts = left_pad(random_prompts(model, rng), model.device)
-    batch = Batch([], *prompts, *tensors, None, None, tensors[1])
-    ours, theirs = (way(model, batch, 1.0)[batch.mask] for way in (fast, plain))
-    return (ours - theirs).abs().mean().item()
+    ids, mask, old = (x.to(model.device) for x in (torch.tensor(ids), mask, torch.zeros(4, 5)))
+    batch = Batch([], *left_pad(prompts, model.device), ids, mask, old, None, None, mask)
+    return (fast(model, batch, 1.0) - plain(model, batch, 1.0))[mask].abs().mean().item()
 
 
-def random_prompts(model, rng=None):
-    rng, vocabulary = rng or torch.Generator().manual_seed(0), model.get_input_embeddings().num_embeddings
-    return [torch.randint(vocabulary, (n,), generator=rng).tolist() for n in (3, 7)]
-
-
-# --- sampling --------------------------------------------------------------------------------------------------------
+def random_tokens(model, *shapes):
+    """Token ids as lists, the same at every call."""
+    rng, vocabulary = torch.Generator().manual_seed(0), model.get_input_embeddings().num_embeddings
+    return [torch.randint(vocabulary, shape, generator=rng).tolist() for shape in shapes]
 
 
 @torch.no_grad()
@@ -107,11 +97,8 @@ def packed_sample(model, prompts, group_size, max_new_tokens, stop_ids, temperat
     Once a third of the places is spare, those left move together into fewer or narrower rows.
     """
     device, spare = model.device, len(prompts) * group_size
-    ids, prompt_mask = left_pad(prompts, device)
-    out = model(
-        input_ids=ids, attention_mask=prompt_mask.long(), position_ids=positions(prompt_mask), use_cache=True,
-        logits_to_keep=1,
-    )  # fmt: skip
+    run, (ids, prompt_mask) = partial(model, use_cache=True), left_pad(prompts, device)
+    out = run(input_ids=ids, attention_mask=prompt_mask.long(), position_ids=positions(prompt_mask), logits_to_keep=1)
     logits, cache = out.logits.expand(-1, group_size, -1), out.past_key_values  # (N, W, V)
     cache.layers = [RoomAhead(layer) for layer in cache.layers]
     owner = torch.arange(spare, device=device).view(-1, group_size)  # (N, W)
@@ -140,10 +127,8 @@ def packed_sample(model, prompts, group_size, max_new_tokens, stop_ids, temperat
         width = owner.shape[1]
         others = torch.full((width, width), -torch.inf, dtype=model.dtype, device=device).fill_diagonal_(0)
         bias = [hidden[:, None, None].expand(-1, 1, width, -1), others.repeat(1, t + 1).expand(len(owner), 1, -1, -1)]
-        logits = model(
-            input_ids=token, attention_mask=torch.cat(bias, -1), position_ids=(position + t).expand_as(token),
-            past_key_values=cache, use_cache=True,
-        ).logits  # fmt: skip
+        bias, place = torch.cat(bias, -1), (position + t).expand_as(token)
+        logits = run(input_ids=token, attention_mask=bias, position_ids=place, past_key_values=cache).logits
     parts = (response[:-1, : t + 1], mask[:-1, : t + 1], logprobs[:-1, : t + 1])
     return tuple(part.unflatten(0, (len(prompts), group_size)).cpu() for part in parts)  # (B, T) → (N, G, T)
 
@@ -188,19 +173,15 @@ def move_together(owner, spare):
     Returns: rows (N',), the row that each new one was cut from; places (N', W') in it; the new owner (N', W').
     """
     counts = (owner < spare).sum(1)  # (N,) open responses
-    width = owner.shape[1]
-    while width * int((counts + width - 1).div(width, rounding_mode="floor").sum()) > 1.25 * int(counts.sum()):
+    width, most = owner.shape[1], 1.25 * int(counts.sum())
+    while width * int((pieces := -(-counts // width)).sum()) > most:  # pieces: (N,) new rows from each
         width -= 1
-    pieces = (counts + width - 1).div(width, rounding_mode="floor")  # (N,) new rows from each
     rows = torch.arange(len(owner), device=owner.device).repeat_interleave(pieces)  # (N',)
     piece = torch.arange(len(rows), device=owner.device) - (pieces.cumsum(0) - pieces)[rows]
     rank = piece[:, None] * width + torch.arange(width, device=owner.device)  # (N', W'): the how many-th open one
     open_first = (owner == spare).int().argsort(dim=1, stable=True)[rows]  # (N', W)
     places = open_first.gather(1, rank.clamp(max=owner.shape[1] - 1))
     return rows, places, owner[rows].gather(1, places).masked_fill(rank >= counts[rows, None], spare)
-
-
-# --- log-probabilities -----------------------------------------------------------------------------------------------
 
 
 def shared_response_logprobs(model, batch, temperature):
@@ -212,21 +193,16 @@ def shared_response_logprobs(model, batch, temperature):
         y_1…T-1 all        causal               B = N·G rows
     """
     group_size = len(batch.response_ids) // len(batch.prompt_ids)
-    out = model(
-        input_ids=batch.prompt_ids, attention_mask=batch.prompt_mask.long(), position_ids=positions(batch.prompt_mask),
-        use_cache=True, logits_to_keep=NO_LOGITS, output_hidden_states=True,
-    )  # fmt: skip
+    run = partial(model, use_cache=True, logits_to_keep=NO_LOGITS, output_hidden_states=True)
+    prompt_mask = batch.prompt_mask
+    out = run(input_ids=batch.prompt_ids, attention_mask=prompt_mask.long(), position_ids=positions(prompt_mask))
     hidden = out.hidden_states[-1][:, -1:].repeat_interleave(group_size, 0)  # (B, 1, H)
     if batch.response_ids.shape[1] > 1:
         cache = out.past_key_values
         cache.batch_repeat_interleave(group_size)
-        prompt_mask = batch.prompt_mask.repeat_interleave(group_size, 0)  # (B, P)
-        mask = torch.cat([prompt_mask, batch.mask[:, :-1]], 1)  # (B, P + T − 1)
-        rest = model(
-            input_ids=batch.response_ids[:, :-1], attention_mask=mask.long(),
-            position_ids=positions(mask)[:, prompt_mask.shape[1] :], past_key_values=cache, use_cache=True,
-            logits_to_keep=NO_LOGITS, output_hidden_states=True,
-        )  # fmt: skip
+        mask = torch.cat([prompt_mask.repeat_interleave(group_size, 0), batch.mask[:, :-1]], 1)  # (B, P + T − 1)
+        ids, place = batch.response_ids[:, :-1], positions(mask)[:, prompt_mask.shape[1] :]
+        rest = run(input_ids=ids, attention_mask=mask.long(), position_ids=place, past_key_values=cache)
         hidden = torch.cat([hidden, rest.hidden_states[-1]], 1)  # (B, T, H)
     return head_logprobs(model, hidden, batch, temperature)
 
@@ -266,14 +242,9 @@ def head_logprobs(model, hidden, batch, temperature):
     def chunk_logprobs(hidden, ids):  # (CHUNK, H), (CHUNK,)
         return -F.cross_entropy(head(hidden).float() / temperature, ids, reduction="none")
 
-    parts = [
-        checkpoint(chunk_logprobs, *part, use_reentrant=False, preserve_rng_state=False)
-        for part in zip(hidden[batch.mask].split(CHUNK), batch.response_ids[batch.mask].split(CHUNK), strict=True)
-    ]
+    chunks = zip(hidden[batch.mask].split(CHUNK), batch.response_ids[batch.mask].split(CHUNK), strict=True)
+    parts = [checkpoint(chunk_logprobs, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return torch.zeros_like(batch.old_logprobs).masked_scatter(batch.mask, torch.cat(parts))  # (B, T)
-
-
-# --- layers computed twice -------------------------------------------------------------------------------------------
 
 
 def blocks(model):
@@ -297,14 +268,13 @@ def is_recomputed(model):
 def checkpointing(model):
     """Let the layers, which transformers checkpoints in training alone, believe it; their dropout goes on sleeping."""
     layers = blocks(model) if is_recomputed(model) else []
-    modes = [layer.training for layer in layers]
     for layer in layers:
         layer.training = True
     try:
         yield
     finally:
-        for layer, mode in zip(layers, modes, strict=True):
-            layer.training = mode
+        for layer in layers:
+            layer.training = model.training
 
 
 WAYS = {

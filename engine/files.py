@@ -7,6 +7,7 @@ Every mistake of the user's becomes an `InputError` that names the file, row, fi
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 from config import InputError
@@ -15,12 +16,9 @@ RANK = int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0  # of
 
 
 def read_rows(path, fields):
-    """Rows of a JSON list or of JSON lines (TOFU's files are lines, though named .json).
+    """Rows, at least one, of a JSON list or of JSON lines (TOFU's files are lines, though named .json).
 
-    Args:
-        path: file to read.
-        fields: name → type or tuple of types that every row must hold; a list is one of strings.
-    Returns: list of dicts, at least one.
+    fields: {name: type or tuple of types} that every row must hold; a list is one of strings.
     Raises: InputError naming the file, the row (counted from 1) and the field.
     """
     path, wanted = Path(path), f" with {', '.join(fields)}" if fields else ""
@@ -83,14 +81,18 @@ def link_files(source, folder):
             shutil.copy2(path, folder / path.name)
 
 
-def write_text(path, text):
-    """Write text under a temporary name, then rename it into place."""
-    if RANK:
-        return
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+@contextmanager
+def replacing(path):
+    """A temporary name to write under, renamed to `path` once the block is over."""
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    yield temporary
     os.replace(temporary, path)
+
+
+def write_text(path, text):
+    if not RANK:
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path, value):
@@ -101,25 +103,21 @@ def save_folder(path, fill):
     """Let `fill(folder)` write a folder under a temporary name, then put it in place of `path`."""
     if RANK:
         return
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    fill(temporary)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class Log:
     """A JSON-lines file that can be cut back to where a saved state left it."""
 
     def __init__(self, path, keep_bytes=0):
-        path = os.devnull if RANK else path
-        self.file = open(path, "r+b" if Path(path).exists() else "w+b")
-        if RANK:
-            return
-        self.file.truncate(keep_bytes)
-        self.file.seek(keep_bytes)
+        self.file = open(os.devnull if RANK else path, "ab")
+        if not RANK:
+            self.file.truncate(keep_bytes)
+            self.file.seek(keep_bytes)
 
     def write(self, row):
         self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")

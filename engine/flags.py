@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from argparse import RawDescriptionHelpFormatter
+from functools import partial
 from pathlib import Path
 from textwrap import fill
 from typing import get_args, get_type_hints
@@ -20,9 +21,6 @@ from config import Config, InputError
 
 class Help(RawDescriptionHelpFormatter):
     """Each flag once, as it is written in the docs (argparse takes hyphens for its underscores too)."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30, width=120)
 
     def _format_action_invocation(self, action):
         takes = action.metavar or ("{" + ",".join(action.choices) + "}" if action.choices else "")
@@ -40,13 +38,16 @@ def parse(kind, argv=None, presets=None, examples=()):
     parser = HfArgumentParser(
         groups, description=fill(f"{kind.__doc__} Defaults in brackets.", 118), allow_abbrev=False,
         usage=f"{program()} {'[config.json] ' if kind is Config else ''}[flags]",
-        formatter_class=Help, epilog="\n  ".join(["examples:", *examples]),
+        formatter_class=partial(Help, max_help_position=30, width=120), epilog="\n  ".join(["examples:", *examples]),
     )  # fmt: skip
     for action in parser._actions:
+        flag = action.dest
         if action.option_strings[0].startswith("--no_"):
-            action.help = f"Switch --{action.dest} off."
+            action.help = f"Switch --{flag} off."
         elif presets and action.help.endswith("[preset]"):
-            action.help = action.help.replace("[preset]", f"[{shown_presets(action.dest, presets)}]")
+            values = ", ".join(f"{name} {preset[flag]:g}" for name, (preset, _) in presets.items())
+            tiny = ", ".join(f"{name} {tiny[flag]:g}" for name, (_, tiny) in presets.items() if flag in tiny)
+            action.help = action.help.replace("[preset]", f"[{values}; tiny: {tiny}]" if tiny else f"[{values}]")
     place = ""
 
     def fail(message):
@@ -69,13 +70,6 @@ def program():
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
 
 
-def shown_presets(name, presets):
-    """A field's value for each benchmark, and where tiny models have another."""
-    value = ", ".join(f"{benchmark} {values[name]:g}" for benchmark, (values, _) in presets.items())
-    tiny = ", ".join(f"{benchmark} {values[name]:g}" for benchmark, (_, values) in presets.items() if name in values)
-    return f"{value}; tiny: {tiny}" if tiny else value
-
-
 def stored_flags(path):
     """The config.json of an earlier run as a command line."""
     try:
@@ -86,18 +80,13 @@ def stored_flags(path):
         raise InputError(f"{path}: expected an object with a value for each flag")
     flags = []
     for name, value in stored.items():
-        if isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            flags.append(f"--{name}={value}")
+        if value is not None:
+            flags += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
     return flags
 
 
 def resolve(config, benchmarks):
-    """Fill in presets and check every value. Returns the same Config; raises InputError naming the flag.
-
-    benchmarks: {name: data.Benchmark}, all that there are.
-    """
+    """The same Config with presets filled in and every value checked. benchmarks: of all names. Raises: InputError."""
     if config.benchmark not in benchmarks:
         raise InputError(f"--benchmark {config.benchmark}: expected one of {', '.join(benchmarks)}")
     benchmark = benchmarks[config.benchmark]
@@ -121,8 +110,8 @@ def resolve(config, benchmarks):
             raise InputError(f"--data_dir {config.data_dir}: the built-in world reads no files; add --benchmark")
     elif config.crossed is not None:
         raise InputError("--crossed: only the built-in world makes up its names")
-    if config.retain_log and not benchmark.check_retained:
-        able = " or ".join(name for name, other in benchmarks.items() if other.check_retained)
+    if config.retain_log and not benchmark.forget_rows:
+        able = " or ".join(name for name, other in benchmarks.items() if other.forget_rows)
         raise InputError(f"--retain_log: only --benchmark {able} compares with a retained model")
     check_bounds(config)
 

@@ -49,7 +49,7 @@ def json_object(reply, fields):
     return found
 
 
-def ask(client, model, prompt, parse, *, flag, max_tokens, wait=1.0, temperature=0.0):
+def ask(client, model, prompt, parse, flag, max_tokens, wait, temperature):
     """`parse` of the reply to one prompt, after at most `ATTEMPTS` tries, `wait`·2^k seconds before each but the first.
 
     Raises: BadReply or Unavailable, by what went wrong in the last try; InputError naming `flag` where the server
@@ -59,9 +59,8 @@ def ask(client, model, prompt, parse, *, flag, max_tokens, wait=1.0, temperature
         if attempt:
             time.sleep(wait * 2 ** (attempt - 1))
         try:
-            reply = client.chat_completion(
-                [{"role": "user", "content": prompt}], model=model, max_tokens=max_tokens, temperature=temperature
-            )
+            asked = [{"role": "user", "content": prompt}]
+            reply = client.chat_completion(asked, model=model, max_tokens=max_tokens, temperature=temperature)
             return parse(reply.choices[0].message.content)
         except HfHubHTTPError as error:
             status = error.response.status_code
@@ -86,22 +85,15 @@ def key_of(model, prompt):
 
 
 def read_cache(path, field):
-    """({key: reply}, bytes that hold whole lines) of a cache file; a line broken by a kill is dropped.
-
-    field: name of the reply in a line, null where the model never answered in form.
-    """
-    known, size = {}, 0
-    if Path(path).exists():
-        for line in Path(path).read_bytes().splitlines(keepends=True):
-            try:
-                row = json.loads(line)
-                key, reply = row["key"], row[field]
-            except (ValueError, KeyError, TypeError):
-                break
-            if not line.endswith(b"\n"):
-                break
-            known[key] = reply
-            size += len(line)
+    """({key: reply, None where none was usable}, bytes of whole lines) of a cache file, less what a kill has broken."""
+    known, size, stored = {}, 0, Path(path).read_bytes() if Path(path).exists() else b""
+    for line in stored[: stored.rfind(b"\n") + 1].splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            known[row["key"]] = row[field]
+        except (ValueError, KeyError, TypeError):
+            break
+        size += len(line)
     return known, size
 
 
@@ -138,9 +130,7 @@ def ask_all(prompts, parse, *, url, model, key, cache, flag, field, max_tokens, 
         if stopped.is_set():
             return
         try:
-            reply = ask(
-                client, model, prompt, parse, flag=flag, max_tokens=max_tokens, wait=wait, temperature=temperature
-            )
+            reply = ask(client, model, prompt, parse, flag, max_tokens, wait, temperature)
         except BadReply:
             reply = None
         except Unavailable as error:

@@ -11,16 +11,13 @@ import io
 import json
 import math
 from functools import cache
-from pathlib import Path
 
-from engine.files import read_lines
+from engine.files import read_lines, replacing
 
 NAMES = {"rule": "RULE", "rerule": "ReRULE"}
 COLOURS = {"rule": "#0072B2", "rerule": "#D55E00"}  # blue and vermilion: theirs in every picture, and nobody else's
 DASH = {"rule": "--", "rerule": "-"}
 GREEN, PINK, AMBER, GREY = "#009E73", "#CC79A7", "#E69F00", "#666666"
-STYLE = {"font.size": 11, "axes.titlesize": 11.5, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False,
-         "axes.spines.right": False}  # fmt: skip
 LOOKS = {  # of a point in the scatter: marker, its size, colour, words
     "start": ("*", 150, "black", "before unlearning, or never taught the forget set"),
     "baseline": ("s", 45, GREY, "baselines"),
@@ -34,26 +31,24 @@ KINDS = {"Original": "start", "Retained": "start", "Rej. Steer": "stage 1", "RUL
 @cache
 def pyplot():
     """Matplotlib's pyplot, without a window and in our style."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update(STYLE)
+    plt.switch_backend("Agg")
+    plt.rcParams.update({"font.size": 11, "axes.titlesize": 11.5, "axes.grid": True, "grid.alpha": 0.25,
+                         "axes.spines.top": False, "axes.spines.right": False})  # fmt: skip
     return plt
 
 
 def save(figure, path, dpi=150):
-    """Write a PNG of 256 colours under a temporary name first; no date in it, so the same data give the same bytes."""
+    """Write a PNG of 256 colours; no date in it, so the same data give the same bytes."""
     from PIL import Image
 
-    drawn, path = io.BytesIO(), Path(path)
+    drawn = io.BytesIO()
     figure.savefig(drawn, dpi=dpi)
     pyplot().close(figure)
-    temporary = path.with_suffix(".tmp.png")
     few = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)  # rare ones too: a few dots
-    few.save(temporary, optimize=True, dpi=(dpi, dpi))
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        few.save(temporary, "PNG", optimize=True, dpi=(dpi, dpi))
 
 
 def mark_start(axis, starts, text="replay starts"):
@@ -69,13 +64,9 @@ def mark_start(axis, starts, text="replay starts"):
                   fontsize=9, color="#333333", va="bottom")  # fmt: skip
 
 
-# --- curves ----------------------------------------------------------------------------------------------------------
-
-
 def smooth(values, width=5):
     """Centred mean over `width` steps, narrower at both ends; None is left out."""
-    half = width // 2
-    return [mean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+    return [mean(values[max(0, i - width // 2) : i + width // 2 + 1]) for i in range(len(values))]
 
 
 def mean(values):
@@ -151,9 +142,6 @@ def draw_line(axis, x, y, dash, method, name):
         axis.plot(x, smooth(y), linewidth=2, label=f"{NAMES[method]}, {name}", **look)
 
 
-# --- scatter ---------------------------------------------------------------------------------------------------------
-
-
 def scatter(points, path):
     """What is left of the forget set against what is kept of the retain set, a point for each model.
 
@@ -191,9 +179,7 @@ def place_labels(axis, points, size=8.5):
     scale = 72 / axis.figure.dpi
     at = {name: tuple(axis.transData.transform(point) * scale) for name, point in points.items()}
     left, bottom, right, top = axis.bbox.extents * scale
-    taken = [around(x, y, 6) for x, y in at.values()]
-    if axis.get_legend():
-        taken.append(tuple(axis.get_legend().get_window_extent().extents * scale))
+    taken = [around(x, y, 6) for x, y in at.values()] + [axis.get_legend().get_window_extent().extents * scale]
     for name, (x, y) in sorted(at.items(), key=lambda item: item[1]):
         text = axis.annotate(name, points[name], (0, 0), textcoords="offset points", fontsize=size, va="center")
         text.set_in_layout(False)

@@ -5,7 +5,8 @@ The driver hands it around, so that no equation and no loop knows of processes, 
 
 import math
 import shutil
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -21,14 +22,9 @@ class Engine:
         self.device, self.max_tokens, self.rollout_prompts = torch.device(device), max_tokens, rollout_prompts
         self.ways = {}  # what `fast.choose` has found, for the log
 
-    @contextmanager
     def session(self):
-        """For as long as models run."""
-        # a cache of autocast's would outlive an update
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False):
-            yield
-
-    # models
+        """For as long as models run. A cache of autocast's would outlive an update."""
+        return torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False)
 
     def load(self, path, flag="model", dtype=torch.float32, training=None):
         """(model in eval mode, tokenizer) of a folder or Hugging Face id. Raises InputError naming the flag.
@@ -41,8 +37,7 @@ class Engine:
         found, tokenizer = self.read(path, flag, dtype)
         return self.place(found, training), tokenizer
 
-    def read(self, path, flag, dtype):
-        return model.read_model(path, flag, dtype)
+    read = staticmethod(model.read_model)
 
     def place(self, found, training=None):
         """A model in memory, on the device and ready to run."""
@@ -54,23 +49,21 @@ class Engine:
         """All weights in place for as long as the block runs."""
         return nullcontext()
 
-    # what a model computes
-
     def sample(self, found, prompts, group_size, max_new_tokens, stops, temperature, rng=None):
         """`grpo.sample`, by the fastest way that is exact, at most `rollout_prompts` prompts side by side."""
-        way = fast.choose(found, "sample", self.ways)
-        return join(self.parts(way, found, prompts, group_size, max_new_tokens, stops, temperature, rng))
+        return join(self.parts(found, prompts, group_size, max_new_tokens, stops, temperature, rng, 0, len(prompts)))
 
-    def parts(self, way, found, prompts, group_size, max_new_tokens, stops, temperature, rng, first=0, end=None):
+    def parts(self, found, prompts, group_size, max_new_tokens, stops, temperature, rng, first, end):
         """Samples of prompts first … end, some at a time. What is drawn for a response depends on its number alone."""
-        end = len(prompts) if end is None else end
-        size, start = self.rollout_prompts or len(prompts), rng and rng.get_state()
+        way, size = fast.choose(found, "sample", self.ways), self.rollout_prompts or len(prompts)
+        n, start = len(prompts) * group_size + 1, rng and rng.get_state()  # one to spare, for places that nobody reads
+        uniform = rng and partial(torch.rand, n, dtype=torch.double, device=rng.device, generator=rng)
         for at in range(first, end, size):
             own = prompts[at : min(end, at + size)]
             if rng:
                 rng.set_state(start)
-            numbers = slice(at * group_size, (at + len(own)) * group_size + 1)  # one more, for places that nobody reads
-            draw = rng and (lambda n=numbers: uniform(len(prompts) * group_size, rng)[n])
+            numbers = slice(at * group_size, (at + len(own)) * group_size + 1)
+            draw = rng and (lambda numbers=numbers: uniform()[numbers])
             yield way(found, own, group_size, max_new_tokens, stops, temperature, draw)
 
     def logprobs(self, temperature):
@@ -91,8 +84,6 @@ class Engine:
     def share(self, rows, size):
         """(this process's rows; what the mean over them counts for in the mean over all, each of size(row))."""
         return rows, 1.0
-
-    # what all processes know together
 
     def gather(self, value):
         """[the value of every process]."""
@@ -127,8 +118,6 @@ class Engine:
     def wait(self):
         """For the other processes."""
 
-    # states
-
     def plain(self, found):
         """(a model to save, its weights where they are not its own)."""
         return found, None
@@ -147,11 +136,6 @@ class Engine:
         for path in [] if RANK else folder.glob("shards*"):
             if path.name != but:
                 shutil.rmtree(path)
-
-
-def uniform(n_responses, rng):
-    """A number in [0, 1) for each response, and one to spare."""
-    return torch.rand(n_responses + 1, dtype=torch.double, device=rng.device, generator=rng)
 
 
 def join(parts):

@@ -14,19 +14,11 @@ from engine.files import RANK, write_json, write_text
 from refusal import is_refusal
 from replay import is_hard
 
-TOKENS = {"forget_tokens": "Forget data, % of tokens", "retain_tokens": "Retain data, % of tokens"}
-
-
-# --- a step of Stage 2 -----------------------------------------------------------------------------------------------
-
 
 def record(run, phase, row, groups, queries, stops):
     """Write a step's rows and show how it went. `row`: what the step itself has measured."""
-    row = (
-        {"method": phase.name, "stage": 2, "step": groups[0].step}
-        | group_metrics(groups, queries, run.config.tau)
-        | row
-    )
+    name = {"method": phase.name, "stage": 2, "step": groups[0].step}
+    row = name | group_metrics(groups, queries, run.config.tau) | row
     ended = torch.stack([(torch.isin(g.response_ids, torch.tensor(stops)) & g.mask).any(-1) for g in groups])  # (N, G)
     row["truncation"] = 1 - ended.float().mean().item()
     run.metrics.write(row | {f"seconds_{part}": value for part, value in phase.seconds.items()})
@@ -51,10 +43,8 @@ def group_metrics(groups, queries, tau):
     }
     for kind in ("forget", "boundary"):
         of_kind = [group for group in groups if queries[group.query].kind == kind]
-        refusals = [is_refusal(text) for group in of_kind for text in group.texts]
-        rewards = [group.rewards.mean().item() for group in of_kind]
-        row[f"reward_{kind}"] = sum(rewards) / len(rewards) if rewards else None
-        row[f"refusal_{kind}"] = sum(refusals) / len(refusals) if refusals else None
+        row[f"reward_{kind}"] = plots.mean([group.rewards.mean().item() for group in of_kind])
+        row[f"refusal_{kind}"] = plots.mean([is_refusal(text) for group in of_kind for text in group.texts])
     return row
 
 
@@ -67,9 +57,6 @@ def show_samples(phase, groups, queries):
             phase.bar.write(f"{phase.name:>7} {group.step:>4} {kind:>8}  r = {reward:.1f}  {question} → {answer!r}")
 
 
-# --- a run -----------------------------------------------------------------------------------------------------------
-
-
 def write(folder, columns, results, figures=True):
     """table.json, table.md and pictures from the phases' results, {phase: {column: value}} in the order run.
 
@@ -77,19 +64,16 @@ def write(folder, columns, results, figures=True):
     """
     if RANK:
         return
-    columns = {
-        key: title for key, title in columns.items() if any(row.get(key) is not None for row in results.values())
-    }
-    columns |= {key: title for key, title in TOKENS.items() if any(key in row for row in results.values())}
-    columns["seconds"] = "Training, s ↓"
+    columns = columns | {"forget_tokens": "Forget data, % of tokens", "retain_tokens": "Retain data, % of tokens"}
+    known = {key for row in results.values() for key, value in row.items() if value is not None}
+    columns = {key: title for key, title in columns.items() if key in known} | {"seconds": "Training, s ↓"}
     results = {name: results[name] for name in TITLES if name in results}
     write_json(folder / "table.json", {TITLES[name]: row for name, row in results.items()})
-    lines = [" | ".join(["", "Model", *columns.values(), ""]).strip(), "|---|" + "---:|" * len(columns)]
-    notes = {}
+    lines, notes = [f"| {' | '.join(['Model', *columns.values()])} |", "|---|" + "---:|" * len(columns)], {}
     for name, row in results.items():
-        title = TITLES[name] + ("†" if row.get("stopped") else "")
-        lines.append(" | ".join(["", title, *(cell(row.get(key)) for key in columns), ""]).strip())
         stopped = [f"† stopped early, with the last finite weights: {row['stopped']}"] if row.get("stopped") else []
+        cells = [TITLES[name] + "†" * len(stopped), *(cell(row.get(key)) for key in columns)]
+        lines.append(f"| {' | '.join(cells)} |")
         for note in [*row["notes"], *stopped]:
             notes.setdefault(note, []).append(TITLES[name])
     told = [f"{'every row' if len(of) == len(results) else ', '.join(of)}: {note}" for note, of in notes.items()]
@@ -97,9 +81,9 @@ def write(folder, columns, results, figures=True):
     if figures:
         plots.curves(folder)
         recalls = ("forget_recall", "retain_recall")
-        known = {TITLES[n]: row for n, row in results.items() if None not in map(row.get, recalls)}
-        if len(known) >= 6:
-            points = {name: (*map(row.get, recalls), [], row.get("stopped")) for name, row in known.items()}
+        rows = {TITLES[name]: row for name, row in results.items() if None not in map(row.get, recalls)}
+        points = {title: (*map(row.get, recalls), [], row.get("stopped")) for title, row in rows.items()}
+        if len(points) >= 6:
             plots.scatter(points, folder / "scatter.png")
 
 
@@ -125,10 +109,8 @@ def print_table(folder):
             print(f"{title if at else '':<{width}}{cells}")
         print()
     notes = [line for line in text.splitlines() if "†" in line and not line.startswith("|")]
-    print(
-        "".join(f"{line}\n" for line in notes)
-        + f"Everything else is in {folder}/: table.md, curves.png, metrics.jsonl, samples.jsonl, models."
-    )
+    rest = f"Everything else is in {folder}/: table.md, curves.png, metrics.jsonl, samples.jsonl, models."
+    print(*notes, rest, sep="\n")
 
 
 def save_examples(folder, phase, rows):
@@ -140,24 +122,8 @@ def save_examples(folder, phase, rows):
 
 def model_card(phase, config):
     """README.md of a saved model."""
-    done = {
-        "original": "A tiny Llama that was taught the benchmark's facts, before any unlearning.",
-        "retained": "A tiny Llama that was never taught what the others are made to forget.",
-        "rej_steer": "After Stage 1, rejection steering: fine-tuned on refusals to forget prompts.",
-        "purge": "After PURGE: GRPO on forget prompts, rewarded for answers without a forbidden term.",
-        "rule": "After Stage 2 of RULE: GRPO on forget and boundary prompts.",
-        "rerule": "After Stage 2 of ReRULE: RULE with replay of hard rollout groups.",
-    }.get(phase, f"Unlearned with {TITLES[phase]}, a baseline of Appendix B.")
-    return f"""# {TITLES[phase]}, {config.benchmark}
-
-{done}
-
-- base model: `{config.model}`; seed {config.seed}; every setting is in the run's `config.json`
-- load: `AutoModelForCausalLM.from_pretrained(folder)`
-
-## Limits
-
-Unlearning by refusal changes what the model says, not all that it holds. Knowledge can remain in the weights and come
-back under paraphrase, other languages, adversarial prompts or a little further training; questions near the target may
-be refused though they should be answered. It is no proof of erasure and no guarantee of compliance with any law.
-"""
+    stored = Path(__file__).with_name("model_card.json")
+    done = json.loads(stored.read_text(encoding="utf-8"))
+    done = done.get(phase, f"Unlearned with {TITLES[phase]}, a baseline of Appendix B.")
+    card = stored.with_suffix(".md").read_text(encoding="utf-8")
+    return card.format(title=TITLES[phase], done=done, config=config)

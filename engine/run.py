@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from config import Config, InputError
 from engine import report
-from engine.files import RANK, Log, is_writable, link_files, read_lines, save_folder, write_json
+from engine.files import RANK, Log, is_writable, link_files, read_lines, replacing, save_folder, write_json
 from engine.model import optimizer_for
 from engine.process import Engine
 from engine.seeds import batch_at, derive_seed
@@ -51,18 +51,6 @@ def read(path, expected, flag):
     return found
 
 
-def save_state(path, state):
-    """`torch.save` to a temporary name, flushed to the disk, then renamed: a kill in mid-save keeps the last state."""
-    if RANK:
-        return
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def start(config):
     """The engine that a run's settings, and torchrun, ask for."""
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -71,7 +59,7 @@ def start(config):
     if config.offload or "WORLD_SIZE" in os.environ:
         from scale.ranks import Ranks
 
-        return Ranks(device, config.max_tokens, config.rollout_prompts, config.offload)
+        return Ranks(device, config.max_tokens, config.rollout_prompts)
     return Engine(device, config.max_tokens, config.rollout_prompts)
 
 
@@ -121,8 +109,7 @@ class Run:
         for phase in [name for name in EARLY if f"{name} scored" in self.source]:
             save_folder(self.folder / phase, lambda folder, phase=phase: link_files(source / phase, folder))
             report.save_examples(self.folder, phase, read_lines(source / "predictions" / f"{phase}.jsonl"))
-            names = [name for name in (phase, f"{phase} scored") if name in self.source]
-            self.state["done"] |= {name: self.source[name] for name in names}
+            self.state["done"] |= {name: found for name, found in self.source.items() if name.split()[0] == phase}
         for row in read_lines(source / "metrics.jsonl"):
             if row["method"] in EARLY:
                 self.metrics.write(row)
@@ -148,7 +135,11 @@ class Run:
             payload = payload | self.engine.state_of(model, optimizer, self.folder, f"shards_{phase}_{step}")
         sizes = {"metrics": self.metrics.size(), "samples": self.samples.size()}
         self.state = {"done": self.state["done"], "phase": phase, "step": step, "payload": payload, "sizes": sizes}
-        save_state(self.folder / "state.pt", self.state)
+        if not RANK:
+            with replacing(self.folder / "state.pt") as temporary, open(temporary, "wb") as file:
+                torch.save(self.state, file)
+                file.flush()
+                os.fsync(file.fileno())  # a kill in mid-save keeps the last state
         self.engine.forget_states(self.folder, (payload or {}).get("shards"))
 
     def finish(self, phase, result):
@@ -183,9 +174,8 @@ class Phase:
     def __init__(self, run, name, steps, model, optimizer, buffer=None):
         self.run, self.name, self.model, self.optimizer, self.buffer = run, name, model, optimizer, buffer
         self.first, self.total, self.seconds, self.over = 1, 0.0, {}, False
-        state = run.state
-        if state["phase"] == name:
-            payload, self.first = state["payload"], state["step"] + 1
+        if run.state["phase"] == name:
+            payload, self.first = run.state["payload"], run.state["step"] + 1
             if "shards" in payload:  # written by several processes
                 from scale.ranks import restore_shards
 
@@ -195,20 +185,18 @@ class Phase:
             self.total, self.over = payload["seconds"], payload["over"]
             if buffer is not None:
                 buffer.restore(payload)
-        self.bar = tqdm(
-            range(self.first, steps + 1), desc=name, initial=self.first - 1, total=steps, dynamic_ncols=True
-        )
+        todo = range(self.first, steps + 1)
+        self.bar = tqdm(todo, desc=name, initial=self.first - 1, total=steps, dynamic_ncols=True)
 
     def __iter__(self):
-        every = self.run.config.save_every
         for step in self.bar:
             if self.over:
                 return
             self.seconds = {}
             yield step
-            if every and step % every == 0:
-                more = {} if self.buffer is None else self.buffer.state()
-                payload = {"seconds": self.total, "over": self.over, **more}
+            if self.run.config.save_every and step % self.run.config.save_every == 0:
+                payload = {"seconds": self.total, "over": self.over}
+                payload |= {} if self.buffer is None else self.buffer.state()
                 self.run.save(self.name, step, payload, self.model, self.optimizer)
 
     @contextmanager
@@ -221,11 +209,8 @@ class Phase:
         self.total += spent
 
 
-# --- the loop of every training but Stage 2: tiny models, Stage 1, the baselines -------------------------------------
-
-
 def descend(run, phase, stage, model, loss_of, *, steps, lr, warmup, stop=None):
-    """One optimiser step on `loss_of(step)`, a scalar with its graph, after another; resumable.
+    """The loop of every training but Stage 2: an optimiser step on `loss_of(step)`, a scalar with its graph; resumable.
 
     stop(step) → (more for the log, whether to end: False, True, or why training failed).
     Returns: seconds; why training stopped before its time, or None. It stops where a gradient is not finite, with the
@@ -253,10 +238,8 @@ def descend(run, phase, stage, model, loss_of, *, steps, lr, warmup, stop=None):
             steps.over = f"{over} at step {step}" if isinstance(over, str) else over
         shown = {name: f"{value:.3g}" for name, value in more.items() if value is not None}
         steps.bar.set_postfix(loss=f"{loss:.3f}", **shown)
-        run.metrics.write(
-            {"method": phase, "stage": stage, "step": step, "loss": loss, "reward": None, "kl": None,
-             "grad_norm": norm, **more, "lr": rate, "seconds": steps.total}
-        )  # fmt: skip
+        row = {"method": phase, "stage": stage, "step": step, "loss": loss, "reward": None, "kl": None}
+        run.metrics.write(row | {"grad_norm": norm, **more, "lr": rate, "seconds": steps.total})
     return steps.total, steps.over if isinstance(steps.over, str) else None
 
 

@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import benchmarks
 from config import InputError
 from engine import fast
-from engine.fast import CHUNK
 from engine.files import RANK
 
 GB, ROOM = 1e9, 80
@@ -95,7 +94,7 @@ def plan(counted, config, ranks, on_gpu):
     found["KV cache"] = (1.5 * kv * (prompts * prompt + rows * config.max_new_tokens), 0)  # room is made ahead
     found["activations"] = (kept[config.gradient_checkpointing], 0)
     sampling = 24 * rows * vocabulary  # logits, their log-softmax, its exponential and its sum in double
-    update = 14 * CHUNK * vocabulary + ((4 + half) * together if fsdp else 0)
+    update = 14 * fast.CHUNK * vocabulary + ((4 + half) * together if fsdp else 0)
     if not config.gradient_checkpointing:  # the prompt's and the responses' pass have a gradient each until the end
         update += (half if fsdp else 4) * n
     found["in passing"] = (max(sampling, update), 0)
@@ -107,16 +106,17 @@ def plan(counted, config, ranks, on_gpu):
 
 
 def advice(counted, config, ranks):
-    """The least flags more with which a GPU of 80 GB is enough, as text, and (bytes there, on the host); or None."""
+    """The least flags more with which a GPU of 80 GB is enough, and what is taken there and on the host, as text."""
     n = config.prompts_per_step
     for flags in ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "offload": True}):
         for prompts in dict.fromkeys((config.rollout_prompts, n // 2, n // 4, n // 8)):
             wanted = replace(config, **flags, rollout_prompts=prompts)
-            sizes = plan(counted, wanted, ranks, True)["most at once"]
-            if sizes[0] <= 0.95 * ROOM * GB:
-                new = {name: getattr(wanted, name) for name in (*flags, "rollout_prompts")}
-                return " ".join(f"--{k} {v}" for k, v in new.items() if v != getattr(config, k)), sizes
-    return None
+            gpu, host = plan(counted, wanted, ranks, True)["most at once"]
+            if gpu <= 0.95 * ROOM * GB:
+                new = (flags | {"rollout_prompts": prompts}).items()
+                more = " ".join(f"--{k} {v}" for k, v in new if v != getattr(config, k)) or "as it is"
+                return f"{more}: {gpu / GB:.1f} GB{f', {host / GB:.1f} GB of the host' if host else ''}"
+    return "whatever the flags, it does not fit"
 
 
 def show(config):
@@ -137,7 +137,4 @@ def show(config):
     for name, sizes in plan(counted, config, ranks, on_gpu).items():
         print(f"{name:14}" + "".join(f"{size / GB:10.1f}" if size else f"{'–':>10}" for size in sizes))
     if on_gpu:
-        flags, sizes = advice(counted, config, ranks) or (None, (0, 0))
-        host = f", {sizes[1] / GB:.1f} GB of the host" if sizes[1] else ""
-        fits = f"{flags or 'as it is'}: {sizes[0] / GB:.1f} GB{host}"
-        print(f"\nIn {ROOM} GB a GPU: {'whatever the flags, it does not fit' if flags is None else fits}")
+        print(f"\nIn {ROOM} GB a GPU: {advice(counted, config, ranks)}")

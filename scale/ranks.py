@@ -21,19 +21,13 @@ import shutil
 import signal
 import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -45,7 +39,6 @@ from engine.model import quicken, read_model
 from engine.process import Engine, join, micro_batches
 from grpo import collate
 
-TIMEOUT = timedelta(minutes=30)  # of a collective; ranks wait for the longest rollout. A dead rank is told at once
 LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")  # in an error: another rank is gone
 
 
@@ -54,39 +47,30 @@ class Ranks(Engine):
 
     rank, world = 0, 1
 
-    def __init__(self, device, max_tokens=2048, rollout_prompts=0, offload=False):
-        super().__init__(device, max_tokens, rollout_prompts)
-        self.offload = offload
-
     @contextmanager
     def session(self):
-        backend, on_gpu, launched = "gloo", self.device.type == "cuda", {"RANK", "WORLD_SIZE"} <= set(os.environ)
-        if on_gpu:
-            backend = "cpu:gloo,cuda:nccl"
+        on_gpu, launched = self.device.type == "cuda", {"RANK", "WORLD_SIZE"} <= set(os.environ)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         if launched:
             if on_gpu:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))  # for the longest rollout
             signal.signal(signal.SIGTERM, lambda *_: lost("was told to stop, as torchrun tells all when one has ended"))
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        self.rank, self.world, stdout = dist.get_rank(), dist.get_world_size(), sys.stdout
-        if self.rank:
-            sys.stdout = open(os.devnull, "w")
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
         try:
-            yield
-            self.wait()
+            with redirect_stdout(open(os.devnull, "w") if self.rank else sys.stdout):
+                yield
+                self.wait()
         except Exception as error:
             if any(word in str(error) for word in LOST) and not isinstance(error, InputError):
                 lost(f"waited for a rank that has ended ({str(error).strip().splitlines()[0][:100]})")
             raise
         finally:
-            sys.stdout = stdout
             if launched:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)  # without its group a rank has nothing to say
             dist.destroy_process_group()
-
-    # models
 
     def read(self, path, flag, dtype):
         """Weights are read by rank 0 alone; an InputError of any rank is everyone's."""
@@ -102,7 +86,7 @@ class Ranks(Engine):
 
     def place(self, found, training=None):
         """The model that rank 0 has read, with a part of every weight on each rank."""
-        if isinstance(found, Pair):
+        if isinstance(found, Pair) or (self.world == 1 and not training):
             return super().place(found)
         full = found.state_dict() if found and self.world > 1 else {}
         if self.world > 1:
@@ -110,12 +94,11 @@ class Ranks(Engine):
         found.eval()
         if training and training.gradient_checkpointing:
             fast.checkpoint_layers(found)
-        if self.world == 1 and not training:
-            return quicken(found.to(self.device), self.device)
         offload, dtype = bool(training and training.offload), torch.bfloat16 if self.device.type == "cuda" else None
         shard(found, self.device, self.world, offload, dtype)
         if self.world > 1:
-            set_model_state_dict(found, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+            options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            states.set_model_state_dict(found, full, options=options)
         return quicken(found, self.device)
 
     def broadcast(self, found):
@@ -154,16 +137,12 @@ class Ranks(Engine):
             for module in modules:
                 module.reshard()
 
-    # what a model computes
-
     def sample(self, found, prompts, group_size, max_new_tokens, stops, temperature, rng=None):
         """Each rank samples its share of the prompts, and all are given the whole: what is drawn depends on neither."""
         first, end = self.rank * len(prompts) // self.world, (self.rank + 1) * len(prompts) // self.world
-        how = group_size, max_new_tokens, stops, temperature, rng
         try:
             with self.held(found):
-                way = fast.choose(found, "sample", self.ways)
-                parts = list(self.parts(way, found, prompts, *how, first, end))
+                parts = [*self.parts(found, prompts, group_size, max_new_tokens, stops, temperature, rng, first, end)]
         except torch.OutOfMemoryError:  # every rank's, or the others would wait for this one
             if self.world == 1:
                 raise
@@ -183,9 +162,8 @@ class Ranks(Engine):
                 if offloaded:
                     found.set_requires_gradient_sync(turn + 1 == turns)
                 at = turn * self.world + self.rank
-                batch = collate(
-                    parts[at if at < len(parts) else turn * self.world], self.device, loss_norm, of or groups
-                )
+                part = parts[at if at < len(parts) else turn * self.world]
+                batch = collate(part, self.device, loss_norm, of or groups)
                 if at >= len(parts):
                     batch.weights.zero_()
                 yield batch
@@ -193,12 +171,8 @@ class Ranks(Engine):
             found.reshard()  # a forward without a backward leaves the first and last layers' weights in place
 
     def share(self, rows, size):
-        if self.world == 1:
-            return rows, 1.0
         own = rows[self.rank :: self.world]
         return own or rows[:1], sum(map(size, own)) / sum(map(size, rows))
-
-    # what all processes know together
 
     def gather(self, value):
         if self.world == 1:
@@ -221,13 +195,12 @@ class Ranks(Engine):
     def wait(self):
         self.gather(None)
 
-    # states
-
     def plain(self, found):
         """(A model of the same kind that owns no memory, its weights in full on rank 0)."""
         if not isinstance(found, FSDPModule):
             return found, None
-        weights = get_model_state_dict(found, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = states.get_model_state_dict(found, options=options)
         with torch.device("meta"):
             bare = found.kind(found.config)
         bare.generation_config = found.generation_config
@@ -240,8 +213,7 @@ class Ranks(Engine):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
         self.wait()
-        state = dict(zip(("model", "optimizer"), get_state_dict(found, optimizer), strict=True))
-        dcp.save(state, checkpoint_id=temporary)
+        dcp.save(parts_of(found, optimizer), checkpoint_id=temporary)
         if self.rank == 0:
             shutil.rmtree(folder / name, ignore_errors=True)
             os.replace(temporary, folder / name)
@@ -253,8 +225,8 @@ class Ranks(Engine):
             "state": {names[i]: state for i, state in saved["state"].items()},
             "param_groups": [group | {"params": names} for group in saved["param_groups"]],
         }
-        options = StateDictOptions(full_state_dict=True)
-        set_state_dict(found, optimizer, model_state_dict=payload["model"], optim_state_dict=state, options=options)
+        full = states.StateDictOptions(full_state_dict=True)
+        states.set_state_dict(found, optimizer, model_state_dict=payload["model"], optim_state_dict=state, options=full)
 
     def forget_states(self, folder, but):
         super().forget_states(folder, but)
@@ -273,8 +245,9 @@ def shard(model, device, world, offload=False, dtype=None):
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy(),
     }
-    model.kind, model.offloaded = type(model), offload
-    computes_on(model, device, dtype or model.dtype)
+    model.kind, model.offloaded, dtype = type(model), offload, dtype or model.dtype
+    told = {"device": property(lambda self: device), "dtype": property(lambda self: dtype)}
+    model.__class__ = type(model.kind.__name__, (model.kind,), told)  # where it computes, not where parts are kept
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of outputs that are views; we change none
     for layer in fast.blocks(model):
         fully_shard(layer, **how)
@@ -285,29 +258,24 @@ def shard(model, device, world, offload=False, dtype=None):
             module.set_force_sum_reduction_for_comms(True)
 
 
-def computes_on(model, device, dtype):
-    """Let the model say where and in what it computes, not where its parts are kept."""
-    kind = type(model)
-    told = {"device": property(lambda self: device), "dtype": property(lambda self: dtype)}
-    model.__class__ = type(kind.__name__, (kind,), told)
-
-
 def lost(why):
     """Say so and end at once: whoever is gone, nothing that all ranks do together can be finished."""
-    print(
-        f"\nrank {dist.get_rank()}: {why}. The last saved state is whole: go on with the same command and --resume",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+    why = f"{why}. The last saved state is whole: go on with the same command and --resume"
+    print(f"\nrank {dist.get_rank()}: {why}", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def parts_of(model, optimizer):
+    """What this process holds of both."""
+    return dict(zip(("model", "optimizer"), states.get_state_dict(model, optimizer), strict=True))
 
 
 def restore_shards(payload, folder, model, optimizer):
     """Put a state of several ranks back, on any number of them or none. Raises: InputError."""
-    found = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    found, here = parts_of(model, optimizer), folder / payload["shards"]
     try:
-        dcp.load(found, checkpoint_id=folder / payload["shards"])
+        dcp.load(found, checkpoint_id=here)
     except (Exception, dcp.api.CheckpointException) as error:  # whatever torch says of missing or damaged parts
         reason = str(error).strip().splitlines()[-1].strip()[:100]
-        here = folder / payload["shards"]
         raise InputError(f"{here}: cannot be read ({reason}); choose another --output_dir") from None
-    set_state_dict(model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
+    states.set_state_dict(model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"])

@@ -59,6 +59,7 @@ import re
 import sys
 import tempfile
 import time
+import timeit
 from resource import RUSAGE_SELF, getrusage
 from statistics import median
 from types import SimpleNamespace
@@ -77,7 +78,7 @@ from engine.process import Engine
 VOCABULARY, N_PROMPTS, PROMPTS_PER_STEP, GROUP, LR = 1000, 320, 32, 8, 2e-6
 PARTS = {"gen_s": "rollout", "ref_s": "reference", "update_s": "update", "replay_s": "replay"}  # → a phase's clocks
 SHAPES = {"short": (12, 24), "rwku": (64, 32)}  # prompt tokens, longest response
-REWARDED = re.compile(r"\bw[1-6]77\b")
+earned = lambda text: float(bool(re.search(r"\bw[1-6]77\b", text)))  # noqa: E731
 peak_rss_mb = lambda: round(getrusage(RUSAGE_SELF).ru_maxrss / 1024)  # noqa: E731
 
 
@@ -105,18 +106,14 @@ def build_prompts(shape):
     return [" ".join(f"w{rng.randrange(VOCABULARY - 4)}" for _ in range(SHAPES[shape][0])) for _ in range(N_PROMPTS)]
 
 
-def stage2_config(o):
-    config = Config(
-        steps=o.warmup + o.steps, prompts_per_step=PROMPTS_PER_STEP, group_size=GROUP, lr=LR, weight_decay=0.0, tau=0.6,
-        min_groups=1, warmup_steps=min(1, o.warmup), max_new_tokens=SHAPES[o.shape][1], max_tokens=o.max_tokens,
-        eval_every=0, save_every=0,
-    )  # fmt: skip
-    return resolve(config, benchmarks.ALL)
-
-
 def time_stage2(o, model, reference, tokenizer, peer_step):
     """The driver's own loop; after each step `peer_step()` has its turn. Returns one row for each timed step."""
     rows = []
+    config = resolve(Config(
+        steps=o.warmup + o.steps, prompts_per_step=PROMPTS_PER_STEP, group_size=GROUP, lr=LR, weight_decay=0.0, tau=0.6,
+        min_groups=1, warmup_steps=min(1, o.warmup), max_new_tokens=SHAPES[o.shape][1], max_tokens=o.max_tokens,
+        eval_every=0, save_every=0,
+    ), benchmarks.ALL)  # fmt: skip
 
     def write(row):
         spent = sum(row.get(f"seconds_{part}", 0.0) for part in PARTS.values())
@@ -124,14 +121,11 @@ def time_stage2(o, model, reference, tokenizer, peer_step):
         peer_step()
 
     logs = {"metrics": SimpleNamespace(write=write), "samples": SimpleNamespace(write=lambda row: None)}
-    config = stage2_config(o)
-    run = SimpleNamespace(config=config, engine=Engine("cpu", config.max_tokens), state={"phase": None}, **logs)
+    run = SimpleNamespace(config=config, engine=Engine("cpu", o.max_tokens), state={"phase": None}, **logs)
     queries = [Query(Prompt(None, text), text, "boundary") for text in build_prompts(o.shape)]
+    method, reward = "rerule" if o.replay else "rule", lambda query, text: earned(text)
     with contextlib.redirect_stdout(sys.stderr):
-        rerule.stage2(
-            run, "rerule" if o.replay else "rule", model, reference, tokenizer, Training([], queries),
-            reward=lambda query, text: float(bool(REWARDED.search(text))),
-        )  # fmt: skip
+        rerule.stage2(run, method, model, reference, tokenizer, Training([], queries), reward)
     return rows[o.warmup :]
 
 
@@ -145,11 +139,8 @@ def clock(seconds, part):
 
 def matmul_rate():
     """Floating-point operations a second in products of 1024 × 1024 float32 matrices: the best of 20."""
-    a, seconds = torch.randn(1024, 1024), [{} for _ in range(20)]
-    for each in seconds:
-        with clock(each, "product"):
-            a @ a
-    return 2 * 1024**3 / min(each["product"] for each in seconds)
+    a = torch.randn(1024, 1024)
+    return 2 * 1024**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=20))
 
 
 def step_operations(model, shape, tokens):
@@ -187,13 +178,12 @@ def trl_process(pipe, o, folder):
             started[0] = time.perf_counter()
 
         def on_step_end(self, *args, **kwargs):
-            seconds = time.perf_counter() - started[0]
-            row = {"step_s": seconds, **spent, "tokens_per_step": sum(lengths), "peak_rss_mb": peak_rss_mb()}
-            pipe.send(row)
+            row = {"step_s": time.perf_counter() - started[0], **spent}
+            pipe.send(row | {"tokens_per_step": sum(lengths), "peak_rss_mb": peak_rss_mb()})
 
     def reward(completions, completion_ids, **_):
         lengths.extend(map(len, completion_ids))
-        return [float(bool(REWARDED.search(text))) for text in completions]
+        return list(map(earned, completions))
 
     arguments = trl.GRPOConfig(
         output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, report_to="none",
