@@ -91,9 +91,6 @@ def claims(r):
     return found
 
 
-# --- measures, each a value a seed -----------------------------------------------------------------------------------
-
-
 def stays_low(r):
     """% of hard prompts whose mean reward under RULE is still below τ in the last third of the steps."""
     shares = []

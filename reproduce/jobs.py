@@ -27,9 +27,6 @@ BAR = "{desc} |{bar}| {percentage:3.0f} %, {elapsed} gone{postfix}"
 KEPT = ("config.json", "table.json", "metrics.jsonl", "record.json", "samples.jsonl.gz")  # of a finished run
 
 
-# --- one job, in a worker process ------------------------------------------------------------------------------------
-
-
 def start_worker():
     """A worker ends with its parent, however that ended, so that no two ever write one run's folder."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -82,9 +79,6 @@ def trim(folder):
             path.unlink()
 
 
-# --- records ---------------------------------------------------------------------------------------------------------
-
-
 def about():
     """What a record says of where it comes from: the code's commit and the versions."""
     here = Path(__file__).parents[1]
@@ -116,9 +110,6 @@ def write_records(folder, records):
     """records.json: one line a run, sorted, so that the same runs give the same file."""
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(records[name])}" for name in sorted(records))
     write_text(folder / "records.json", '{"runs": {\n' + lines + "\n}}\n")
-
-
-# --- all jobs --------------------------------------------------------------------------------------------------------
 
 
 def run_all(o, folder, records):
