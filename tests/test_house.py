@@ -134,7 +134,7 @@ def test_sizes():
     )
     assert sum(n for name, n in lines.items() if not folder(name)) <= 1900
     assert sum(lines[name] for name in ("rerule", "grpo", "replay", "reward")) <= 750
-    assert max(lines.values()) <= 400 and sum(lines.values()) <= 7900
+    assert max(lines.values()) <= 400 and sum(lines.values()) < 10000
 
 
 def test_every_folder_says_what_it_is_for():
