@@ -216,7 +216,7 @@ def trl_beside(o, model, rows):
             try:
                 pipe.send("go")
                 rows.append(pipe.recv())
-            except (EOFError, BrokenPipeError):
+            except (EOFError, ConnectionError):
                 raise InputError("--peer trl: its process ended early; its own message is above") from None
 
         yield step
