@@ -77,7 +77,7 @@ class Benchmark:
     scorer: object  # of `rouge_score`, with the benchmark's own tokens
     summarise: Callable  # (rows, truth ratios of a retained model or None) → {column: value}, [notes]
     tiny: dict = field(default_factory=dict)  # what --model tiny changes of the preset
-    row_columns: dict = field(default_factory=dict)  # more columns of a run's table → heading
+    row_columns: dict = field(default_factory=dict)  # of a run's table; unless given: `columns` and all others'
     prompt_tokens: int = 64  # about as many as its longest prompts have, for the memory plan
     reads_files: bool = True  # from --data_dir
     by_target: bool = False  # a summary is the mean over targets of each target's own
