@@ -1,6 +1,8 @@
 """Tiny models, rollout groups and a naive computation of both, for tests in every folder."""
 
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,12 +10,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]  # modules; what tests share
 
+import miniature  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from made import TRAIN, byte_tokenizer, make_model, tree  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
 import grpo  # noqa: E402
+import rerule  # noqa: E402
+from benchmarks import tiny as tiny_models  # noqa: E402
 from benchmarks.tiny import word_tokenizer  # noqa: E402
+from config import InputError  # noqa: E402
 
 SIZES = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 PROMPTS = ((3, 4), (5, 6, 7, 8, 9))
@@ -97,3 +104,84 @@ def naive_loss(model, groups, loss_norm, kl_coef):
             weights = {"sequence": 1 / n_responses / len(tokens), "token": 1 / n_tokens, "sum": 1 / n_responses}
             total, kl = total + weights[loss_norm] * per_token.sum(), kl + k3.sum().item()
     return total, kl
+
+
+# --- mistakes of the user's ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forbid(monkeypatch):
+    """Make functions of the driver fail the test when they are called."""
+
+    def forbid(*names):
+        for name in names:
+
+            def called(*args, name=name, **kwargs):
+                pytest.fail(f"{name} ran before the mistake was told")
+
+            monkeypatch.setattr(rerule, name, called)
+
+    return forbid
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, forbid):
+    """Run the driver on a mistake; returns its line once it is sure that nothing was written and nothing trained."""
+    forbid("stage1", "stage2", "evaluate")
+    monkeypatch.setattr(tiny_models, "fit", lambda *_, **__: pytest.fail("fit ran before the mistake was told"))
+
+    def refused(*argv, output="run"):
+        where = ["--output_dir", tmp_path / output] if output else []
+        monkeypatch.chdir(tmp_path)
+        before = tree(tmp_path)
+        with pytest.raises(InputError) as error:
+            miniature.driver(*argv, *where)
+        assert tree(tmp_path) == before
+        message = str(error.value)
+        assert message.strip() == message and len(message.splitlines()) == 1 and len(message) < 400
+        return message
+
+    return refused
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """The files of each benchmark."""
+    return {name: make(tmp_path / name) for name, make in TRAIN.items()}
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """Models in folders: a good one, one of 16 positions, some broken ones."""
+    place = tmp_path_factory.mktemp("models")
+    make_model(context=2048).save_pretrained(place / "good")
+    byte_tokenizer().save_pretrained(place / "good")
+    words = word_tokenizer(["[INST] What did Orla do? [/INST] Question: Answer: " + " ".join("abcdefghij")])
+    tiny_models.tiny_llama(words, 0, 16, 1, 16).save_pretrained(place / "short")
+    words.save_pretrained(place / "short")
+
+    def broken(name, change):
+        shutil.copytree(place / "good", place / name)
+        change(place / name)
+
+    def edit(file, **changes):
+        def change(folder):
+            stored = json.loads((folder / file).read_text())
+            stored = {key: value for key, value in (stored | changes).items() if value is not None}
+            (folder / file).write_text(json.dumps(stored))
+
+        return change
+
+    broken("no eos", edit("tokenizer_config.json", eos_token=None))
+    broken("no weights", lambda folder: (folder / "model.safetensors").unlink())
+    broken("half the weights", lambda folder: os.truncate(folder / "model.safetensors", 5000))
+    broken("a layer short", edit("config.json", num_hidden_layers=3))
+    broken("another width", edit("config.json", hidden_size=64))
+    broken("no type", edit("config.json", model_type=None, architectures=None))
+    broken("no decoder", edit("config.json", model_type="vit"))
+    broken("bad config", lambda folder: (folder / "config.json").write_text("{"))
+    broken("bad tokenizer", lambda folder: (folder / "tokenizer.json").write_text("{}"))
+    broken("small vocabulary", lambda folder: make_model(context=2048, vocab=200).save_pretrained(folder))
+    (place / "empty").mkdir()
+    (place / "file").write_text("no folder")
+    return place

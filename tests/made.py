@@ -245,3 +245,16 @@ def published_tofu(folder):
         folder / "retain99.json",
         [{"question": f"What is book {k} of Ben Roth?", "answer": f"It is {k}."} for k in range(9)],
     )
+
+
+def tree(folder):
+    """Every file and folder below, with the files' bytes."""
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+TRAIN = {"rwku": train_rwku, "tofu": train_tofu, "muse": train_muse}
+
+
+def tofu(folders, *more):
+    """Flags of the driver for TOFU's files in `folders`."""
+    return ["--benchmark", "tofu", "--data_dir", folders["tofu"], *more]

@@ -135,6 +135,7 @@ def test_sizes():
     assert sum(n for name, n in lines.items() if not folder(name)) <= 1900
     assert sum(lines[name] for name in ("rerule", "grpo", "replay", "reward")) <= 750
     assert max(lines.values()) <= 400 and sum(lines.values()) < 10000
+    assert max(len(p.read_text(encoding="utf-8").splitlines()) for p in (ROOT / "tests").rglob("*.py")) <= 400
 
 
 def test_every_folder_says_what_it_is_for():

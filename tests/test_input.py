@@ -3,123 +3,23 @@
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from made import byte_tokenizer, make_model, train_muse, train_rwku, train_tofu
+from made import TRAIN, tofu, train_rwku, train_tofu, tree
+from miniature import driver
 
 import benchmarks
 import rerule
 from benchmarks import tiny
-from config import InputError
 from data import encode_prompt
-from engine.process import Engine
-from engine.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
-ENGINE = Engine("cpu")
-TRAIN = {"rwku": train_rwku, "tofu": train_tofu, "muse": train_muse}
 
 torch.set_num_threads(1)
-
-
-# --- helpers ---------------------------------------------------------------------------------------------------------
-
-
-def driver(*argv):
-    """The whole command, in this process."""
-    rerule.main(rerule.configure([str(flag) for flag in argv]))
-
-
-def tree(folder):
-    """Every file and folder below, with the files' bytes."""
-    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
-
-
-@pytest.fixture
-def forbid(monkeypatch):
-    """Make functions of the driver fail the test when they are called."""
-
-    def forbid(*names):
-        for name in names:
-
-            def called(*args, name=name, **kwargs):
-                pytest.fail(f"{name} ran before the mistake was told")
-
-            monkeypatch.setattr(rerule, name, called)
-
-    return forbid
-
-
-@pytest.fixture
-def refused(tmp_path, monkeypatch, forbid):
-    """Run the driver on a mistake; returns its line once it is sure that nothing was written and nothing trained."""
-    forbid("stage1", "stage2", "evaluate")
-    monkeypatch.setattr(tiny, "fit", lambda *_, **__: pytest.fail("fit ran before the mistake was told"))
-
-    def refused(*argv, output="run"):
-        where = ["--output_dir", tmp_path / output] if output else []
-        monkeypatch.chdir(tmp_path)
-        before = tree(tmp_path)
-        with pytest.raises(InputError) as error:
-            driver(*argv, *where)
-        assert tree(tmp_path) == before
-        message = str(error.value)
-        assert message.strip() == message and len(message.splitlines()) == 1 and len(message) < 400
-        return message
-
-    return refused
-
-
-@pytest.fixture
-def folders(tmp_path):
-    """The files of each benchmark."""
-    return {name: make(tmp_path / name) for name, make in TRAIN.items()}
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Models in folders: a good one, one of 16 positions, some broken ones."""
-    place = tmp_path_factory.mktemp("models")
-    make_model(context=2048).save_pretrained(place / "good")
-    byte_tokenizer().save_pretrained(place / "good")
-    words = tiny.word_tokenizer(["[INST] What did Orla do? [/INST] Question: Answer: " + " ".join("abcdefghij")])
-    tiny.tiny_llama(words, 0, 16, 1, 16).save_pretrained(place / "short")
-    words.save_pretrained(place / "short")
-
-    def broken(name, change):
-        shutil.copytree(place / "good", place / name)
-        change(place / name)
-
-    def edit(file, **changes):
-        def change(folder):
-            stored = json.loads((folder / file).read_text())
-            stored = {key: value for key, value in (stored | changes).items() if value is not None}
-            (folder / file).write_text(json.dumps(stored))
-
-        return change
-
-    broken("no eos", edit("tokenizer_config.json", eos_token=None))
-    broken("no weights", lambda folder: (folder / "model.safetensors").unlink())
-    broken("half the weights", lambda folder: os.truncate(folder / "model.safetensors", 5000))
-    broken("a layer short", edit("config.json", num_hidden_layers=3))
-    broken("another width", edit("config.json", hidden_size=64))
-    broken("no type", edit("config.json", model_type=None, architectures=None))
-    broken("no decoder", edit("config.json", model_type="vit"))
-    broken("bad config", lambda folder: (folder / "config.json").write_text("{"))
-    broken("bad tokenizer", lambda folder: (folder / "tokenizer.json").write_text("{}"))
-    broken("small vocabulary", lambda folder: make_model(context=2048, vocab=200).save_pretrained(folder))
-    (place / "empty").mkdir()
-    (place / "file").write_text("no folder")
-    return place
-
-
-def tofu(folders, *more):
-    return ["--benchmark", "tofu", "--data_dir", folders["tofu"], *more]
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------
@@ -381,121 +281,6 @@ def test_evaluation_longer_than_the_context(refused, folders, saved):
     """Training fits 16 positions, TOFU's evaluation of 200 tokens does not."""
     message = refused(*tofu(folders, "--model", saved / "short", "--max_new_tokens", 2))
     assert message.startswith(f"--model {saved / 'short'}: its context is 16 tokens, evaluation needs ")
-
-
-# --- the output folder -----------------------------------------------------------------------------------------------
-
-
-def began(folder, *argv):
-    """The folder of a run that was stopped after its first phase."""
-    run = Run(rerule.configure([*map(str, argv), "--output_dir", str(folder)]), ENGINE)
-    run.open()
-    run.metrics.write({"method": "original", "step": 1})
-    run.finish("original", {"seconds": 1.0})
-    return run
-
-
-def test_another_run(refused, tmp_path):
-    began(tmp_path / "run")
-    for flags in (["--seed", 1], ["--seed", 1, "--resume"], ["--method", "rule"], ["--tau", 0.5, "--lr", 1e-3]):
-        message = refused(*flags)
-        assert f"--output_dir {tmp_path / 'run'}: holds another run" in message and flags[0][2:] in message
-    assert "(seed 0 → 1)" in refused("--seed", 1)
-
-
-def test_an_unfinished_run_wants_resume(refused, tmp_path):
-    began(tmp_path / "run")
-    assert "add --resume" in refused()
-    (tmp_path / "run" / "state.pt").unlink()  # stopped before its first state
-    assert "add --resume" in refused()
-
-
-def test_where_to_run_and_how_often_to_save_may_change(tmp_path):
-    config = began(tmp_path / "run").config
-    again = dataclasses.replace(config, resume=True, save_every=3, device="cpu")
-    assert Run(again, ENGINE).finished("original")
-
-
-def test_a_run_to_start_from(refused, tmp_path):
-    source = tmp_path / "source"
-    assert f"--start_from {source}: is no folder of a run" in refused("--start_from", source)
-    began(source)
-    assert "its Stage 1 is not over" in refused("--start_from", source)
-    assert "trained other models before Stage 2 (seed 0 → 1)" in refused("--start_from", source, "--seed", 1)
-    assert "its Stage 1 is not over" in refused("--start_from", source, "--lr", 1)  # which may differ
-    (source / "state.pt").write_bytes(b"nonsense")
-    assert "choose another --start_from" in refused("--start_from", source)
-
-
-def test_crossed_names(refused, folders):
-    assert "--crossed 31: expected 0 to 30" in refused("--crossed", 31)
-    assert "only the built-in world" in refused("--benchmark", "tofu", "--data_dir", folders["tofu"], "--crossed", 3)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "{}", '{"model_type": "llama"}', "\xff"])
-def test_a_config_that_is_none(refused, tmp_path, text):
-    began(tmp_path / "run")
-    (tmp_path / "run" / "config.json").write_text(text, encoding="latin-1")
-    for flags in ([], ["--resume"]):
-        assert str(tmp_path / "run" / "config.json") in refused(*flags)
-
-
-def test_a_model_folder_is_no_output_folder(refused, saved, tmp_path):
-    shutil.copytree(saved / "good", tmp_path / "run")
-    assert "config.json: is not that of a run" in refused()
-
-
-@pytest.mark.parametrize("damage", ["empty", "nonsense", "half", "list", "other"])
-def test_a_state_that_is_none(refused, tmp_path, damage):
-    began(tmp_path / "run")
-    path = tmp_path / "run" / "state.pt"
-    if damage in ("list", "other"):
-        torch.save([1] if damage == "list" else {"model": 1}, path)
-    else:
-        path.write_bytes({"empty": b"", "nonsense": b"nonsense", "half": path.read_bytes()[:-200]}[damage])
-    assert str(path) in refused("--resume")
-
-
-def test_a_log_that_was_cut_or_deleted(refused, tmp_path):
-    """Cutting it back to where the state left it would fill it up with zeros."""
-    began(tmp_path / "run")
-    path = tmp_path / "run" / "metrics.jsonl"
-    path.write_text("{")
-    assert f"{path}: is shorter than" in refused("--resume")
-    path.unlink()
-    assert f"{path}: is shorter than" in refused("--resume")
-
-
-@pytest.mark.parametrize("flags", [[], ["--resume"]])
-def test_a_folder_with_other_files(refused, tmp_path, flags):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.tex").write_text("years of work")
-    (tmp_path / "run" / "metrics.jsonl").write_text("mine")
-    assert "is not empty and holds no run" in refused(*flags)
-
-
-def test_a_file_in_the_folders_place(refused, tmp_path):
-    (tmp_path / "run").write_text("mine")
-    for output in ("run", "run/deeper", "run/deeper/still"):
-        assert refused(output=output).startswith(f"--output_dir {tmp_path / output}: expected a folder")
-
-
-def test_a_link_to_nowhere_in_the_folders_place(refused, tmp_path):
-    (tmp_path / "run").symlink_to(tmp_path / "nowhere")
-    assert "expected a folder" in refused()
-
-
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc, where nobody may make a folder")
-def test_a_folder_that_cannot_be_made(refused):
-    assert refused("--output_dir", "/proc/rerule", output=None) == (
-        "--output_dir /proc/rerule: cannot be made (No such file or directory)"
-    )
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission(refused, tmp_path):
-    (tmp_path / "run").mkdir(mode=0o500)
-    assert "expected a folder" in refused()
 
 
 # --- the order of checks ---------------------------------------------------------------------------------------------
