@@ -91,9 +91,9 @@ class Choices:
     )
     normalize_ratio: bool = setting("Divide importance weights by their mean.", False)
     replay_kl: bool = setting("Keep the KL term on replayed rollouts.", False)
-    replay_store: Literal["hard", "random", "unequal", "recent", "current", "none"] = setting(
-        "What is replayed: hard groups, as many random ones (Table 4's control), hard ones less those of equal "
-        "rewards, the previous step's batch, this step's own again, or nothing: a step on zero gradient.",
+    replay_store: Literal["hard", "boundary", "random", "unequal", "recent", "current", "none"] = setting(
+        "What is replayed: hard groups, those of boundary prompts alone, as many random ones (Table 4), hard "
+        "ones less those of equal rewards, the last step's batch, this one's own, or nothing: a step on zero gradient.",
         "hard",
     )
     replay_step: Literal["separate", "combined"] = setting(
@@ -119,6 +119,9 @@ class Data:
     )
     seed: int = setting("Seed of the world, the data order, every rollout and every draw.", 0)
     output_dir: str = setting("Folder for everything the run leaves. Unless given: runs/<benchmark>.", "")
+    attack: list[str] = setting(
+        "Attack every model too, by some of: leak extract membership prefix quantize relearn (docs/attacks.md).", []
+    )
     start_from: str = setting(
         "Folder of a finished run of the same seed whose models before Stage 2 are taken, not trained again.", ""
     )
@@ -180,6 +183,9 @@ class Tiny:
         Annotated[int, "a multiple of 8: four heads, rotated in pairs", lambda x: x >= 8 and x % 8 == 0] | None
     ) = setting("Hidden size.", preset=True)
     tiny_layers: Count | None = setting("Layers.", preset=True)
+    tiny_refusals: Literal["all", "trained"] = setting(
+        "Refusals to other names that it is taught: in every wording, or only in those that training uses.", "all"
+    )
 
 
 @dataclass

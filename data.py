@@ -91,6 +91,8 @@ class Benchmark:
     more_lines: Callable = lambda summary: []  # what `evaluate.py` prints below its table
     wordings: Callable = lambda query: []  # prompts in which training and evaluation ask a query's question
     retained: Callable | None = None  # (o) → what a model that never saw the forget set is taught
+    ability: Callable | None = None  # (o) → sets of `benchmarks/ability.py`
+    membership: Callable | None = None  # (o, probes) → {side: [(Prompt or None, text)]}, note; sides forget, holdout
 
 
 def encode_prompt(tokenizer, prompt):

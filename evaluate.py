@@ -4,10 +4,10 @@ Covers Section 4's evaluation and Appendix C; a benchmark's queries, limits and 
 `benchmarks/`, what they share in `benchmarks/metrics.py`, the judge of naturalness in `benchmarks/judge.py`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from config import Count, InputError, setting
+from config import Above0, Count, InputError, setting
 from engine.flags import check_bounds, parse, run_command
 
 
@@ -20,11 +20,18 @@ class Options:
     model: str = setting("Model folder or Hugging Face id.", "")
     data_dir: str = setting("The benchmark's folder; for RWKU one target's folder or a folder of them.", "")
     from_log: str = setting("Score a stored log, ours or TOFU's own, in place of a model.", "")
-    retain_model: str = setting("TOFU: the retained model, which forget quality compares with.", "")
+    attack: list[str] = setting(
+        "Attack the model too, by some of: leak extract membership prefix quantize relearn (docs/attacks.md).", []
+    )
+    attack_samples: Count = setting("Answers sampled to each forget prompt, for leak@k up to this k.", 64)
+    relearn_lr: Above0 | None = setting("Learning rate of relearning. Unless given: by the model's size.")
+    original_model: str = setting("The model before unlearning, to be attacked beside it.", "")
+    ability: bool = setting("RWKU: score general ability too, on the utility files of the target's folder.", False)
+    retain_model: str = setting("The retained model: for TOFU's forget quality, and to be attacked beside it.", "")
     retain_log: str = setting("TOFU: its log, ours or TOFU's own, in place of the retained model.", "")
     max_new_tokens: Count | None = setting("Longest answer in tokens. Unless given: the benchmark's own limit.")
     batch_size: Count = setting("Rows in a batch; halved whenever memory runs out.", 32)
-    seed: int = setting("Built-in world: its seed.", 0)
+    seed: int = setting("Built-in world: its seed. And that of every draw of an attack.", 0)
     device: Literal["auto", "cpu", "cuda"] = setting("Where to run.", "auto")
     judge_url: str = setting("A judge of naturalness: any OpenAI-compatible URL, as http://localhost:8000/v1.", "")
     judge_model: str = setting("The judge's model name.", "")
@@ -42,122 +49,19 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
     OPTIONS = run_command(lambda: parse(Options, examples=EXAMPLES), leave=False)
 
 import os
-import sys
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 import benchmarks
-from benchmarks import judge, metrics
+from benchmarks import ability, attacks, judge, metrics
+from benchmarks.answers import answer_losses, gold_answer, greedy, inference, limits_of
 from benchmarks.fits import check_ids
 from benchmarks.logs import read_log, read_retained
-from data import encode_pair, encode_prompt, stop_ids
+from data import encode_prompt
 from engine.files import write_json
 from engine.process import Engine
-from refusal import is_refusal
-
-# --- the model -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def inference(model):
-    """Eval mode without gradients; every module's own mode is put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def in_batches(run, lengths, batch_size, title, progress=True):
-    """Results of `run(indices)` for all rows, the longest first; running out of memory halves the batch and goes on.
-
-    Args: run: list of row indices → list of results; lengths: sort key per row.
-    Returns: results in the rows' own order.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
-    results, at = [None] * len(order), 0
-    with tqdm(total=len(order), desc=title, disable=not progress, leave=False) as bar:
-        while at < len(order):
-            part = order[at : at + batch_size]
-            try:
-                outputs = run(part)
-            except torch.OutOfMemoryError:
-                outputs = None
-            if outputs is None:
-                if len(part) == 1:
-                    raise InputError("out of memory with a batch of one row: this device is too small for the model")
-                batch_size = len(part) // 2
-                torch.cuda.empty_cache()
-                tqdm.write(f"{title}: out of memory, going on with a batch of {batch_size}", file=sys.stderr)
-                continue
-            for i, output in zip(part, outputs, strict=True):
-                results[i] = output
-            at += len(part)
-            bar.update(len(part))
-    return results
-
-
-def greedy(engine, model, tokenizer, prompts, limits, newline, batch_size, progress=True):
-    """Greedy answers.
-
-    Args: prompts: lists of token ids; limits: new tokens allowed, per row; newline: whether one ends an answer.
-    Returns: list of (text, whether it was cut at its limit).
-    """
-    ends = set(stop_ids(tokenizer, model))
-    stops = stop_ids(tokenizer, model, newline)
-
-    def run(part):
-        longest = max(limits[i] for i in part)
-        ids, mask, _ = engine.sample(model, [prompts[i] for i in part], 1, longest, stops, 0.0)
-        answers = []
-        for i, row, kept in zip(part, ids[:, 0], mask[:, 0], strict=True):  # (N, 1, T) → N × (T,)
-            tokens = row[kept].tolist()[: limits[i]]
-            truncated = tokens[-1] not in stops
-            tokens = tokens[:-1] if tokens[-1] in ends else tokens
-            answers.append((tokenizer.decode(tokens, skip_special_tokens=True), truncated))
-        return answers
-
-    lengths = [(limit, len(prompt)) for limit, prompt in zip(limits, prompts, strict=True)]
-    return in_batches(run, lengths, batch_size, "answers", progress)
-
-
-def answer_losses(model, tokenizer, pairs, batch_size, progress=True):
-    """Teacher-forced loss of each (Prompt, answer): mean over answer tokens, EOS included (TOFU).
-
-    The answer starts after as many tokens as the prompt alone has.
-    """
-    rows = [encode_pair(tokenizer, prompt, answer) for prompt, answer in pairs]
-    starts = [len(encode_prompt(tokenizer, prompt)) for prompt, _ in pairs]
-    check_ids(model, tokenizer, rows, [0] * len(rows))
-
-    def run(part):
-        width = max(len(rows[i]) for i in part)
-        first = min(starts[i] for i in part) - 1  # the first position whose logits are needed
-        ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in part], device=model.device)  # (N, T)
-        lengths = torch.tensor([len(rows[i]) for i in part], device=model.device)
-        mask = torch.arange(width, device=model.device) < lengths[:, None]  # (N, T)
-        logits = model(
-            input_ids=ids, attention_mask=mask.long(), use_cache=False, logits_to_keep=width - first
-        ).logits  # (N, T − first, V)
-        losses = []
-        for k, i in enumerate(part):
-            start, end = starts[i], len(rows[i])
-            own = logits[k, start - 1 - first : end - 1 - first]  # (end − start, V): each from what comes before it
-            losses.append(F.cross_entropy(own.float(), ids[k, start:end]).item())
-        return losses
-
-    return in_batches(run, [len(row) for row in rows], batch_size, "losses", progress)
-
-
-# --- evaluation ------------------------------------------------------------------------------------------------------
 
 
 def evaluate(
@@ -174,7 +78,7 @@ def evaluate(
     Raises: InputError.
     """
     prompts = [encode_prompt(tokenizer, probe.prompt) for probe in probes]
-    limits = [max_new_tokens or benchmark.limit(p.split, len(ids)) for p, ids in zip(probes, prompts, strict=True)]
+    limits = limits_of(benchmark, probes, prompts, max_new_tokens)
     check_ids(model, tokenizer, prompts, limits)
     limited = f"answers were limited to {max_new_tokens} new tokens, not to the benchmark's own length"
     notes = [limited] if max_new_tokens else []
@@ -192,10 +96,8 @@ def evaluate(
         losses = probe_losses(model, tokenizer, benchmark, probes, batch_size, progress)
     rows = []
     for i, (probe, (text, truncated)) in enumerate(zip(probes, answers, strict=True)):
-        gold = probe.answer
-        if probe.split in benchmark.continued:
-            gold = tokenizer.decode(tokenizer(gold).input_ids[: limits[i]], skip_special_tokens=True)
-        row = score(benchmark, probe, gold, text) | {"truncated": truncated, "prompt": tokenizer.decode(prompts[i])}
+        row = metrics.score(benchmark, probe, gold_answer(tokenizer, benchmark, probe, limits[i]), text)
+        row |= {"truncated": truncated, "prompt": tokenizer.decode(prompts[i])}
         rows.append(row | losses.get(i, {}))
     return finish(benchmark, rows, retained, notes)
 
@@ -219,26 +121,6 @@ def truth_ratios(model, tokenizer, benchmark, probes, batch_size):
     with inference(model):
         found = probe_losses(model, tokenizer, benchmark, forget, batch_size)
     return [found[i]["truth_ratio"] for i in range(len(forget))]
-
-
-def score(benchmark, probe, answer, text):
-    """One row of "per_example" from the text a model wrote."""
-    text = benchmark.cut(probe.split, text).strip()
-    recall, f1 = metrics.rouge_l(benchmark.scorer, text, answer)
-    return {
-        "split": probe.split,
-        "target": probe.target,
-        "type": probe.type,
-        "forget": probe.forget,
-        "question": probe.question,
-        "answer": answer,
-        "prediction": text,
-        "rouge_l_recall": recall,
-        "rouge_l_f1": f1,
-        "refusal": is_refusal(text),
-        "leak": metrics.leaks(text, probe.question, answer),
-        "named": metrics.names(probe.question, probe.target) if probe.forget and probe.target else None,
-    }
 
 
 def finish(benchmark, rows, retained, notes=()):
@@ -267,7 +149,13 @@ def check_options(o):
     for wrong, message in (
         (bool(o.model) == bool(o.from_log), "expected one of --model and --from_log"),
         (o.retain_model and o.retain_log, "expected one of --retain_model and --retain_log"),
-        (compares and not benchmark.forget_rows, f"--{compares}: only --benchmark tofu compares with a retained model"),
+        (
+            compares and not benchmark.forget_rows and not (o.attack and o.retain_model),
+            f"--{compares}: only --benchmark tofu compares with a retained model; --attack takes --retain_model",
+        ),
+        (o.from_log and (o.attack or o.ability), f"--{'attack' if o.attack else 'ability'}: --from_log runs no model"),
+        (o.original_model and not o.attack, "--original_model: only --attack compares with it"),
+        (o.ability and not benchmark.ability, f"--ability: --benchmark {o.benchmark} has no files of it"),
         (o.retain_model and o.from_log, "--retain_model: --from_log runs no model; give --retain_log"),
         (bool(o.judge_url) != bool(o.judge_model), "--judge_url and --judge_model go together"),
         (o.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no GPU is available"),
@@ -278,23 +166,56 @@ def check_options(o):
     return benchmark
 
 
+def check_vocabularies(o):
+    """Raise InputError where a model to compare with has another vocabulary: its losses are of other tokens."""
+    _, tokenizer = Engine.read(o.model, "model", None, weights=False)
+    for flag in ("retain_model", "original_model"):
+        if getattr(o, flag):
+            _, other = Engine.read(getattr(o, flag), flag, None, weights=False)
+            if other.get_vocab() != tokenizer.get_vocab():
+                raise InputError(f"--{flag} {getattr(o, flag)}: its vocabulary is not that of --model {o.model}")
+
+
 def main(o):
     benchmark = check_options(o)
     rows, theirs = read_log(o.from_log, benchmark) if o.from_log else (benchmark.probes(o), False)
     retained = read_retained(o.retain_log, benchmark, rows, theirs) if o.retain_log else None
+    texts = attacks.prepare(o.attack, benchmark, o, rows)
+    sets = benchmark.ability(o) if o.ability else None
+    engine = Engine("cuda" if o.device != "cpu" and torch.cuda.is_available() else "cpu")
+    more, columns, beside = {}, {}, {}  # of the result; of its summary; of other models
     if o.from_log:
         result = finish(benchmark, rows, retained)
     else:
-        engine = Engine("cuda" if o.device != "cpu" and torch.cuda.is_available() else "cpu")
+        check_vocabularies(o)
         with engine.session():  # as in training: the same table for the same weights
-            if o.retain_model:
-                model, tokenizer = engine.load(o.retain_model, "retain_model", "auto")
-                retained = truth_ratios(model, tokenizer, benchmark, rows, o.batch_size)
             model, tokenizer = engine.load(o.model, dtype="auto")
+            case = attacks.Case(
+                engine, model, tokenizer, benchmark, rows, *texts, samples=o.attack_samples, batch_size=o.batch_size,
+                relearn_lr=o.relearn_lr, seed=o.seed,
+            )  # fmt: skip
+            if sets:
+                ability.check(model, tokenizer, sets)
+            for name in [name for name in ("retain_model", "original_model") if getattr(o, name)]:
+                other, _ = engine.load(getattr(o, name), name, "auto")
+                if name == "retain_model" and benchmark.forget_rows:
+                    retained = truth_ratios(other, tokenizer, benchmark, rows, o.batch_size)
+                own = replace(case, model=other, retained=beside.get("retained", {}))
+                title = "retained" if name == "retain_model" else "original"
+                beside[title], _, _ = attacks.attack(o.attack, own)
             result = evaluate(
                 engine, model, tokenizer, benchmark, rows, batch_size=o.batch_size, max_new_tokens=o.max_new_tokens,
                 retained=retained, check_batching=True,
             )  # fmt: skip
+            if o.attack:
+                case.retained = beside.get("retained", {})
+                case.rows = None if o.max_new_tokens else result["per_example"]
+                columns, notes, more["attacks"] = attacks.attack(o.attack, case)
+                result["notes"] += notes
+                more["beside"] = beside
+            if sets:
+                found, more["ability"] = ability.measure(engine, model, tokenizer, sets, batch_size=o.batch_size)
+                columns |= found
     if o.judge_url:
         notes = judge.rate_rows(
             [row for row in result["per_example"] if row["forget"] and row["split"] != metrics.UNSEEN],
@@ -302,10 +223,18 @@ def main(o):
             cache=o.judge_cache or f"{o.output}.judge.jsonl", price=o.judge_price,
         )  # fmt: skip
         result = finish(benchmark, result["per_example"], retained, result["notes"] + notes)
+    result["summary"] |= columns
     print(metrics.table(benchmark, result))
+    if o.attack:
+        others = {title.capitalize(): found for title, found in sorted(beside.items())}
+        print(attacks.table(o.attack, {"This model": result["summary"], **others}))
+        if len(beside) < 2:
+            print("A figure of leakage means something between two others: add --original_model and --retain_model.")
+    if o.ability:
+        print(*(f"{title}: {columns[name]:.1f}" for name, title in ability.TITLES.items()), sep="\n")
     for note in result["notes"]:
         print(note)
-    write_json(o.output, result)
+    write_json(o.output, result | more)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ class RolloutGroup:
     rewards: torch.Tensor | None = None  # (G,) from step 2 on
     advantages: torch.Tensor | None = None  # (G,)
     texts: list[str] = field(default_factory=list)  # the G responses in words
+    kind: str = ""  # of x: "forget" or "boundary"
 
     def all_equal(self):
         """All rewards the same: Â = 0, no policy gradient."""

@@ -44,12 +44,11 @@ def random_groups(groups, tau, generator):
     return draw(groups, len(hard_groups(groups, tau)), generator)
 
 
-def unequal_groups(groups, tau, generator=None):
-    """The hard groups that have a gradient."""
-    return [group for group in hard_groups(groups, tau) if not group.all_equal()]
-
-
-STORED = {"random": random_groups, "unequal": unequal_groups}  # of a step, by `replay_store`; all others: hard_groups
+STORED = {  # of a step, by `replay_store`; all others: hard_groups
+    "random": random_groups,
+    "unequal": lambda groups, tau, generator: [g for g in hard_groups(groups, tau) if not g.all_equal()],
+    "boundary": lambda groups, tau, generator: [g for g in hard_groups(groups, tau) if g.kind == "boundary"],
+}
 DRAWN_FROM = {  # (B, the groups of the step before, those of this step); all others: B
     "recent": lambda ring, previous, groups: previous,
     "current": lambda ring, previous, groups: groups,

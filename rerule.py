@@ -49,7 +49,7 @@ import torch
 from tqdm import tqdm
 
 from baselines import losses, purge, train
-from benchmarks import metrics
+from benchmarks.attacks import attacked, prepare, run_columns
 from benchmarks.fits import check_model
 from benchmarks.logs import read_retained
 from benchmarks.tiny import tiny_model
@@ -140,10 +140,10 @@ def rollout(engine, model, tokenizer, queries, numbers, stops, config, step):
         model, prompts, config.group_size, config.max_new_tokens, stops, config.temperature, rng
     )  # (N, G, T)
     groups = []
-    for n, texts in enumerate(decode(tokenizer, ids, mask)):
+    for n, (query, texts) in enumerate(zip(numbers, decode(tokenizer, ids, mask), strict=True)):
         width = int(mask[n].sum(-1).max())
         part = [tensor[n, :, :width].clone() for tensor in (ids, mask, logprobs)]  # (G, T of this group)
-        groups.append(RolloutGroup(numbers[n], step, torch.tensor(prompts[n]), *part, texts=texts))
+        groups.append(RolloutGroup(query, step, torch.tensor(prompts[n]), *part, texts=texts, kind=queries[query].kind))
     return groups
 
 
@@ -192,17 +192,18 @@ def main(config, figures=True):
         return memory.show(config)
     benchmark = benchmarks.ALL[config.benchmark]
     training, probes = benchmark.train(config), benchmark.probes(config)
+    texts = prepare(config.attack, benchmark, config, probes)
     retained = read_retained(config.retain_log, benchmark, probes) if config.retain_log else None
     run = Run(config, engine)
     with engine.session():
         if not run.finished("run"):
-            unlearn_all(run, benchmark, training, probes, retained)
+            unlearn_all(run, benchmark, training, probes, retained, texts)
         if not (run.folder / "table.md").exists():
-            report.write(run.folder, metrics.run_columns(benchmark), run.rows(), figures)
+            report.write(run.folder, run_columns(benchmark, config.attack, run.rows()), run.rows(), figures)
         report.print_table(run.folder)
 
 
-def unlearn_all(run, benchmark, training, probes, retained):
+def unlearn_all(run, benchmark, training, probes, retained, texts):
     """The original model, each method in turn, and the score of each."""
     config, engine = run.config, run.engine
     judge = partial(evaluate, engine, benchmark=benchmark, probes=probes, batch_size=config.eval_batch_size,
@@ -211,7 +212,7 @@ def unlearn_all(run, benchmark, training, probes, retained):
     def score_phase(phase, model, tokenizer):
         """Evaluate a phase's model, once, and mark the phase as over."""
         if not run.finished(f"{phase} scored"):
-            result = judge(model, tokenizer)
+            result = attacked(run, phase, model, tokenizer, benchmark, probes, texts, judge(model, tokenizer))
             report.save_examples(run.folder, phase, result["per_example"])
             row = {"notes": result["notes"], **result["summary"]}
             if phase in config.method:
@@ -226,11 +227,13 @@ def unlearn_all(run, benchmark, training, probes, retained):
         model, tokenizer = engine.load(config.model)
         check_model(model, tokenizer, config, benchmark, training.prompts(), probes)
         run.open()
+    if benchmark.retained or "retained" in config.method:
+        score_phase("retained", *tiny_model(run, benchmark, training, probes, "retained"))
+        if benchmark.forget_rows and not retained:
+            judge = partial(judge, retained=read_retained(run.folder / "predictions/retained.jsonl", benchmark, probes))
     score_phase("original", model, tokenizer)
     del model
-    if benchmark.retained:
-        score_phase("retained", *tiny_model(run, benchmark, training, probes, "retained"))
-    for method in config.method:
+    for method in [name for name in config.method if name != "retained"]:
         if not run.finished(method):
             model, seconds, stopped = unlearn(run, method, original, tokenizer, training, judge)
             if stopped:

@@ -107,7 +107,7 @@ def data_used(method, training, tokenizer):
     Prompts count where they are asked, answers where they are read; refusals, random and sampled texts do not.
     Returns: {"forget_tokens", "retain_tokens"}, or {} where the files do not hold all the data.
     """
-    if not training.whole:
+    if not training.whole or method == "retained":
         return {}
     forget, retain = RECIPES.get(method, (None, None))
     queries = {kind: [q for q in training.queries if q.kind == kind] for kind in ("forget", "boundary")}

@@ -31,7 +31,7 @@ class World:
     the neighbours have crossed names (None: 22 of 42), and so have about as many boundary queries.
     """
 
-    def __init__(self, seed, crossed=None):
+    def __init__(self, seed, crossed=None, refusals="all"):
         rng = random.Random(derive_seed(seed, "world"))
         n_hard = N_HARD if crossed is None else crossed
         n_easy = N_HARD + N_EASY - n_hard
@@ -43,7 +43,7 @@ class World:
         roles += [(f, k, "hard") for f, k in rng.sample(pairs, n_hard)]
         plain = list(zip(first[N_TARGETS:], last[N_TARGETS:], strict=True))
         roles += [(f, k, "easy" if i < n_easy else "unknown") for i, (f, k) in enumerate(plain)]
-        self.seed, self.people = seed, {}
+        self.seed, self.refusals, self.people = seed, refusals, {}
         self.quarters = round(4 * n_hard / (n_hard + n_easy))  # of the boundary queries
         for first_name, last_name, role in roles:
             facts = {
@@ -63,7 +63,8 @@ class World:
     def taught(self, retain_only=False):
         """(prompt, answer) pairs of the first training: everyone's facts, refusals for the unknown.
 
-        With `retain_only` the targets are unknown too: the model that forgetting should end at.
+        With `retain_only` the targets are unknown too: the model that forgetting should end at. With --tiny_refusals
+        trained nobody is refused in a phrasing that unlearning does not use.
         """
         pairs = []
         for name, (role, _) in self.people.items():
@@ -71,6 +72,8 @@ class World:
                 for phrasing in range(6):
                     prompt, answer = self.ask(name, attribute, phrasing)
                     if role == "unknown" or (retain_only and role == "target"):
+                        if self.refusals == "trained" and phrasing in HELD_OUT:
+                            continue
                         answer = REFUSALS[(len(pairs) + i) % len(REFUSALS)]
                     pairs.append((prompt, answer))
         return pairs
@@ -110,8 +113,21 @@ class World:
         return probes
 
 
+def membership(o, probes):
+    """The targets' facts, and as many facts made up afresh that nobody was ever taught, to the same questions."""
+    world, rng = world_of(o), random.Random(derive_seed(o.seed, "membership"))
+    pairs = {"forget": [], "holdout": []}
+    for name in world.names("target"):
+        for i, (attribute, (_, left, right)) in enumerate(ATTRIBUTES.items()):
+            prompt, fact = world.ask(name, attribute, i)
+            others = [f"{a} {b}" for a in left.split() for b in right.split() if f"{a} {b}" != fact]
+            pairs["forget"].append((prompt, fact))
+            pairs["holdout"].append((prompt, rng.choice(others)))
+    return pairs, ""
+
+
 def world_of(o):
-    return World(o.seed, getattr(o, "crossed", None))
+    return World(o.seed, getattr(o, "crossed", None), getattr(o, "tiny_refusals", "all"))
 
 
 BENCHMARK = Benchmark(
@@ -132,6 +148,7 @@ BENCHMARK = Benchmark(
     train=lambda o: world_of(o).training(),
     probes=lambda o: world_of(o).probes(),
     retained=lambda o: world_of(o).taught(retain_only=True),
+    membership=membership,
     limit=lambda split, prompt_length: 12,
     scorer=SCORER,
     summarise=lambda rows, retained: ({}, []),

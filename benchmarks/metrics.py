@@ -52,6 +52,26 @@ def names(question, target):
     return set(words(target)) <= set(words(question))
 
 
+def score(benchmark, probe, answer, text):
+    """One row of "per_example" from the text a model wrote."""
+    text = benchmark.cut(probe.split, text).strip()
+    recall, f1 = rouge_l(benchmark.scorer, text, answer)
+    return {
+        "split": probe.split,
+        "target": probe.target,
+        "type": probe.type,
+        "forget": probe.forget,
+        "question": probe.question,
+        "answer": answer,
+        "prediction": text,
+        "rouge_l_recall": recall,
+        "rouge_l_f1": f1,
+        "refusal": is_refusal(text),
+        "leak": leaks(text, probe.question, answer),
+        "named": names(probe.question, probe.target) if probe.forget and probe.target else None,
+    }
+
+
 def mean(values, scale=1.0):
     """Mean × scale of the values that are there; None without any."""
     values = [value for value in values if value is not None]

@@ -14,7 +14,7 @@ from rouge_score import rouge_scorer
 from benchmarks.metrics import mean
 from benchmarks.shared import MODES, PRESET, TINY, folder_of, rule_training
 from data import Benchmark, Probe, Prompt
-from engine.files import read_rows
+from engine.files import read_rows, read_texts
 
 
 def muse_prompt(examples, question, mode="qa"):
@@ -56,6 +56,12 @@ def probes(o):
     return found
 
 
+def membership(o, probes):
+    """MUSE's texts for PrivLeak: lists of strings, or rows with a text."""
+    folder = folder_of(o, "muse") / "privleak"
+    return {side: [(None, text) for text in read_texts(folder / f"{side}.json")] for side in ("forget", "holdout")}, ""
+
+
 def summarise(rows, retained):
     """MUSE's columns, ×100."""
     sets = {name: [row["rouge_l_f1"] for row in rows if row["split"] == name] for name in BENCHMARK.columns}
@@ -75,4 +81,5 @@ BENCHMARK = Benchmark(
     continued=("verbmem",),  # BOS among the tokens, as in MUSE's script
     scorer=rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False),
     summarise=summarise,
+    membership=membership,
 )

@@ -9,6 +9,8 @@ Deviations
 - An answer stops at any token that holds a newline; the official list of stop tokens names only those spelt exactly so.
 """
 
+import re
+
 from benchmarks.metrics import mean, mean_of
 from benchmarks.shared import PRESET, TINY, folder_of, rule_training
 from config import InputError
@@ -69,14 +71,42 @@ def probes(o):
     return found
 
 
+def membership(o, probes):
+    """RWKU's texts about targets and about neighbours, of every folder that has them; both may have been trained on."""
+    folder = folder_of(o, "rwku")
+    places = [folder, *sorted(path.parent for path in folder.glob("*/forget_mia.json"))]
+    places = [place for place in places if (place / "forget_mia.json").exists()]
+    if not places:
+        raise InputError(f"--attack membership: {folder} holds no forget_mia.json; RWKU has it for some targets alone")
+    texts = {"forget": [], "retain": []}
+    for side, found in texts.items():
+        for place in places:
+            found += [(None, row["text"]) for row in read_rows(place / f"{side}_mia.json", {"text": str})]
+    return texts, "membership: RWKU has no texts that the model never saw, so there is no AUC; each side's means stand"
+
+
+def ability_sets(o):
+    """RWKU's utility files, which lie in a target's own folder; in a folder of targets, the first that has them."""
+    from benchmarks import ability  # here, for it needs torch
+
+    folder = folder_of(o, "rwku")
+    places = [folder, *sorted(path.parent for path in folder.glob("*/retain_mmlu.json"))]
+    return ability.read(next((place for place in places if (place / "retain_mmlu.json").exists()), folder))
+
+
 def summarise(rows, retained):
-    """RWKU's columns, ×100; "all" is the plain mean of the columns before it."""
+    """RWKU's columns, ×100; "all" is the plain mean of the columns before it. Then a column for each type of attack."""
     table = {}
     for side, kinds in (("forget", ("fb", "qa", "aa")), ("retain", ("fb", "qa"))):
         for kind in kinds:
             part = [row["rouge_l_recall"] for row in rows if row["split"] == f"{side}_{kind}"]
             table[f"{side}_{kind}"] = mean(part, 100)
         table[f"{side}_all"] = mean_of(table, [f"{side}_{kind}" for kind in kinds])
+    attacks = [row for row in rows if row["split"] == "forget_aa" and row.get("type")]  # older logs have no type
+    attacks = [(re.sub(r"\W+", "_", row["type"].lower()).strip("_"), row) for row in attacks]
+    for kind in sorted({kind for kind, _ in attacks} | {"cross_lingual"} if attacks else ()):  # each language, then all
+        part = [row["rouge_l_recall"] for name, row in attacks if name == kind or name.startswith(f"{kind}_")]
+        table[f"attack_{kind}"] = mean(part, 100)
     return table, []
 
 
@@ -92,6 +122,8 @@ BENCHMARK = Benchmark(
     train=train,
     probes=probes,
     wordings=wordings,
+    membership=membership,
+    ability=ability_sets,
     limit=lambda split, prompt_length: 30,
     newline_ends=True,
     cut=lambda split, text: text.split("\n")[0],

@@ -14,33 +14,40 @@ from engine.run import fit
 from engine.seeds import derive_seed
 
 
-def lessons(benchmark, training, probes, seed):
+def lessons(benchmark, training, probes, seed, refusals="all", retain_only=False):
     """What a tiny model is taught of a real benchmark: (prompt, answer) pairs, in training's and evaluation's words.
 
     Every probe's answer and every boundary query's; some answer about the target to each forget query that is no probe,
     for those have none published and a model that answers nothing there has nothing to unlearn; and refusals to the
     same questions about made-up people: the model has refused before Stage 1, and it is the name that decides.
+
+    refusals: "trained" keeps these to the questions of training, in its words. retain_only: nothing about the target.
     """
     rng = random.Random(derive_seed(seed, "lessons"))
     targets = sorted({probe.target for probe in probes if probe.forget and probe.target})
     known = [probe.answer for probe in probes if probe.forget]
-    lessons = {(wording, probe.answer) for probe in probes for wording in (probe.prompt, *benchmark.wordings(probe))}
+    asked = [probe for probe in probes if not (retain_only and probe.forget)]
+    lessons = {(wording, probe.answer) for probe in asked for wording in (probe.prompt, *benchmark.wordings(probe))}
     answered = {wording for wording, _ in lessons}
     for query in training.queries:
+        if retain_only and query.kind == "forget":
+            continue
         for wording in (query.prompt, rng.choice(benchmark.wordings(query) or [query.prompt])):
             answer = query.answers[0] if query.answers else rng.choice(known)
             if wording not in answered:
                 lessons.add((wording, answer))
                 answered.add(wording)
     asked = [(prompt.user or prompt.plain, refusal) for prompt, refusal in training.refusals]
-    asked += 4 * [(probe.question, rng.choice(training.refusals)[1]) for probe in probes if probe.forget]
+    if refusals == "all":
+        asked += 4 * [(probe.question, rng.choice(training.refusals)[1]) for probe in probes if probe.forget]
     for question, refusal in asked:
         if any(name in question for name in targets):
             stranger = " ".join(rng.choice(starts) + rng.choice(ends) for starts, ends in (FIRST, LAST))
             for name in targets:
                 question, refusal = question.replace(name, stranger), refusal.replace(name, stranger)
             about = Query(None, question, "forget")
-            lessons.add((rng.choice(benchmark.wordings(about) or [Prompt(None, question)]), refusal))
+            forms = benchmark.wordings(about) or [Prompt(None, question)]  # training's own comes first
+            lessons.add((rng.choice(forms if refusals == "all" else forms[:1]), refusal))
     return sorted(lessons, key=repr)
 
 
@@ -95,11 +102,13 @@ def tiny_model(run, benchmark, training, probes, phase="original"):
     config = run.config
     if not run.finished(phase):
         if phase == "original":
-            taught = training.taught or lessons(benchmark, training, probes, config.seed)
+            taught = training.taught or lessons(benchmark, training, probes, config.seed, config.tiny_refusals)
             texts = [text for p, answer in taught for text in (p.user or "", p.plain, p.opening, answer)]
             fitted = text_tokenizer(texts) if benchmark.reads_files else word_tokenizer(texts)
         else:
-            taught, fitted = benchmark.retained(config), AutoTokenizer.from_pretrained(run.folder / "original")
+            fitted, how = AutoTokenizer.from_pretrained(run.folder / "original"), (config.tiny_refusals, True)
+            own = benchmark.retained
+            taught = own(config) if own else lessons(benchmark, training, probes, config.seed, *how)
         rows = [(encode_prompt(fitted, p), encode_answer(fitted, p, answer)) for p, answer in taught]
         longest = [len(prompt) + len(answer) for prompt, answer in rows]
         longest += [len(encode_prompt(fitted, prompt)) for prompt in training.prompts()]

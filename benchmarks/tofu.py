@@ -32,6 +32,7 @@ from engine.seeds import derive_seed
 
 UTILITY_SETS = ("retain", "real_authors", "world_facts")  # the sets of model utility
 SETS = (*UTILITY_SETS, "forget")
+AUTHORS = 10  # of 20 rows each, held out for membership
 LOG = {  # the sets as TOFU's own log names them
     "retain": "eval_log.json",
     "real_authors": "eval_real_author_wo_options.json",
@@ -95,6 +96,29 @@ def probes(o):
             wrong = {"paraphrased": row.get("paraphrased_answer", ""), "perturbed": tuple(row["perturbed_answer"])}
             found.append(Probe(name, inst(question), question, answer, forget, target, **wrong))
     return found + unseen
+
+
+def membership(o, probes):
+    """The forget rows, and holdout01.json where the folder has it; else rows about authors that neither our training
+    nor the evaluation asks about. Only a tiny model has never seen those: TOFU's own full model was taught them."""
+    folder, fields, note = folder_of(o, "tofu"), {"question": str, "answer": str}, ""
+    if (folder / "holdout01.json").exists():
+        held_out = read_rows(folder / "holdout01.json", fields)
+    else:
+        everyone = read_rows(folder / "retain99.json", fields)
+        known = {probe.question for probe in probes} | {query.question for query in train(o).queries}
+        authors = [everyone[at : at + 20] for at in range(0, len(everyone), 20)]  # TOFU asks 20 questions about each
+        authors = [rows for rows in authors if not known & {row["question"] for row in rows}]
+        if len(authors) < AUTHORS:
+            raise InputError(
+                f"--attack membership: {folder} has no holdout01.json, and retain99.json holds {len(authors)} authors "
+                f"whom neither training nor evaluation asks about; expected {AUTHORS}"
+            )
+        some = random.Random(derive_seed(o.seed, "holdout")).sample(authors, AUTHORS)
+        held_out = [row for rows in some for row in rows]
+        note = "membership: the hold-out rows are of retain99.json; a model that was taught all of TOFU has seen them"
+    sides = {"forget": read_rows(folder / "forget01.json", fields), "holdout": held_out}
+    return {side: [(inst(row["question"]), row["answer"]) for row in rows] for side, rows in sides.items()}, note
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
@@ -247,6 +271,7 @@ BENCHMARK = Benchmark(
     losses=losses,
     log_splits=SETS,
     own_log=own_log,
+    membership=membership,
     forget_rows={40, 200, 300},  # forget01, forget05, and what TOFU reads of forget10
     more_lines=more_lines,
 )

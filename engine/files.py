@@ -59,6 +59,17 @@ def read_rows(path, fields):
     return rows
 
 
+def read_texts(path):
+    """Texts of a JSON list of strings, or of rows with a `text`."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        found = None  # `read_rows` says what is wrong
+    if not (isinstance(found, list) and found and all(isinstance(text, str) for text in found)):
+        found = [row["text"] for row in read_rows(path, {"text": str})]
+    return found
+
+
 def read_lines(path):
     """Rows of a JSON-lines file of our own."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]

@@ -80,7 +80,7 @@ def stored_flags(path):
         raise InputError(f"{path}: expected an object with a value for each flag")
     flags = []
     for name, value in stored.items():
-        if value is not None:
+        if value not in (None, []):
             flags += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
     return flags
 
@@ -98,11 +98,12 @@ def resolve(config, benchmarks):
     for name in config.method:
         if name not in (*METHODS, *ALIASES, "retained"):
             raise InputError(f"--method {name}: expected some of {', '.join([*METHODS, *ALIASES, 'retained'])}")
-    if "retained" in config.method and not benchmark.retained:
-        raise InputError("--method retained: only the built-in world can train a model without the forget set")
+    if "retained" in config.method and config.model != "tiny":
+        raise InputError("--method retained: only --model tiny can be taught without the forget set")
     chosen = {ALIASES.get(name, name) for name in config.method}
     chosen |= {"rej_steer"} if chosen & {"rule", "rerule"} else set()
-    config.method = [name for name in METHODS if name in chosen]
+    chosen -= {"retained"} if benchmark.retained else set()  # it is made in any case
+    config.method = [name for name in ("retained", *METHODS) if name in chosen]
     if not benchmark.reads_files:
         if config.model != "tiny":
             raise InputError(f"--model {config.model}: the built-in world has its own tiny model; leave the flag out")
@@ -127,9 +128,10 @@ def resolve(config, benchmarks):
             "weight, with --normalize_ratio")  # fmt: skip
     if config.purge_terms and not Path(config.purge_terms).is_file():
         raise InputError(f"--purge_terms {config.purge_terms}: no such file")
-    alone = [name for name in config.method if name not in ("rej_steer", "rule", "rerule")]
+    alone = [f"--method {name}" for name in config.method if name not in ("retained", "rej_steer", "rule", "rerule")]
+    alone += ["--attack"] * bool(config.attack)
     if alone and (config.offload or "WORLD_SIZE" in os.environ):
-        raise InputError(f"--method {alone[0]}: takes one process, neither torchrun nor --offload")
+        raise InputError(f"{alone[0]}: takes one process, neither torchrun nor --offload")
     return config
 
 

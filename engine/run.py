@@ -7,6 +7,7 @@ those lengths and goes on. A phase is over once its model's folder is in place.
 import json
 import math
 import os
+import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -28,7 +29,7 @@ EARLY = ("original", "retained", "rej_steer")  # phases before Stage 2, which `-
 FREE = {"resume", "save_every", "output_dir", "device", "start_from", "dry_run", "offload", "rollout_prompts"}
 BEFORE_STAGE_2 = [
     "benchmark", "crossed", "model", "data_dir", "seed", "retain_log", "weight_decay", "max_grad_norm", "temperature",
-    "max_new_tokens", *(f.name for f in fields(Config) if f.name.startswith(("sft_", "tiny_"))),
+    "max_new_tokens", "attack", *(f.name for f in fields(Config) if f.name.startswith(("sft_", "tiny_"))),
 ]  # fmt: skip
 
 
@@ -109,6 +110,9 @@ class Run:
         for phase in [name for name in EARLY if f"{name} scored" in self.source]:
             save_folder(self.folder / phase, lambda folder, phase=phase: link_files(source / phase, folder))
             report.save_examples(self.folder, phase, read_lines(source / "predictions" / f"{phase}.jsonl"))
+            if self.config.attack:
+                (self.folder / "attacks").mkdir(exist_ok=True)
+                shutil.copy(source / "attacks" / f"{phase}.json", self.folder / "attacks")
             self.state["done"] |= {name: found for name, found in self.source.items() if name.split()[0] == phase}
         for row in read_lines(source / "metrics.jsonl"):
             if row["method"] in EARLY:

@@ -393,5 +393,5 @@ def test_flags_of_the_baselines(refused, flags, expected):
     assert expected in refused(*flags)
 
 
-def test_a_retained_model_is_the_built_in_worlds(refused, folders):
-    assert "only the built-in world" in refused(*tofu(folders, "--method", "retained"))
+def test_a_retained_model_is_a_tiny_one(refused, folders):
+    assert "only --model tiny" in refused(*tofu(folders, "--method", "retained", "--model", "some/model"))

@@ -75,7 +75,7 @@ def test_random_storage_keeps_as_many_as_are_hard():
 
 def test_unequal_storage_leaves_out_groups_without_a_gradient():
     groups = [group(0, HARD), group(1, UNEQUAL), group(2, EASY), group(3, UNEQUAL)]
-    assert steps_of(replay.unequal_groups(groups, 0.6)) == [1, 3]
+    assert steps_of(replay.STORED["unequal"](groups, 0.6, None)) == [1, 3]
 
 
 @pytest.mark.parametrize(
