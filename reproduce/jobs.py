@@ -112,17 +112,21 @@ def write_records(folder, records):
     write_text(folder / "records.json", '{"runs": {\n' + lines + "\n}}\n")
 
 
-def run_all(o, folder, records):
-    """Run what is missing, longest chains first, and put every record into `records`."""
+def planned(o, records):
+    return plan.wanted(o, plan.all_jobs(o, records))
+
+
+def run_all(o, folder, records, jobs_of=planned):
+    """Run what is missing of the jobs, longest chains first, and put every record into `records`."""
     runs, source = folder / "runs", about()
     is_done = lambda job: job.name in records and tuple(records[job.name]["args"]) == job.args  # noqa: E731
-    if all(is_done(job) for job in plan.wanted(o, plan.all_jobs(o, records))):
+    if all(is_done(job) for job in jobs_of(o, records)):
         return
     runs.mkdir(parents=True, exist_ok=True)
     context, running, bar = multiprocessing.get_context("spawn"), {}, None
     with ProcessPoolExecutor(o.workers, context, start_worker) as pool:
         while True:
-            jobs = plan.wanted(o, plan.all_jobs(o, records))
+            jobs = jobs_of(o, records)
             missing = [job for job in jobs if not is_done(job)]
             needed, busy = {job.start for job in missing}, {job.name for job in running.values()}
             again = [job for job in jobs if job.name in needed and is_done(job) and not has_models(runs / job.name)]

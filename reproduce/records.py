@@ -30,6 +30,8 @@ KEPT = (
     "easy_heldout_recall leakage seconds stopped forget_tokens retain_tokens forget_quality model_utility "
     "forget_rouge_l forget_paraphrased_recall forget_paraphrased_refusal"
 ).split()  # columns of a table that records keep
+ATTACKED = ("leak_", "answer_", "extraction_", "exact_", "membership_", "privleak", "prefix_", "relearn_", "quantize_",
+            "forget_recall_", "retain_recall_")  # how more of them begin  # fmt: skip
 WINDOW = 3  # "late" is the last third of a run's steps
 
 
@@ -61,7 +63,9 @@ def record_of(folder):
     early = ("Original", "Retained", "Rej. Steer") if config["start_from"] else ()  # the base run's own
     rows = {name: row for name, row in table.items() if name not in early}
     found = {name: config[name] for name in ("tau", "lr", "steps", "group_size")}
-    found["rows"] = {name: {k: short(row[k]) for k in KEPT if row.get(k) is not None} for name, row in rows.items()}
+    found["rows"] = {
+        name: {k: short(row[k]) for k in row if is_kept(k) and row[k] is not None} for name, row in rows.items()
+    }
     found |= {"methods": methods, "queries": queries}
     if {"rule", "rerule"} <= set(methods):  # a base run: what its variants are read with
         asked = {row["query"]: row for row in samples}
@@ -69,6 +73,10 @@ def record_of(folder):
         found["kinds"] = "".join(asked[i]["kind"][0] if i in asked else "-" for i in range(max(asked) + 1))
         found["cases"] = cases(found, {i: row["prompt"] for i, row in asked.items()}, answers)
     return found
+
+
+def is_kept(column):
+    return column in KEPT or column.startswith(ATTACKED)
 
 
 def short(value):

@@ -19,7 +19,7 @@ from sft import sft_loss_of
 
 STEPS = (0, 5, 10, 20, 50)  # of relearning after which the model is asked
 BATCH = 16
-SMALL, RATES = 10_000_000, (1e-3, 1e-5)  # weights up to which a model counts as tiny; its rate, and a larger one's
+SMALL, RATES = 10_000_000, (1e-4, 1e-5)  # weights up to which a model counts as tiny; its rate, and a larger one's
 
 
 def relearn(case):

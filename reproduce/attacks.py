@@ -1,0 +1,133 @@
+"""Forgotten or hidden: every method attacked, and which part of replay leaks. Writes results/attacks/.
+
+    python -m reproduce.attacks --tofu_dir DATA/tofu     # two free cores: an hour, or half of it without TOFU
+
+The runs are those of `attacks.json`: for each seed a base run of all methods, variants of RULE and ReRULE that start
+from its models, the same world with fewer lessons, and TOFU's text with a tiny model. No setting was chosen on these
+seeds; the rates of relearning were chosen on seed 11, on Original and Retained alone.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs at a time, one core each: before torch is imported
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from baselines import METHODS, TITLES
+from config import Count, InputError, setting
+from engine.files import write_text
+from engine.flags import check_bounds, parse, run_command
+from reproduce.jobs import read_records, run_all, write_records
+from reproduce.plan import FIRST_SEED, Job
+
+PLAN = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+EXAMPLES = (
+    "python -m reproduce.attacks --tofu_dir DATA/tofu",
+    "python -m reproduce.attacks --seeds 2 --output_dir runs/attacks",
+)
+
+
+@dataclass
+class Options:
+    """Attack every method, and every variant of replay, on the built-in world and on TOFU's text."""
+
+    seeds: Count = setting(f"Seeds, from {FIRST_SEED} on.", 5)
+    output_dir: str = setting("Folder for the tables and the records behind them.", "results/attacks")
+    tofu_dir: str = setting("Folder with TOFU's files; without one its table is left out.", "")
+    workers: Count = setting("Runs at a time, one thread each.", 2)
+
+
+def all_jobs(o, records):
+    """Every run, the longest first; a family's `start` names the family whose models it begins with."""
+    jobs = []
+    for seed in range(FIRST_SEED, FIRST_SEED + o.seeds):
+        for family, row in PLAN["families"].items():
+            name = f"{family}_{seed}"
+            if "{tofu_dir}" in row["flags"] and not o.tofu_dir and name not in records:
+                continue
+            flags = row["flags"].replace("ALL", " ".join(METHODS)).split()
+            args = (*flags, "--eval_every", "0", "--attack", *PLAN["attacks"], "--seed", str(seed))
+            start = f"{row['start']}_{seed}" if "start" in row else None
+            jobs.append(Job(name, family, seed, args, start, row["cost"]))
+    return jobs
+
+
+def rows_of(records, family):
+    """{title: [columns of each seed]} of a family's runs."""
+    found = {}
+    for record in (records[name] for name in sorted(records)):
+        if record["family"] == family:
+            for title, columns in record["rows"].items():
+                found.setdefault(title, []).append(columns)
+    return found
+
+
+def cell(values, digits):
+    """Mean and half the width of its 95 % interval by Student's t."""
+    from scipy.stats import t
+
+    values = [value for value in values if value is not None]
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}" if values else "–"
+    half = t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
+    return f"{fmean(values):.{digits}f} ± {half:.{digits}f}"
+
+
+def table(rows):
+    """Markdown of {label: [columns of each seed]}."""
+    columns = PLAN["columns"]
+    lines = [f"| | {' | '.join(columns.values())} |", "|---|" + "---:|" * len(columns)]
+    for label, seeds in rows.items():
+        cells = [cell([s.get(name) for s in seeds], 2 if name == "membership_auc" else 1) for name in columns]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def variants(records):
+    """RULE, ReRULE and each variant of them, with whether replay ran."""
+    base = rows_of(records, "base")
+    found = {title: base[title] for title in ("RULE", "ReRULE") if title in base}
+    for family, row in PLAN["families"].items():
+        if row.get("start") == "base":
+            for seeds in rows_of(records, family).values():
+                runs = [r for r in records.values() if r["family"] == family]
+                replayed = [r["methods"].get("rerule", {}).get("replay_groups") for r in runs]
+                never = sum(groups == 0 for groups in replayed)
+                found[row["label"] + f" (no replay on {never} of {len(runs)} seeds)" * bool(never)] = seeds
+    return found
+
+
+def write(folder, records):
+    """report.md from the records."""
+    order = {title: i for i, title in enumerate(TITLES.values())}
+    parts = {}
+    for family in ("base", "trained", "tofu"):
+        rows = rows_of(records, family)
+        parts[family] = table({title: rows[title] for title in sorted(rows, key=order.get)}) if rows else "Not run."
+    commits = ", ".join(sorted({record["commit"] for record in records.values()}))
+    seeds = sorted({record["seed"] for record in records.values()})
+    hours = sum(record["seconds"] for record in records.values()) / 3600
+    text = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
+    made = f"{len(records)} runs, seeds {seeds[0]}–{seeds[-1]}, {hours:.1f} hours of one CPU thread, commit {commits}"
+    write_text(folder / "report.md", text.format(made=made, variants=table(variants(records)), **parts))
+
+
+def main(argv=None):
+    o = parse(Options, argv, examples=EXAMPLES)
+    check_bounds(o)
+    if o.tofu_dir and not (Path(o.tofu_dir) / "forget01.json").is_file():
+        raise InputError(f"--tofu_dir {o.tofu_dir}: holds no forget01.json")
+    folder = Path(o.output_dir)
+    records = read_records(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    run_all(o, folder, records, all_jobs)
+    write_records(folder, records)
+    write(folder, records)
+    print(f"{folder / 'report.md'}: {len(records)} runs")
+
+
+if __name__ == "__main__":
+    run_command(main)
