@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate.py": "evaluate.Options",
     "build_data": "build_data.__main__.Options",
     "reproduce": "reproduce.__main__.Options",
+    "reproduce.attacks": "reproduce.attacks.Options",
     "baselines.grid": "baselines.grid.Options",
     "scale.speed": "scale.speed.Options",
 }
@@ -124,7 +125,9 @@ def test_every_open_choice_and_every_field_of_a_benchmark_is_told():
 
 
 def test_every_module_with_deviations_is_in_the_table_of_them():
-    modules = {path for folder in ("", "*/") for path in ROOT.glob(f"{folder}*.py") if path.parent.name != "tests"}
+    modules = {
+        path for folder in ("", "*/", "*/*/") for path in ROOT.glob(f"{folder}*.py") if "tests" not in path.parts
+    }
     with_some = {path for path in modules if "\nDeviations" in (ast.get_docstring(ast.parse(text(path))) or "")}
     listed = re.findall(r"^\| \[([\w/]+\.py)\]", text(ROOT / "docs" / "choices.md"), re.MULTILINE)
     assert {ROOT / name for name in listed} == with_some

@@ -1,4 +1,9 @@
-"""What an attack is made on: one model, the benchmark's probes, and how the model answers them before any attack."""
+"""What an attack is made on: one model, the benchmark's probes, and how the model answers them before any attack.
+
+Deviations
+- A figure is the mean over the forget probes of all targets, where RWKU's own columns are means over targets.
+- TOFU's paraphrased questions, a split of their own, are answered under "prefix" and left out of all others.
+"""
 
 import math
 from dataclasses import dataclass, field
