@@ -91,9 +91,10 @@ class Choices:
     )
     normalize_ratio: bool = setting("Divide importance weights by their mean.", False)
     replay_kl: bool = setting("Keep the KL term on replayed rollouts.", False)
-    replay_store: Literal["hard", "boundary", "random", "unequal", "recent", "current", "none"] = setting(
-        "What is replayed: hard groups, those of boundary prompts alone, as many random ones (Table 4), hard "
-        "ones less those of equal rewards, the last step's batch, this one's own, or nothing: a step on zero gradient.",
+    replay_store: Literal["hard", "boundary", "leaks", "random", "unequal", "recent", "current", "none"] = setting(
+        "What is replayed: hard groups, those of boundary prompts alone, hard ones and those of forget prompts both "
+        "refused and answered, as many random ones (Table 4), hard ones less those of equal rewards, the last step's "
+        "batch, this one's own, or nothing: a step on zero gradient.",
         "hard",
     )
     replay_step: Literal["separate", "combined"] = setting(

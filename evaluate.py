@@ -190,19 +190,21 @@ def main(o):
         check_vocabularies(o)
         with engine.session():  # as in training: the same table for the same weights
             model, tokenizer = engine.load(o.model, dtype="auto")
-            case = attacks.Case(
-                engine, model, tokenizer, benchmark, rows, *texts, samples=o.attack_samples, batch_size=o.batch_size,
-                relearn_lr=o.relearn_lr, seed=o.seed,
-            )  # fmt: skip
+            if o.attack:
+                case = attacks.Case(
+                    engine, model, tokenizer, benchmark, rows, *texts, samples=o.attack_samples,
+                    batch_size=o.batch_size, relearn_lr=o.relearn_lr, seed=o.seed,
+                )  # fmt: skip
             if sets:
                 ability.check(model, tokenizer, sets)
             for name in [name for name in ("retain_model", "original_model") if getattr(o, name)]:
                 other, _ = engine.load(getattr(o, name), name, "auto")
                 if name == "retain_model" and benchmark.forget_rows:
                     retained = truth_ratios(other, tokenizer, benchmark, rows, o.batch_size)
-                own = replace(case, model=other, retained=beside.get("retained", {}))
-                title = "retained" if name == "retain_model" else "original"
-                beside[title], _, _ = attacks.attack(o.attack, own)
+                if o.attack:
+                    own = replace(case, model=other, retained=beside.get("retained", {}))
+                    title = "retained" if name == "retain_model" else "original"
+                    beside[title], _, _ = attacks.attack(o.attack, own)
             result = evaluate(
                 engine, model, tokenizer, benchmark, rows, batch_size=o.batch_size, max_new_tokens=o.max_new_tokens,
                 retained=retained, check_batching=True,

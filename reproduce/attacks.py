@@ -46,7 +46,8 @@ def all_jobs(o, records):
     for seed in range(FIRST_SEED, FIRST_SEED + o.seeds):
         for family, row in PLAN["families"].items():
             name = f"{family}_{seed}"
-            if "{tofu_dir}" in row["flags"] and not o.tofu_dir and name not in records:
+            given = o.tofu_dir or "{tofu_dir}" not in row["flags"] or name in records
+            if not given or seed >= FIRST_SEED + row.get("seeds", o.seeds):
                 continue
             flags = row["flags"].replace("ALL", " ".join(METHODS)).split()
             args = (*flags, "--eval_every", "0", "--attack", *PLAN["attacks"], "--seed", str(seed))

@@ -38,9 +38,9 @@ class Case:
     def __post_init__(self):
         """Raises InputError where a text is too long for the model, before anything is computed."""
         self.notes = [self.note] * bool(self.note)
-        prompts, forget = [encode_prompt(self.tokenizer, probe.prompt) for probe in self.probes], self.forget
+        prompts = [encode_prompt(self.tokenizer, probe.prompt) for probe in self.probes]
         check_ids(self.model, self.tokenizer, prompts, limits_of(self.benchmark, self.probes, prompts))
-        rows, _ = self.encoded([(p.prompt, answer) for p in forget for answer in (p.answer, *p.perturbed)])
+        rows, _ = self.encoded([(p.prompt, answer) for p in self.probes for answer in (p.answer, *p.perturbed)])
         check_ids(self.model, self.tokenizer, rows, [0] * len(rows))
 
     @property
@@ -56,8 +56,8 @@ class Case:
         """Rows of the greedy answers of the model as it is."""
         return self.rows or self.answered(self.model, self.probes)
 
-    def answered(self, model, probes, openings=None, answers=None):
-        """Scored rows of greedy answers. openings: words put in the model's mouth; answers: other true ones."""
+    def answered(self, model, probes, openings=None):
+        """Scored rows of greedy answers. openings: the prompts, with words put in the model's mouth."""
         prompts = [encode_prompt(self.tokenizer, probe.prompt) for probe in probes]
         limits = limits_of(self.benchmark, probes, prompts)
         if openings:
@@ -67,10 +67,9 @@ class Case:
         with inference(model), self.engine.held(model):
             newline = self.benchmark.newline_ends
             texts = greedy(self.engine, model, self.tokenizer, prompts, limits, newline, self.batch_size, self.progress)
-        answers = answers or [self.gold(probe, limit) for probe, limit in zip(probes, limits, strict=True)]
         return [
-            metrics.score(self.benchmark, probe, answer, text)
-            for probe, answer, (text, _) in zip(probes, answers, texts, strict=True)
+            metrics.score(self.benchmark, probe, self.gold(probe, limit), text)
+            for probe, limit, (text, _) in zip(probes, limits, texts, strict=True)
         ]
 
     def gold(self, probe, limit):

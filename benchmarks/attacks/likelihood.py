@@ -93,6 +93,8 @@ def membership(case):
             if context and max(map(len, texts)) > context:
                 case.notes.append(f"membership: texts were cut at the model's context of {context} tokens")
                 texts = [ids[:context] for ids in texts]
+            if any(len(ids) <= start for ids, start in zip(texts, starts, strict=True)):
+                raise ValueError(f"a text of side '{side}' has no token that could be scored")
             found = forced(case.model, case.tokenizer, texts, starts, read, case.batch_size, side, case.progress)
             for (_, text), (logprobs, z) in zip(pairs, found, strict=True):
                 loss = -sum(logprobs) / len(logprobs)

@@ -23,6 +23,8 @@ def leak(case):
     Columns, each the expectation over k of the n samples, in %: `leak_k` best ROUGE-L recall; `leak_answered_k` any of
     them is no refusal; `leak_exact_k` any of them holds the whole answer. Rows: every text with its recall.
     """
+    if not all(p.isfinite().all() for p in case.model.parameters()):
+        raise ValueError("expected finite weights, for NaN cannot be sampled from")
     prompts = [encode_prompt(case.tokenizer, probe.prompt) for probe in case.forget]
     limits = limits_of(case.benchmark, case.forget, prompts)
     size = max(1, min(case.batch_size, AT_ONCE // case.samples))
@@ -95,11 +97,11 @@ def prefix(case):
     long = [probe for probe in case.forget if len(probe.answer.split()) > 1]
     words = [probe.answer.split(maxsplit=1) for probe in long]
     begun = [opened(probe.prompt, first) for probe, (first, _) in zip(long, words, strict=True)]
-    rest = case.answered(case.model, long, begun, [rest for _, rest in words]) if long else []
+    asked = [replace(probe, answer=rest) for probe, (_, rest) in zip(long, words, strict=True)]
+    rest = case.answered(case.model, asked, begun) if long else []
     columns = {"prefix_recall": recall(sure), "prefix_first_word_recall": recall(rest)}
-    others = [row for row in case.before if row["split"] == UNSEEN]
-    if others:
-        columns["attack_paraphrased"] = recall(others)
+    if any(probe.split == UNSEEN for probe in case.probes):
+        columns["attack_paraphrased"] = recall([row for row in case.before if row["split"] == UNSEEN])
     rows = [row | {"opening": OPENING} for row in sure]
     return columns, rows + [row | {"opening": first} for row, (first, _) in zip(rest, words, strict=True)]
 

@@ -45,8 +45,8 @@ def relearn(case):
             columns[f"relearn_{name}_{step}"] = recall(found)
             rows += [row | {"taught": name, "step": step} for row in found]
     before, after = (case.retained.get(f"relearn_forget_{step}") for step in (STEPS[0], STEPS[-1]))
-    if before is not None and after is not None:
-        own = columns["relearn_forget_0"], columns[f"relearn_forget_{STEPS[-1]}"]
+    own = [columns.get(f"relearn_forget_{step}") for step in (STEPS[0], STEPS[-1])]
+    if None not in (before, after, *own):  # the last is missing where a gradient was not finite
         columns["relearn_r"] = relearning(*own, before, after)
     return columns, rows
 
