@@ -48,9 +48,7 @@ STORED = {  # of a step, by `replay_store`; all others: hard_groups
     "random": random_groups,
     "unequal": lambda groups, tau, generator: [g for g in hard_groups(groups, tau) if not g.all_equal()],
     "boundary": lambda groups, tau, generator: [g for g in hard_groups(groups, tau) if g.kind == "boundary"],
-    "leaks": lambda groups, tau, _: [
-        g for g in groups if is_hard(g, tau) or (g.kind == "forget" and not g.all_equal())
-    ],
+    "leaks": lambda groups, tau, _: [g for g in groups if is_hard(g, tau) or g.kind == "forget" and not g.all_equal()],
 }
 DRAWN_FROM = {  # (B, the groups of the step before, those of this step); all others: B
     "recent": lambda ring, previous, groups: previous,
