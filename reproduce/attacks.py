@@ -66,23 +66,27 @@ def rows_of(records, family):
     return found
 
 
-def cell(values, digits):
+def cell(values, digits, sign=""):
     """Mean and half the width of its 95 % interval by Student's t."""
     from scipy.stats import t
 
     values = [value for value in values if value is not None]
     if len(values) < 2:
-        return f"{values[0]:.{digits}f}" if values else "–"
+        return f"{values[0]:{sign}.{digits}f}" if values else "–"
     half = t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
-    return f"{fmean(values):.{digits}f} ± {half:.{digits}f}"
+    return f"{fmean(values):{sign}.{digits}f} ± {half:.{digits}f}"
 
 
-def table(rows):
-    """Markdown of {label: [columns of each seed]}."""
-    columns = PLAN["columns"]
-    lines = [f"| | {' | '.join(columns.values())} |", "|---|" + "---:|" * len(columns)]
+def table(rows, against=None):
+    """Markdown of {label: [columns of each seed]}; against: the row from which paired differences are taken."""
+    columns, paired = PLAN["columns"], PLAN["paired"] if against else {}
+    titles = [*columns.values(), *paired.values()]
+    lines = [f"| | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
     for label, seeds in rows.items():
         cells = [cell([s.get(name) for s in seeds], 2 if name == "membership_auc" else 1) for name in columns]
+        for name in paired:
+            pairs = zip(seeds, rows[against], strict=True)
+            cells.append("" if label == against else cell([own[name] - other[name] for own, other in pairs], 1, "+"))
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -113,7 +117,7 @@ def write(folder, records):
     hours = sum(record["seconds"] for record in records.values()) / 3600
     text = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
     made = f"{len(records)} runs, seeds {seeds[0]}–{seeds[-1]}, {hours:.1f} hours of one CPU thread, commit {commits}"
-    write_text(folder / "report.md", text.format(made=made, variants=table(variants(records)), **parts))
+    write_text(folder / "report.md", text.format(made=made, variants=table(variants(records), "RULE"), **parts))
 
 
 def main(argv=None):
