@@ -19,10 +19,10 @@ def read_model(path, flag, dtype, weights=True):
         tokenizer = AutoTokenizer.from_pretrained(path)  # first: a model may take minutes
         if tokenizer.eos_token_id is None:
             raise InputError(f"--{flag} {path}: its tokenizer has no EOS token, so no answer could ever end")
-        if (Path(path) / "whp.json").is_file():
-            return Pair.from_pretrained(path, dtype), tokenizer
         if not weights:
             return None, tokenizer
+        if (Path(path) / "whp.json").is_file():
+            return Pair.from_pretrained(path, dtype), tokenizer
         model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except InputError:
         raise

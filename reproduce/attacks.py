@@ -98,9 +98,8 @@ def variants(records):
     for family, row in PLAN["families"].items():
         if row.get("start") == "base":
             for seeds in rows_of(records, family).values():
-                runs = [r for r in records.values() if r["family"] == family]
-                replayed = [r["methods"].get("rerule", {}).get("replay_groups") for r in runs]
-                never = sum(groups == 0 for groups in replayed)
+                runs = [r["methods"] for r in records.values() if r["family"] == family]
+                never = sum("rerule" in methods and methods["rerule"]["first_replay"] is None for methods in runs)
                 found[row["label"] + f" (no replay on {never} of {len(runs)} seeds)" * bool(never)] = seeds
     return found
 

@@ -47,15 +47,15 @@ def test_one_seed_is_one_set_of_draws(model, size):
 
 def test_draws_are_those_of_the_engine_and_each_answer_has_its_own_limit(model):
     order = [2, 0, 3, 1]  # by limit, then by length
-    ids, mask, _ = ENGINE.sample(model, [PROMPTS[i] for i in order], 5, 9, [2], 1.0, generator("cpu", 0, order[0]))
-    found, cut = drawn(model), []
+    ids, mask, _ = ENGINE.sample(model, [PROMPTS[i] for i in order], 200, 9, [2], 1.0, generator("cpu", 0, order[0]))
+    found, ends = drawn(model, group=200), set()
     for n, i in enumerate(order):
         for g, (text, truncated) in enumerate(found[i]):
             tokens = ids[n, g][mask[n, g]].tolist()
-            cut.append(truncated and 2 in tokens)  # ended by the engine only after its own limit
+            ends.add((*tokens, 2).index(2) - LIMITS[i])
             assert text == WORDS.decode(tokens[: LIMITS[i]], skip_special_tokens=True)
             assert truncated == (2 not in tokens[: LIMITS[i]]) and len(text.split()) <= LIMITS[i]
-    assert any(cut) and not all(cut)
+    assert {-2, -1, 0, 1} <= ends  # an EOS before the limit, as the last token within it, and after it
 
 
 def test_draws_follow_the_models_probabilities(model):
