@@ -73,6 +73,14 @@ def test_random_storage_keeps_as_many_as_are_hard():
     assert any(step >= 3 for steps in drawn for step in steps)
 
 
+def test_storage_by_kind_of_prompt():
+    groups = [group(0, HARD), group(1, EASY), group(2, UNEQUAL), group(3, HARD), group(4, [1.0, 0.9, 1.0])]
+    for own, kind in zip(groups, ("forget", "forget", "boundary", "boundary", "forget"), strict=True):
+        own.kind = kind
+    assert steps_of(replay.STORED["boundary"](groups, 0.6, None)) == [2, 3]
+    assert steps_of(replay.STORED["leaks"](groups, 0.6, None)) == [0, 2, 3, 4]  # 4: refused and answered, not hard
+
+
 def test_unequal_storage_leaves_out_groups_without_a_gradient():
     groups = [group(0, HARD), group(1, UNEQUAL), group(2, EASY), group(3, UNEQUAL)]
     assert steps_of(replay.STORED["unequal"](groups, 0.6, None)) == [1, 3]
