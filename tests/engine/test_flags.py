@@ -24,6 +24,7 @@ COMMANDS = {  # as it is written → (module, what holds its flags)
     "python evaluate.py": ("evaluate", "Options"),
     "python -m build_data": ("build_data.__main__", "Options"),
     "python -m reproduce": ("reproduce.__main__", "Options"),
+    "python -m reproduce.attacks": ("reproduce.attacks", "Options"),
     "python -m baselines.grid": ("baselines.grid", "Options"),
     "python -m scale.speed": ("scale.speed", "Options"),
 }
