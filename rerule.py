@@ -239,7 +239,7 @@ def unlearn_all(run, benchmark, training, probes, retained, texts):
             if stopped:
                 tqdm.write(f"{method}: stopped, {stopped}; its row shows the last finite weights", file=sys.stderr)
             run.save_model(method, model, tokenizer)
-            run.finish(method, {"seconds": seconds, "stopped": stopped})
+            run.finish(method, {"seconds": seconds, "stopped": stopped, **report.replay_of(run, method)})
             del model
         score_phase(method, engine.load(run.folder / method)[0], tokenizer)
     run.finish("run", {})

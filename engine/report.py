@@ -4,13 +4,14 @@ docs/training_metrics.md defines every key of metrics.jsonl. The table has the r
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
 
 from baselines import TITLES
 from engine import plots
-from engine.files import RANK, write_json, write_text
+from engine.files import RANK, read_lines, write_json, write_text
 from refusal import is_refusal
 from replay import is_hard
 
@@ -71,10 +72,11 @@ def write(folder, columns, results, figures=True):
     write_json(folder / "table.json", {TITLES[name]: row for name, row in results.items()})
     lines, notes = [f"| {' | '.join(['Model', *columns.values()])} |", "|---|" + "---:|" * len(columns)], {}
     for name, row in results.items():
-        stopped = [f"† stopped early, with the last finite weights: {row['stopped']}"] if row.get("stopped") else []
-        cells = [TITLES[name] + "†" * len(stopped), *(cell(row.get(key)) for key in columns)]
+        marked = [f"† stopped early, with the last finite weights: {row['stopped']}"] if row.get("stopped") else []
+        marked += [f"† {row['without_replay']}"] if row.get("without_replay") else []
+        cells = [TITLES[name] + "†" * bool(marked), *(cell(row.get(key)) for key in columns)]
         lines.append(f"| {' | '.join(cells)} |")
-        for note in [*row["notes"], *stopped]:
+        for note in [*row["notes"], *marked]:
             notes.setdefault(note, []).append(TITLES[name])
     told = [f"{'every row' if len(of) == len(results) else ', '.join(of)}: {note}" for note, of in notes.items()]
     write_text(folder / "table.md", "\n".join([*lines, "", *told]).rstrip() + "\n")
@@ -85,6 +87,23 @@ def write(folder, columns, results, figures=True):
         points = {title: (*map(row.get, recalls), [], row.get("stopped")) for title, row in rows.items()}
         if len(points) >= 6:
             plots.scatter(points, folder / "scatter.png")
+
+
+def replay_of(run, method):
+    """Of a ReRULE that has trained: `first_replay`, the step at which replay first ran; what to say if it never did.
+
+    {} of other methods, and in all processes but the first, which keeps the log.
+    """
+    if method != "rerule" or RANK:
+        return {}
+    rows = [row for row in read_lines(run.folder / "metrics.jsonl") if row["method"] == method]
+    steps, held = [row["step"] for row in rows if "replay_groups" in row], [row["buffer_size"] for row in rows]
+    if steps:
+        return {"first_replay": min(steps)}
+    waits = f"for {run.config.min_groups} groups and step {run.config.warmup_steps + 1}"
+    told = f"replay never ran, so this is RULE: it waits {waits}; {max(held, default=0)} groups were stored"
+    print(f"{method}: {told}", file=sys.stderr)
+    return {"first_replay": None, "without_replay": told}
 
 
 def cell(value):
