@@ -96,6 +96,7 @@ def replay_of(run, method):
     """
     if method != "rerule" or RANK:
         return {}
+    run.metrics.size()  # puts every row on the disk
     rows = [row for row in read_lines(run.folder / "metrics.jsonl") if row["method"] == method]
     steps, held = [row["step"] for row in rows if "replay_groups" in row], [row["buffer_size"] for row in rows]
     if steps:

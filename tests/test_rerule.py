@@ -114,6 +114,7 @@ def test_alone_equals_together_and_no_replay_equals_rule(whole, tmp_path):
     assert stage2(tmp_path / "a", "rerule") == stage2(whole, "rerule")
     miniature.main("--output_dir", tmp_path / "b", "--eval_every", 3, *ALONE, "--warmup_steps", 99)
     assert weights(tmp_path / "b", "rerule") == weights(whole, "rule")
+    assert "ReRULE† |" in (tmp_path / "b/table.md").read_text() and "†" not in (whole / "table.md").read_text()
 
 
 # --- replay, seen through the driver ---------------------------------------------------------------------------------

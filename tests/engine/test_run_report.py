@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine import report
+from engine.files import Log
 
 
 @pytest.fixture
@@ -17,8 +18,10 @@ def run(tmp_path):
         rows += [{"method": "rerule", "step": s, "buffer_size": 5 * s} for s in range(1, 5)]
         for row in rows[-2:] if replays else []:
             row["replay_groups"] = 0  # a step on zero gradient draws none, and has run all the same
-        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return SimpleNamespace(folder=tmp_path, config=SimpleNamespace(min_groups=60, warmup_steps=10))
+        log = Log(tmp_path / "metrics.jsonl")
+        for row in rows:
+            log.write(row)  # on no disk yet
+        return SimpleNamespace(folder=tmp_path, config=SimpleNamespace(min_groups=60, warmup_steps=10), metrics=log)
 
     return made
 
