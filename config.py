@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning Op
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"  # before tqdm: torchrun's first process draws the bars
 
+STORES = tuple("hard random easy medium priority fresh unequal boundary leaks recent current none".split())
 # Types with bounds, told in words where a value is outside them.
 Count = Annotated[int, "at least 1", lambda x: x >= 1]
 Natural = Annotated[int, "0 or more", lambda x: x >= 0]
@@ -91,11 +92,20 @@ class Choices:
     )
     normalize_ratio: bool = setting("Divide importance weights by their mean.", False)
     replay_kl: bool = setting("Keep the KL term on replayed rollouts.", False)
-    replay_store: Literal["hard", "boundary", "leaks", "random", "unequal", "recent", "current", "none"] = setting(
-        "What is replayed: hard groups, those of boundary prompts alone, hard ones and those of forget prompts both "
-        "refused and answered, as many random ones (Table 4), hard ones less those of equal rewards, the last step's "
+    replay_store: Literal[STORES] = setting(
+        "What is replayed: hard groups, as many random ones (Table 4), easy ones, those of mean reward 0.25 to 0.75, "
+        "any by mean |Â|, fresh rollouts of the hard groups' prompts, hard ones less those of equal rewards, those of "
+        "boundary prompts alone, hard ones and those of forget prompts both refused and answered, the last step's "
         "batch, this one's own, or nothing: a step on zero gradient.",
         "hard",
+    )
+    max_age: Natural = setting("Groups stored more than this many steps ago are not replayed (0: any age).", 0)
+    min_share: Share = setting(
+        "Replay waits until this share of the groups sampled so far is in the buffer, whatever --min_groups (0: off).",
+        0.0,
+    )
+    redraw: Natural = setting(
+        "Dynamic sampling: so many further batches at most, in a step, to replace groups of equal rewards.", 0
     )
     replay_step: Literal["separate", "combined"] = setting(
         "An optimiser step of its own for replay, or one step on the sum of both mean losses.", "separate"

@@ -1,6 +1,7 @@
 """Stage 2's off-policy half: the buffer of hard groups and their importance-weighted update, Eq. 5.
 
-Covers Section 3.3, the hard-case test of Section 3.2, Table 4's control and κ of Appendix E (29).
+Covers Section 3.3, the hard-case test of Section 3.2 and κ of Appendix E (29). Table 4's control and others are in
+`baselines/controls.py`.
 
 Symbols: B the buffer, τ the hard-case threshold, r̄ a group's mean reward, w_i the importance weight of response y_i,
 ε_low and ε_high its clipping range. Shapes as in `grpo.py`.
@@ -39,38 +40,22 @@ def hard_groups(groups, tau, generator=None):
     return [group for group in groups if is_hard(group, tau)]
 
 
-def random_groups(groups, tau, generator):
-    """Table 4's control: as many as are hard, drawn uniformly from all of them."""
-    return draw(groups, len(hard_groups(groups, tau)), generator)
-
-
-STORED = {  # of a step, by `replay_store`; all others: hard_groups
-    "random": random_groups,
-    "unequal": lambda groups, tau, generator: [g for g in hard_groups(groups, tau) if not g.all_equal()],
-    "boundary": lambda groups, tau, generator: [g for g in hard_groups(groups, tau) if g.kind == "boundary"],
-    "leaks": lambda groups, tau, _: [g for g in groups if is_hard(g, tau) or g.kind == "forget" and not g.all_equal()],
-}
-DRAWN_FROM = {  # (B, the groups of the step before, those of this step); all others: B
-    "recent": lambda ring, previous, groups: previous,
-    "current": lambda ring, previous, groups: groups,
-    "none": lambda ring, previous, groups: [],  # a step on zero gradient: momentum and weight decay alone
-}
-
-
 class ReplayBuffer:
-    """B, a ring of rollout groups: at capacity the oldest leaves. `control` names what is stored and drawn."""
+    """B, a ring of rollout groups: at capacity the oldest leaves.
 
-    def __init__(self, capacity, control="hard"):
-        self.ring, self.previous = deque(maxlen=capacity), []
-        self.stored = STORED.get(control, hard_groups)
-        self.drawn_from = DRAWN_FROM.get(control, lambda ring, previous, groups: list(ring))
+    Args: stored(groups, tau, generator) → what of a step's groups enters B; drawn(ring, previous, groups, n, generator)
+        → the groups to replay, `previous` being the step before's. Hard groups and uniform draws unless given.
+    """
+
+    def __init__(self, capacity, stored=hard_groups, drawn=lambda ring, previous, groups, n, rng: draw(ring, n, rng)):
+        self.ring, self.previous, self.stored, self.drawn = deque(maxlen=capacity), [], stored, drawn
 
     def __len__(self):
         return len(self.ring)
 
     def draw(self, n, groups, generator):
         """n groups to replay in the step that has sampled `groups`."""
-        return draw(self.drawn_from(self.ring, self.previous, groups), n, generator)
+        return self.drawn(list(self.ring), self.previous, groups, n, generator)
 
     def store(self, groups, tau, generator, closed=False):
         """Step 6: what of a step's groups enters B; nothing once it is `closed`."""

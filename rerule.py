@@ -49,6 +49,7 @@ import torch
 from tqdm import tqdm
 
 from baselines import losses, purge, train
+from baselines.controls import buffer_for, least_stored, refill
 from benchmarks.attacks import attacked, prepare, run_columns
 from benchmarks.fits import check_model
 from benchmarks.logs import read_retained
@@ -61,7 +62,7 @@ from engine.seeds import batch_at, generator
 from evaluate import evaluate
 from grpo import RolloutGroup, add_reference, counts, group_advantages, on_policy_gradient
 from refusal import is_refusal
-from replay import ReplayBuffer, clip_ratio, is_active, off_policy_gradient, ratio_statistics, ratios_of
+from replay import clip_ratio, is_active, off_policy_gradient, ratio_statistics, ratios_of
 from reward import query_reward
 
 
@@ -99,25 +100,27 @@ def stage2(run, method, model, reference, tokenizer, training, reward, watch=lam
     """
     config, engine, queries = run.config, run.engine, training.queries
     logprobs_of, stops = engine.logprobs(config.temperature), stop_ids(tokenizer, model, training.newline_stops)
+
+    def collect(numbers, *draw):
+        groups = rollout(engine, model, tokenizer, queries, numbers, stops, config, *draw)  # 1  G responses each
+        return score(groups, queries, reward, config.unbiased)  # 2  rewards, Â within each group
+
     optimizer = optimizer_for(model, train.learning_rate(config, method), config.weight_decay)
-    update = partial(engine.step, model, optimizer, config.max_grad_norm)
-    buffer = ReplayBuffer(config.buffer_size, config.replay_store)
+    update, buffer = partial(engine.step, model, optimizer, config.max_grad_norm), buffer_for(config, collect)
     phase = Phase(run, method, config.steps, model, optimizer, buffer)
     for step in phase:
         with phase.clock("rollout"):
             numbers = batch_at(len(queries), config.prompts_per_step, step, config.seed, "queries")
-            groups = rollout(engine, model, tokenizer, queries, numbers, stops, config, step)  # 1  G responses each
-            score(groups, queries, reward, config.unbiased)  # 2  rewards, Â within each group
+            groups, redrawn = refill(collect(numbers, step), len(queries), collect, config)
         with phase.clock("reference"):
             if config.kl_coef:
                 add_reference(reference, engine.batches(reference, groups), logprobs_of)  # 3  log π_ref
                 engine.complete(groups)
         with phase.clock("update"):
             batches = engine.batches(model, groups, config.loss_norm)
-            sums = on_policy_gradient(model, batches, config.kl_coef, logprobs_of)  # 4  Eq. 3 and β KL
-            loss, kl, gap = engine.reduce(*sums)
-            row = {"loss": loss, "kl": kl / counts(groups)[1], "logprob_gap": gap}
-            active = is_active(len(buffer), config.min_groups, step, config.warmup_steps)
+            loss, kl, gap = engine.reduce(*on_policy_gradient(model, batches, config.kl_coef, logprobs_of))  # 4  Eq. 3
+            row = {"loss": loss, "kl": kl / counts(groups)[1], "logprob_gap": gap, "redrawn": redrawn}
+            active = is_active(len(buffer), least_stored(config, step), step, config.warmup_steps)
             if not (active and config.replay_step == "combined"):
                 row["grad_norm"] = update()
         with phase.clock("replay"):
@@ -132,10 +135,10 @@ def stage2(run, method, model, reference, tokenizer, training, reward, watch=lam
     return phase.total, None
 
 
-def rollout(engine, model, tokenizer, queries, numbers, stops, config, step):
-    """Step 1: groups of G responses to the queries of these numbers. `step` names the draw."""
+def rollout(engine, model, tokenizer, queries, numbers, stops, config, step, *name):
+    """Step 1: groups of G responses to the queries of these numbers. `step` and `name` seed the draw."""
     prompts = [encode_prompt(tokenizer, queries[i].prompt) for i in numbers]
-    rng = generator(model.device, config.seed, "rollout", step)
+    rng = generator(model.device, config.seed, "rollout", step, *name)
     ids, mask, logprobs = engine.sample(
         model, prompts, config.group_size, config.max_new_tokens, stops, config.temperature, rng
     )  # (N, G, T)
@@ -152,6 +155,7 @@ def score(groups, queries, reward, unbiased=True):
     rewards = torch.tensor([[reward(queries[group.query], text) for text in group.texts] for group in groups])  # (N, G)
     for group, own, advantages in zip(groups, rewards, group_advantages(rewards, unbiased), strict=True):
         group.rewards, group.advantages = own.clone(), advantages.clone()  # (G,)
+    return groups
 
 
 def replay_update(engine, model, buffer, groups, update, logprobs_of, config, step):

@@ -126,6 +126,7 @@ def resolve(config, benchmarks):
         require(getattr(config, name) <= config.buffer_size, name, f"at most --buffer_size {config.buffer_size}")
     require(config.replay_objective == "weight" or not config.normalize_ratio, "replay_objective",
             "weight, with --normalize_ratio")  # fmt: skip
+    require(config.replay_store != "fresh" or not config.replay_kl, "replay_kl", "off for fresh groups, without π_ref")
     if config.purge_terms and not Path(config.purge_terms).is_file():
         raise InputError(f"--purge_terms {config.purge_terms}: no such file")
     alone = [f"--method {name}" for name in config.method if name not in ("retained", "rej_steer", "rule", "rerule")]

@@ -3,29 +3,31 @@
 The curves are in the spirit of the paper's Figures 1 and 3. "Hard" and "easy" prompts are told apart by their mean
 reward before replay starts, where RULE and ReRULE are the same run, never by how they turned out: prompts picked by
 outcome would flatter replay by regression to the mean.
-
-Colours are Okabe and Ito's, told apart by every kind of colour vision; a second mark (dash, shape, label) repeats them.
 """
 
 import io
 import json
-import math
 from functools import cache
+from statistics import harmonic_mean
 
 from engine.files import read_lines, replacing
 
 NAMES = {"rule": "RULE", "rerule": "ReRULE"}
-COLOURS = {"rule": "#0072B2", "rerule": "#D55E00"}  # blue and vermilion: theirs in every picture, and nobody else's
-DASH = {"rule": "--", "rerule": "-"}
-GREEN, PINK, AMBER, GREY = "#009E73", "#CC79A7", "#E69F00", "#666666"
-LOOKS = {  # of a point in the scatter: marker, its size, colour, words
-    "start": ("*", 150, "black", "before unlearning, or never taught the forget set"),
-    "baseline": ("s", 45, GREY, "baselines"),
-    "stage 1": ("^", 65, GREEN, "Stage 1 alone"),
-    "rule": ("o", 60, COLOURS["rule"], "RULE"),
-    "rerule": ("D", 50, COLOURS["rerule"], "ReRULE"),
-}
-KINDS = {"Original": "start", "Retained": "start", "Rej. Steer": "stage 1", "RULE": "rule", "ReRULE": "rerule"}
+GREY = "#666666"
+LOOKS = {  # a method's colour in every picture (Okabe and Ito's: told apart by any colour vision), marker, dash
+    "original": ("black", "*", "-"), "retained": ("black", "P", "-"), "rej_steer": ("#56B4E9", "X", ":"),
+    "rule": ("#0072B2", "o", "--"), "rerule": ("#D55E00", "D", "-"), "random": ("#009E73", "s", "-."),
+    "recent": ("#E69F00", "^", ":"), "current": ("#CC79A7", "v", (0, (5, 1))), "other": (GREY, "h", "-"),
+}  # fmt: skip
+RECALLS = {"forget_recall": "Recall of what was\nto be forgotten, %\n(← better)",
+           "retain_recall": "Recall of what was\nto be kept, %\n(→ better)",
+           "leak_64": "Best of 64 samples\non what was to be\nforgotten, % (← better)"}  # fmt: skip
+
+
+def look(method):
+    """Keywords of `plot` for a method, by its key or its row's title ("RULE, longer" is RULE); others are all alike."""
+    key = method.split(",")[0].lower().replace(". ", "_")
+    return dict(zip(("color", "marker", "linestyle"), LOOKS.get(key, LOOKS["other"]), strict=True))
 
 
 @cache
@@ -34,21 +36,21 @@ def pyplot():
     import matplotlib.pyplot as plt
 
     plt.switch_backend("Agg")
-    plt.rcParams.update({"font.size": 11, "axes.titlesize": 11.5, "axes.grid": True, "grid.alpha": 0.25,
+    plt.rcParams.update({"font.size": 10.5, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.25,
                          "axes.spines.top": False, "axes.spines.right": False})  # fmt: skip
     return plt
 
 
-def save(figure, path, dpi=150):
-    """Write a PNG of 256 colours; no date in it, so the same data give the same bytes."""
+def save(figure, path):
+    """Write a PNG of 256 colours at 200 dpi; no date in it, so the same data give the same bytes."""
     from PIL import Image
 
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=dpi)
+    figure.savefig(drawn, dpi=200)
     pyplot().close(figure)
     few = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)  # rare ones too: a few dots
     with replacing(path) as temporary:
-        few.save(temporary, "PNG", optimize=True, dpi=(dpi, dpi))
+        few.save(temporary, "PNG", optimize=True, dpi=(200, 200))
 
 
 def mark_start(axis, starts, text="replay starts"):
@@ -61,7 +63,7 @@ def mark_start(axis, starts, text="replay starts"):
         axis.axvspan(starts[0], starts[-1], color=GREY, alpha=0.15, linewidth=0)
     axis.axvline(middle, color=GREY, linestyle=":", linewidth=1.4)
     axis.annotate(text, (middle, 0.03), xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points",
-                  fontsize=9, color="#333333", va="bottom")  # fmt: skip
+                  fontsize=9, va="bottom")  # fmt: skip
 
 
 def smooth(values, width=5):
@@ -87,7 +89,7 @@ def hard_prompts(samples, first_replay, tau):
 
 def curves(folder):
     """curves.png: reward of forget and boundary prompts, of hard and easy prompts, and recall where it was measured."""
-    metrics = [row for row in read_lines(folder / "metrics.jsonl") if row["method"] in COLOURS]
+    metrics = [row for row in read_lines(folder / "metrics.jsonl") if row["method"] in NAMES]
     samples = read_lines(folder / "samples.jsonl")
     tau = json.loads((folder / "config.json").read_text(encoding="utf-8"))["tau"]
     if not metrics:
@@ -97,7 +99,7 @@ def curves(folder):
     regions = hard_prompts([row for row in samples if row["method"] == metrics[0]["method"]], first_replay, tau)
     evaluated = any("eval_retain_recall" in row for row in metrics)
 
-    figure, axes = pyplot().subplots(1, 2 + evaluated, figsize=(5.2 * (2 + evaluated), 4.2), layout="constrained")
+    figure, axes = pyplot().subplots(1, 2 + evaluated, figsize=(3.7 * (2 + evaluated), 3.9), layout="constrained")
     panels = [
         ("Reward by kind of prompt", "Mean reward (higher is better)", ("forget", "boundary")),
         (f"Reward of hard and easy prompts\n(split at τ = {tau:g} before replay)", "", ("easy", "hard")),
@@ -114,7 +116,7 @@ def curves(folder):
     for axis, (title, label, _) in zip(axes, panels, strict=False):
         mark_start(axis, starts[:1], "replay starts" if axis is axes[0] else "")
         axis.set(title=title, xlabel="Stage 2 step", ylabel=label)
-        axis.legend(fontsize=9, loc="best", framealpha=0.9)
+        axis.legend(fontsize=8.5, loc="best", framealpha=0.9, title="value at the end", title_fontsize=8.5)
     save(figure, folder / "curves.png")
 
 
@@ -133,81 +135,58 @@ def lines_of(metrics, samples, hard, easy):
 
 
 def draw_line(axis, x, y, dash, method, name):
-    """An evaluation as it is, with its points; a reward faint, and smoothed over it."""
-    look = dict(color=COLOURS[method], linestyle=dash)
+    """An evaluation as it is, with its points; a reward faint, and smoothed over it. The legend has the last value."""
+    drawn, label = look(method) | {"linestyle": dash}, f"{NAMES[method]}, {name}"
     if name[-1] in "↑↓":
-        axis.plot(x, y, marker="o", markersize=4, label=f"{NAMES[method]}, {name}", **look)
+        axis.plot(x, y, markersize=4, label=f"{label} {y[-1]:.1f}", **drawn)
     else:
-        axis.plot(x, y, linewidth=0.6, alpha=0.35, **look)
-        axis.plot(x, smooth(y), linewidth=2, label=f"{NAMES[method]}, {name}", **look)
+        axis.plot(x, y, linewidth=0.6, alpha=0.35, **drawn | {"marker": ""})
+        axis.plot(x, smooth(y), linewidth=2, label=f"{label} {smooth(y)[-1]:.2f}", **drawn | {"marker": ""})
 
 
-def scatter(points, path):
-    """What is left of the forget set against what is kept of the retain set, a point for each model.
+def dots(axis, rows, form="{mean:.1f}", shift=0.0, column=1.03):
+    """Rows of a dot plot, from the top: mean, interval and seeds of each, and its numbers in a column at the right.
 
-    points: {row title: (forget recall, retain recall, [the same pair of each seed], whether it stopped early)}.
+    rows: [(label, method, statistic or None)]; a statistic has "mean" and "values", and "low" and "high" if known.
+    shift: of the marks, upwards, in rows; column: where the numbers stand, in widths of the axis.
     """
-    figure, axis = pyplot().subplots(figsize=(9, 5.8), layout="constrained")
-    kinds = {name: KINDS.get(name.split(",")[0], "baseline") for name in points}
-    for kind, (marker, size, colour, label) in LOOKS.items():
-        own = [point for name, point in points.items() if kinds[name] == kind]
-        if own:
-            x, y, seeds, stopped = zip(*own, strict=True)
-            faces = ["none" if early else colour for early in stopped]
-            axis.scatter(x, y, s=size, marker=marker, c=faces, edgecolors=colour, label=label, zorder=3)
-            for pairs in filter(None, seeds):
-                axis.scatter(*zip(*pairs, strict=True), s=10, color=colour, alpha=0.35, linewidths=0)
-    lowest = min(pair[1] for point in points.values() for pair in (point, *point[2]))
-    axis.set(
-        xlabel="Recall of what was to be forgotten, ROUGE-L, 0–100 (← better)",
-        ylabel="Recall of what was to be kept, ROUGE-L, 0–100 (↑ better)",
-        xlim=(-4, 112), ylim=(max(-5, lowest - 8), 105),
-    )  # fmt: skip
-    notes = ["small dots are seeds"] * any(point[2] for point in points.values())
-    notes += ["open: stopped early"] * any(point[3] for point in points.values())
-    axis.legend(loc="lower right", fontsize=9.5, title="; ".join(notes) or None)
-    place_labels(axis, {name: point[:2] for name, point in points.items()})
+    for y, (_, method, stat) in enumerate(reversed(rows)):
+        drawn, values = look(method), stat["values"] if stat else []
+        for at, value in enumerate(values if len(values) > 1 else []):
+            place = y + shift + 0.24 * (at / (len(values) - 1) - 0.5)
+            axis.plot(value, place, ".", color=drawn["color"], alpha=0.4, markersize=4.5, markeredgewidth=0)
+        if stat and "low" in stat:
+            axis.plot([stat["low"], stat["high"]], [y + shift] * 2, color=drawn["color"], linewidth=2.4, zorder=3)
+        if stat:
+            axis.plot(stat["mean"], y + shift, markersize=8, markeredgecolor="white", zorder=4, label=method, **drawn)
+        axis.annotate(form.format(**stat) if stat else "–", (column, y), xycoords=("axes fraction", "data"),
+                      fontsize=9.5, va="center")  # fmt: skip
+    axis.set_yticks(range(len(rows)), [label for label, *_ in reversed(rows)])
+    axis.set_ylim(-0.6, len(rows) - 0.4)
+    axis.grid(axis="y", visible=False)
+
+
+def scatter(rows, path):
+    """What is left of the forget set beside what is kept, a row for each method, the best balance of both on top.
+
+    rows: {title: [table row or outcome of each seed]}; a method without the two recalls is left out.
+    """
+    found = {}
+    for title, seeds in rows.items():
+        values = {column: [row[column] for row in seeds if row.get(column) is not None] for column in RECALLS}
+        if values["forget_recall"] and values["retain_recall"]:
+            found[title] = {column: {"mean": mean(own), "values": own} for column, own in values.items() if own}
+    balance = {title: harmonic_mean([own["retain_recall"]["mean"], max(0, 100 - own["forget_recall"]["mean"])])
+               for title, own in found.items()}  # fmt: skip
+    order = sorted(found, key=balance.get, reverse=True)
+    columns = [column for column in RECALLS if any(column in own for own in found.values())]
+    size = (3.6 + 2.1 * len(columns), 1.3 + 0.27 * len(order))
+    figure, axes = pyplot().subplots(1, len(columns), figsize=size, sharey=True, layout="constrained")
+    for axis, column in zip(axes, columns, strict=True):
+        stopped = {title: "†" * any(row.get("stopped") for row in rows[title]) for title in order}
+        dots(axis, [(title + stopped[title], title, found[title].get(column)) for title in order])
+        axis.set_title(RECALLS[column], fontsize=10)
+    note = "† stopped early" if any(stopped.values()) else ""
+    figure.supxlabel("\n".join(filter(None, ["From the top: harmonic mean of what is kept and 100 − what is left",
+                                             note])), fontsize=9.5)  # fmt: skip
     save(figure, path)
-
-
-def place_labels(axis, points, size=8.5):
-    """Write each point's name beside it: in the nearest of some places where name, above all, and leader cover least.
-
-    points: {name: (x, y)}; the legend and the axes' limits are in place. All sizes are in points of 1/72 inch.
-    """
-    axis.figure.canvas.draw()  # places axes and legend
-    scale = 72 / axis.figure.dpi
-    at = {name: tuple(axis.transData.transform(point) * scale) for name, point in points.items()}
-    left, bottom, right, top = axis.bbox.extents * scale
-    taken = [around(x, y, 6) for x, y in at.values()] + [axis.get_legend().get_window_extent().extents * scale]
-    for name, (x, y) in sorted(at.items(), key=lambda item: item[1]):
-        text = axis.annotate(name, points[name], (0, 0), textcoords="offset points", fontsize=size, va="center")
-        text.set_in_layout(False)
-        width, places = text.get_window_extent().width * scale, []
-        for radius in (8, 13, 19, 26, 35, 46, 60, 78):
-            for angle in range(0, 360, 15):
-                dx, dy = radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle))
-                start = dx if dx > 1 else dx - width if dx < -1 else dx - width / 2
-                box = (x + start, y + dy - 0.6 * size, x + start + width, y + dy + 0.6 * size)
-                leader = [around(x + dx * part / radius, y + dy * part / radius, 1) for part in range(10, radius, 5)]
-                covered = sum(overlap(own, other) for own in (*leader, *[box] * 9) for other in taken)
-                covered += 9 * (box[0] < left or box[1] < bottom or box[2] > right or box[3] > top)
-                places.append((covered, radius, angle % 180 != 0, angle, (dx, dy), start, (box, *leader)))
-            if min(places)[0] == 0:
-                break
-        _, radius, _, _, end, start, boxes = min(places)
-        taken += boxes
-        text.set_position((start, end[1]))
-        if radius > 8:
-            line = dict(arrowstyle="-", color="#999999", linewidth=0.6, shrinkA=0, shrinkB=3)
-            axis.annotate("", points[name], end, textcoords="offset points", arrowprops=line).set_in_layout(False)
-
-
-def around(x, y, half):
-    """A square's sides: left, bottom, right, top."""
-    return x - half, y - half, x + half, y + half
-
-
-def overlap(a, b):
-    """Whether two boxes share any place."""
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -101,7 +101,9 @@ def replay_of(run, method):
     steps, held = [row["step"] for row in rows if "replay_groups" in row], [row["buffer_size"] for row in rows]
     if steps:
         return {"first_replay": min(steps)}
-    waits = f"for {run.config.min_groups} groups and step {run.config.warmup_steps + 1}"
+    share, least = run.config.min_share, run.config.min_groups
+    waits = f"for {f'{share:.0%} of the groups sampled' if share else f'{least} groups'}"
+    waits += f" and step {run.config.warmup_steps + 1}"
     told = f"replay never ran, so this is RULE: it waits {waits}; {max(held, default=0)} groups were stored"
     print(f"{method}: {told}", file=sys.stderr)
     return {"first_replay": None, "without_replay": told}

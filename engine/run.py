@@ -29,7 +29,7 @@ EARLY = ("original", "retained", "rej_steer")  # phases before Stage 2, which `-
 FREE = {"resume", "save_every", "output_dir", "device", "start_from", "dry_run", "offload", "rollout_prompts"}
 BEFORE_STAGE_2 = [
     "benchmark", "crossed", "model", "data_dir", "seed", "retain_log", "weight_decay", "max_grad_norm", "temperature",
-    "max_new_tokens", "attack", *(f.name for f in fields(Config) if f.name.startswith(("sft_", "tiny_"))),
+    "max_new_tokens", *(f.name for f in fields(Config) if f.name.startswith(("sft_", "tiny_"))),
 ]  # fmt: skip
 
 
@@ -98,7 +98,9 @@ class Run:
         here = f"--start_from {source}"
         if not (source / "config.json").is_file() or not (source / "state.pt").is_file():
             raise InputError(f"{here}: is no folder of a run")
-        changed = differences(self.config, read(source / "config.json", "seed", "start_from"), BEFORE_STAGE_2)
+        stored = read(source / "config.json", "seed", "start_from")
+        changed = differences(self.config, stored, BEFORE_STAGE_2)
+        changed += [f"no --attack {name}" for name in self.config.attack if name not in stored.get("attack", [])]
         if changed:
             raise InputError(f"{here}: trained other models before Stage 2 ({', '.join(changed[:3])})")
         self.source = read(source / "state.pt", "done", "start_from")["done"]

@@ -54,7 +54,7 @@ def main(argv=None):
     o.seeds = min(o.seeds, 2) if o.quick else o.seeds
     folder = Path(o.output_dir or ("runs/quick" if o.quick else "results"))
     records = read_records(folder)
-    if any(("--steps", "14") == tuple(r["args"][:2]) for r in records.values()) != o.quick and records:
+    if any(("--steps", "8") == tuple(r["args"][:2]) for r in records.values()) != o.quick and records:
         raise InputError(f"--output_dir {folder}: holds {'no ' if o.quick else 'a '}quick run; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -60,7 +60,7 @@ def work(job, runs, tofu_dir, about):
                 flags = [*(arg.format(tofu_dir=tofu_dir) for arg in job.args), "--resume", "--output_dir", str(folder)]
                 flags += ["--start_from", str(runs / job.start)] if job.start else []
                 rerule.main(rerule.configure(flags), figures=False)
-                record = record_of(folder)
+                record = record_of(folder, whole="@" not in job.family)
         except InputError as error:
             return f"{job.name}: {error}"
     record = {"family": job.family, "seed": job.seed, "args": list(job.args), **about, **record}

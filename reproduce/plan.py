@@ -1,16 +1,14 @@
 """The plan of the report: every run, in the order to start them, and what each part of the report needs.
 
-`families.json` has a row for each family of runs: its method and flags, its label in tables, its kind and plain name in
-the first figure, its name where Appendix E's bound or a world is shown; and for each part of the report its families.
-
-Budget: 90 minutes on two cores, two runs at a time with one thread each, are 10,800 s. In seconds of one thread:
-selection 4 seeds × (50 + 4 × 25) = 600; 8 base runs × 70 = 560; 22 variants × 8 × 15 = 2,640; two more worlds
-× 8 × 50 = 800; baselines 3 × 100 = 300; probes 8 × 20 = 160; TOFU 3 × (480 + 170) = 1,950. In all about 7,000, an
-hour.
+`families.json` has a row for each family of runs that differs from its base run by flags alone: its method, its label
+in tables, its plain name in the first figure, its name where Appendix E's bound or a world is shown; and for each part
+of the report its families. A family of the main figure is named with its learning rate, as in random@8e-5.
 
 Deviations
 - Settings are chosen on seeds 11 to 14; the report's seeds are 21 and up, on which nothing was chosen.
 - A variant takes over the models before Stage 2 from its seed's base run, so all methods of a seed start alike.
+- Replay starts in the main figure and in every variant once B holds 5 % of the groups sampled so far, so that it runs
+  at every rate; the base runs keep the paper's rule, a number of groups.
 - RULE's steps with ReRULE's compute follow from a count of token positions on the selection seeds, not from a clock.
 """
 
@@ -19,16 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baselines import METHODS
-from reproduce.records import choose
+from reproduce.records import RATES, choose
 
-SELECTION, FIRST_SEED, FEW = (11, 12, 13, 14), 21, 3  # seeds to choose on; first of the report; how many of slow runs
-RATES = ("4e-5", "8e-5", "1.6e-4", "3.2e-4", "6.4e-4")  # the first is the shared one
+SELECTION, FIRST_SEED = (11, 12, 13, 14), 21  # seeds to choose on; first of the report
+REPLAYS = ("random", "recent", "current")  # beside hard groups, in the main figure
 BASELINES = [name for name in METHODS if name not in ("rej_steer", "rule", "rerule")]
-FAMILIES, SECTIONS = json.loads(Path(__file__).with_name("families.json").read_text(encoding="utf-8")).values()
-SECTIONS["claims"] = {family for section, own in SECTIONS.items() if section != "rates" for family in own}
-VARIANTS = {family: row["flags"] for family, row in FAMILIES.items() if "flags" in row}  # other flags: the base run's
-QUICK = "--steps 14 --warmup_steps 9 --min_groups 20"
-QUICK_TOFU = "--steps 4 --warmup_steps 2 --min_groups 8 --tiny_epochs 4"
+REPLAY, FAMILIES, SECTIONS = json.loads(Path(__file__).with_name("families.json").read_text(encoding="utf-8")).values()
+SECTIONS["claims"] = list(dict.fromkeys(family for own in SECTIONS.values() for family in own))
+VARIANTS = {family: row for family, row in FAMILIES.items() if "flags" in row}  # other flags: the base run's
+LEAKED = {*SECTIONS["controls"], *SECTIONS["controls_best"]}  # the variants whose leakage is told
+OPTIMISER_STEPS = 54  # of a run that replays: 32 on-policy and, from step 11 on, 22 off-policy ones
+LEAK = " --attack leak"
+QUICK = "--steps 8 --warmup_steps 5 --min_groups 10"
+TEXT = {  # family: (flags, seconds expected, flags of a quick run, the folder it needs)
+}
 
 
 @dataclass(frozen=True)
@@ -46,43 +48,53 @@ class Job:
 def all_jobs(o, records):
     """Every job in the order to start them; what was chosen on the selection seeds is read off `records`.
 
-    o: the report's options: seeds, quick, tofu_dir.
+    o: the report's options: seeds, quick, tofu_dir, rwku_dir.
     """
     selection = SELECTION[:1] if o.quick else SELECTION
     seeds = range(FIRST_SEED, FIRST_SEED + o.seeds)
-    few = seeds[: 1 if o.quick else FEW]
     chosen, jobs = choose(records, selection, RATES), []
 
-    def add(seeds, family, flags, start, cost, quick=QUICK, name=None):
+    def add(seeds, family, flags, start, cost, quick=QUICK):
         for seed in seeds:
             args = None if flags is None else (*(quick.split() if o.quick else ()), *flags.split(), "--seed", str(seed))
-            names = f"{name or family}_{seed}", family, seed, args, f"{start}_{seed}" if start else None
+            names = f"{family}_{seed}", family, seed, args, f"{start}_{seed}" if start else None
             jobs.append(Job(*names, cost / 2 if o.quick else cost))
 
+    def both(family, flags, cost):
+        """On selection and report seeds; leakage on the latter."""
+        add(selection, family, f"--eval_every 0 {flags}", "select", cost)
+        add(seeds, family, f"--eval_every 0 {flags}{LEAK}", "base", cost + 3)
+
     add(selection, "select", "--eval_every 0", None, 50)
-    add(seeds, "base", "--eval_every 2", None, 70)
-    tofu = [seed for seed in few if o.tofu_dir or {f"tofu_{seed}", f"tofu_random_{seed}"} <= set(records)]
-    flags = "--benchmark tofu --data_dir {tofu_dir} --model tiny --eval_every 0"
-    add(tofu, "tofu", flags, None, 480, QUICK_TOFU)
-    add(tofu, "tofu_random", f"{flags} --method rerule --replay_store random", "tofu", 170, QUICK_TOFU)
+    add(seeds, "base", f"--eval_every 2{LEAK}", None, 75)
     for rate in RATES[1:]:
-        add(selection, "grid", f"--eval_every 0 --lr {rate}", "select", 25, name=f"grid{rate}")
+        both(f"grid@{rate}", f"--lr {rate} {REPLAY}", 23)
+    for rate in RATES:
+        for store in REPLAYS:
+            both(f"{store}@{rate}", f"--method rerule --replay_store {store} --lr {rate} {REPLAY}", 13)
+    for rate in RATES:
+        steps = {"steps": 11 if o.quick else OPTIMISER_STEPS, "compute": chosen and chosen["n_steps"][rate]}
+        for family, n in steps.items():
+            flags = f"--eval_every 0 --method rule --lr {rate} --steps {n}{LEAK}"
+            add(seeds, f"{family}@{rate}", flags if n else None, "base", 16)
     for crossed in (0, 30):  # neighbours with crossed names; the base runs have 22
-        add(seeds, f"world{crossed}", f"--eval_every 0 --crossed {crossed}", None, 50)
-    add(few, "baselines", f"--eval_every 0 --method {' '.join(BASELINES)}", "base", 100)
+        add(seeds, f"world{crossed}", f"--eval_every 0 --crossed {crossed} {REPLAY}", None, 45)
+    add(seeds, "baselines", f"--eval_every 0 --method {' '.join(BASELINES)}", "base", 70)
     for seed in seeds:
-        add([seed], "probe", "", "base", 20)
-        for family, own in VARIANTS.items():
-            flags = f"--eval_every 0 --method {FAMILIES[family]['method']} {own}"
-            add([seed], family, flags.format(**chosen) if chosen else None if "{" in own else flags, "base", 15)
+        add([seed], "probe", "", "base", 8)
+        for family, row in VARIANTS.items():
+            flags = f"--eval_every 0 --method {row.get('method', 'rerule')} {row['flags']} {REPLAY}"
+            flags += LEAK if family in LEAKED else ""
+            at = "" if "at" not in row else chosen and f" --lr {chosen[row['at']]}"
+            add([seed], family, None if at is None else flags + at, "base", 15)
     return jobs
 
 
 def wanted(o, jobs):
     """The jobs that `--only` asks for, with those that they start from or are chosen by."""
     families = {family for section in o.only or SECTIONS for family in SECTIONS[section]}
-    if any("{" in VARIANTS.get(family, "") for family in families):
-        families |= {"select", "grid"}
-    keep = {job.name for job in jobs if job.family in families}
+    if families & {"rates", "compute"} or any("at" in VARIANTS.get(family, ()) for family in families):
+        families |= {"select", "grid", *REPLAYS}
+    keep = {job.name for job in jobs if job.family.split("@")[0] in families}
     keep |= {job.start for job in jobs if job.name in keep}
     return [job for job in jobs if job.name in keep]

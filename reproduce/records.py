@@ -32,14 +32,18 @@ KEPT = (
 ).split()  # columns of a table that records keep
 ATTACKED = ("leak_", "answer_", "extraction_", "exact_", "membership_", "privleak", "prefix_", "relearn_", "quantize_",
             "forget_recall_", "retain_recall_")  # how more of them begin  # fmt: skip
+KINDS = {"hard": "h", "easy": "e"}  # of boundary queries of the built-in world; others are "b", forget queries "f"
+RATES = ("4e-5", "8e-5", "1.6e-4", "3.2e-4", "6.4e-4")  # of the main figure; the first is the shared one
+CURVES = ("rule", "rerule", "random", "recent", "current")  # of the main figure
+OWN_BASE = ("base", "select", "world0", "world30", "town", "tofu", "book", "rwku")  # families read with themselves
 WINDOW = 3  # "late" is the last third of a run's steps
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
-def record_of(folder):
-    """The record of a finished run's folder."""
+def record_of(folder, whole=True):
+    """The record of a finished run's folder; without `whole`, no group's reward and no curve is in it."""
     config, table = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "table.json"))
     metrics = [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == 2]
     samples, methods, queries = read_lines(folder / "samples.jsonl"), {}, []
@@ -52,10 +56,14 @@ def record_of(folder):
         queries = [
             "".join(np.base_repr(row["query"], 36).zfill(2) for row in rows) for rows in groups
         ]  # of every method
-        methods[method] = {
-            "rewards": ["".join(level(row["rewards"]) for row in rows) for rows in groups],
-            **totals(own),
-        }
+        methods[method] = totals(own, config["prompts_per_step"])
+        if not whole:
+            continue
+        methods[method]["rewards"] = ["".join(level(row["rewards"]) for row in rows) for rows in groups]
+        methods[method]["by_age"] = [
+            [short(row.get(name)) for name in ("replay_age", "ess_unclipped", "clipped_share")]
+            for row in own if row.get("replay_groups")
+        ]  # fmt: skip
         methods[method]["evaluations"] = [
             {"step": row["step"]} | {k: short(row[f"eval_{k}"]) for k in KEPT if f"eval_{k}" in row}
             for row in own if "eval_retain_recall" in row
@@ -66,13 +74,17 @@ def record_of(folder):
     found["rows"] = {
         name: {k: short(row[k]) for k in row if is_kept(k) and row[k] is not None} for name, row in rows.items()
     }
-    found |= {"methods": methods, "queries": queries}
-    if {"rule", "rerule"} <= set(methods):  # a base run: what its variants are read with
+    found |= {"methods": methods} | ({"queries": queries} if whole else {})
+    if whole and {"rule", "rerule"} <= set(methods):  # a base run: what its variants are read with
         asked = {row["query"]: row for row in samples}
         answers = {row["question"]: row["answer"] for row in read_lines(folder / "predictions" / "original.jsonl")}
-        found["kinds"] = "".join(asked[i]["kind"][0] if i in asked else "-" for i in range(max(asked) + 1))
+        found["kinds"] = "".join(kind_of(asked[i]) if i in asked else "-" for i in range(max(asked) + 1))
         found["cases"] = cases(found, {i: row["prompt"] for i, row in asked.items()}, answers)
     return found
+
+
+def kind_of(row):
+    return "f" if row["kind"] == "forget" else KINDS.get(row["group"], "b")
 
 
 def is_kept(column):
@@ -100,7 +112,7 @@ def all_equal(character):
     return character in "=0g"
 
 
-def totals(rows):
+def totals(rows, n_groups):
     """What a method's steps add up to: seconds of each part, tokens, and replay's figures (means over its updates)."""
     replayed = [row for row in rows if row.get("replay_groups")]
     active = [row["step"] for row in rows if "replay_groups" in row]
@@ -109,21 +121,22 @@ def totals(rows):
     found["first_replay"] = min(active, default=None)
     found["replay_groups"] = sum(row["replay_groups"] for row in replayed)
     found["replay_skipped"] = sum(row["replay_skipped"] for row in replayed)
-    found["arithmetic"] = arithmetic(rows)
+    found["arithmetic"] = arithmetic(rows, n_groups)
     for name in ("ess", "ess_unclipped", "clipped_share", "replay_age"):
         found[name] = mean(row.get(name) for row in replayed)
     return {name: short(value) for name, value in found.items()}
 
 
-def arithmetic(rows):
+def arithmetic(rows, n_groups):
     """Token positions computed, in forwards: one to sample, one for π_ref, three to update, three to replay.
 
-    Replayed groups have about as many tokens as the step's own; those skipped cost nothing. No clock is in it, so a
-    number of steps that follows from it is the same on every machine.
+    Replayed groups have about as many tokens as the step's own; those skipped cost nothing, those drawn again to be
+    sampled. No clock is in it, so a number of steps that follows from it is the same on every machine.
     """
     full = max([row.get("replay_groups", 0) for row in rows] + [1])  # what a full replay update draws: a step's groups
     used = [(row.get("replay_groups", 0) - row.get("replay_skipped", 0)) / full for row in rows]
-    return sum((5 + 3 * share) * row["response_tokens"] for row, share in zip(rows, used, strict=True))
+    again = [row.get("redrawn", 0) / n_groups for row in rows]
+    return sum((5 + 3 * x + y) * row["response_tokens"] for row, x, y in zip(rows, used, again, strict=True))
 
 
 def regions(base):
@@ -150,7 +163,7 @@ def cases(base, prompts, answers):
     return [
         [query, kind, prompts[query], answers.get(prompts[query], "")]
         for kind in ("forget", "boundary")
-        for query in [q for q in order if base["kinds"][q] == kind[0]][:3]
+        for query in [q for q in order if (base["kinds"][q] == "f") == (kind == "forget")][:3]
     ]
 
 
@@ -187,20 +200,33 @@ def outcome(record, method, base):
 
 
 class Results:
-    """The records of a report, by family of runs and seed, and what tables compare of them."""
+    """The records of a report, by family of runs and seed, and what tables compare of them.
+
+    A ReRULE that never replayed is refused: its run stands in `refused`, and no comparison has it.
+    """
 
     def __init__(self, records, jobs):
         self.records = {job.name: records[job.name] for job in jobs if job.name in records}
+        self.refused = sorted(name for name, run in self.records.items() if never_replayed(run))
+        selection = {run["seed"] for run in records.values() if run["family"] == "select"}
+        self.seeds = {run["seed"] for run in self.records.values()} - selection
+        self.chosen = choose(records, sorted(selection), RATES)
 
     def runs(self, family):
-        """{seed: record}."""
-        return {run["seed"]: run for run in self.records.values() if run["family"] == family}
+        """{seed: record} of the report's seeds."""
+        own = {run["seed"]: run for run in self.records.values() if run["family"] == family}
+        return {seed: run for seed, run in sorted(own.items()) if seed in self.seeds}
 
     def of(self, family, method="rerule"):
         """{seed: outcome of one method}, each read with the base run of its seed."""
-        own = {"tofu": "tofu", "tofu_random": "tofu", "world0": "world0", "world30": "world30"}
-        bases = self.runs(own.get(family, "base"))
-        return {seed: outcome(run, method, bases.get(seed)) for seed, run in sorted(self.runs(family).items())}
+        bases = self.runs(family if family in OWN_BASE else family.split("_")[0] if family[:5] == "town_" else "base")
+        runs = {seed: run for seed, run in self.runs(family).items() if not never_replayed(run, method)}
+        return {seed: outcome(run, method, bases.get(seed)) for seed, run in runs.items()}
+
+    def at(self, name, rate):
+        """{seed: outcome} of a curve of the main figure at a learning rate; rate: "chosen" for its own."""
+        rate = self.chosen[name] if rate == "chosen" else rate
+        return self.of(*place_of(name, rate))
 
 
 def difference(a, b):
@@ -267,35 +293,53 @@ def rank_correlation(x, y):
     return None if len(set(x)) < 2 or len(set(y)) < 2 else float(spearmanr(x, y).statistic)
 
 
-def hard_share(base, tau, kind=None):
-    """Share of groups with r̄ < τ before replay, of one kind of prompt or of all."""
+def hard_share(base, tau, kinds="fbhe"):
+    """Share of groups with r̄ < τ before replay. kinds: of prompts, letters of `kind_of`; all unless given."""
     seen = before_replay(base)
-    return mean(r < tau for query, values in seen.items() if kind in (None, base["kinds"][query]) for r in values)
+    return mean(r < tau for query, values in seen.items() if base["kinds"][query] in kinds for r in values)
 
 
-def rate_scores(records, seeds, rates):
-    """{method: {rate: [`grid.score`, a seed each]}} of the selection runs that are there, as for the baselines."""
-    names = {rate: "select" if rate == rates[0] else f"grid{rate}" for rate in rates}
-
-    def score_of(name, method):
-        runs = [records[f"{name}_{seed}"] for seed in seeds if f"{name}_{seed}" in records]
-        return [outcome(run, method, None)["balance"] for run in runs]
-
-    return {method: {rate: score_of(name, method) for rate, name in names.items()} for method in NAMES}
+def place_of(name, rate, first="base"):
+    """(family, method key) of a curve of the main figure at a rate; first: the family at the shared rate."""
+    if name in NAMES:
+        return (first if rate == RATES[0] else f"grid@{rate}"), name
+    return f"{name}@{rate}", "rule" if name in ("steps", "compute") else "rerule"
 
 
-def choose(records, seeds, rates):
-    """Each method's best learning rate on the selection seeds, and the steps that give RULE ReRULE's arithmetic.
+def never_replayed(record, method="rerule"):
+    """Whether a run was to replay and did not: no condition for any statement about replay."""
+    return method == "rerule" in record.get("methods", {}) and record["methods"][method]["first_replay"] is None
 
-    Returns: {"rule": rate, "rerule": rate, "steps": int, "ratio": float}, or None until all selection runs are there.
+
+def rate_scores(records, seeds, rates=RATES):
+    """{curve: {rate: [`grid.score`, a seed each]}} of the selection runs that replayed, as for the baselines."""
+
+    def score_of(name, rate):
+        family, method = place_of(name, rate, "select")
+        runs = [records[f"{family}_{seed}"] for seed in seeds if f"{family}_{seed}" in records]
+        return [outcome(run, method, None)["balance"] for run in runs if method == "rule" or not never_replayed(run)]
+
+    return {name: {rate: score_of(name, rate) for rate in rates} for name in CURVES}
+
+
+def choose(records, seeds, rates=RATES):
+    """Of each curve the best rate on the selection seeds, among those at which it replayed on all of them.
+
+    Returns: {curve: rate, "n_steps": {rate: steps that give RULE ReRULE's arithmetic}, "ratios": {rate: the ratio}}, or
+    None until all selection runs are there. RULE's rate serves RULE with more steps too.
     """
     scores = rate_scores(records, seeds, rates)
-    if not seeds or any(len(values) < len(seeds) for by_rate in scores.values() for values in by_rate.values()):
+    names = {f"{place_of(name, rate, 'select')[0]}_{seed}" for name in CURVES for rate in rates for seed in seeds}
+    if not seeds or not names <= set(records):
         return None
-    best = {method: max(by_rate, key=lambda rate: sum(by_rate[rate])) for method, by_rate in scores.items()}
-    runs = [records[f"select_{seed}"] for seed in seeds]
-    ratio = float(np.median([r["methods"]["rerule"]["arithmetic"] / r["methods"]["rule"]["arithmetic"] for r in runs]))
-    return best | {"steps": round(ratio * runs[0]["steps"]), "ratio": ratio}
+    whole = {name: {r: own for r, own in by_rate.items() if len(own) == len(seeds)} for name, by_rate in scores.items()}
+    best = {name: max(by_rate, key=lambda rate: sum(by_rate[rate])) for name, by_rate in whole.items() if by_rate}
+    steps, ratios = {}, {}
+    for rate in rates:
+        runs = [records[f"{place_of('rule', rate, 'select')[0]}_{seed}"] for seed in seeds]
+        ratio = np.median([r["methods"]["rerule"]["arithmetic"] / r["methods"]["rule"]["arithmetic"] for r in runs])
+        ratios[rate], steps[rate] = float(ratio), round(ratio * runs[0]["steps"])
+    return best | {"steps": best["rule"], "compute": best["rule"], "n_steps": steps, "ratios": ratios}
 
 
 def bound(record, base, method="rerule"):

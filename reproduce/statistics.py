@@ -1,0 +1,125 @@
+"""Statistics over seeds: pure functions on lists of one value a seed.
+
+Intervals are Student's t; where the values are far from normal by a fixed rule, BCa bootstrap (Efron, "Better bootstrap
+confidence intervals", 1987), and the test of a mean is then exact by sign flips. Several tests are corrected together
+by Holm ("A simple sequentially rejective multiple test procedure", 1979).
+"""
+
+from itertools import product
+from math import sqrt
+
+import numpy as np
+
+RESAMPLES = 9999
+WINDOW = 3  # "late" is the last third of a run's steps
+
+
+def shape(values):
+    """Which statistics suit the values: "=" all equal, "BCa" far from normal (Shapiro–Wilk p < 0.01, n ≥ 8), "t" else.
+
+    Below 8 values the test of normality has little power, and t is used.
+    """
+    from scipy.stats import shapiro
+
+    if max(values) - min(values) < 1e-9:
+        return "="
+    return "BCa" if len(values) >= 8 and shapiro(values).pvalue < 0.01 else "t"
+
+
+def interval(values):
+    """95 % interval of the mean by the way that suits the values: (low, high, kind); None for a single value.
+
+    Equal values give a point. BCa draws the same resamples at every call.
+    """
+    from scipy.stats import bootstrap, t
+
+    if len(values) < 2:
+        return None
+    kind, mean = shape(values), float(np.mean(values))
+    if kind == "=":
+        return mean, mean, kind
+    if kind == "BCa":
+        found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="BCa", rng=np.random.default_rng(0))
+        return *map(float, found.confidence_interval), kind
+    half = float(t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / sqrt(len(values))
+    return mean - half, mean + half, kind
+
+
+def p_value(values, bar=0.0, sides=2):
+    """p of the hypothesis that the mean is the bar; one-sided (sides 1) on the side on which the mean lies.
+
+    Student's one-sample t where it suits the values, else all 2ⁿ flips of the signs of value − bar, which cannot give
+    less than sides / 2ⁿ.
+    """
+    from scipy.stats import ttest_1samp
+
+    if shape(values) == "t":
+        return float(ttest_1samp(values, bar).pvalue) * sides / 2
+    off = np.array(values, float) - bar
+    sums = np.array(list(product((1, -1), repeat=len(off)))) @ off * np.sign(off.sum())
+    p = float(np.mean(sums >= abs(off.sum()) - 1e-9))
+    return min(1.0, sides * p)
+
+
+def holm(ps):
+    """Holm's step-down p-values, in the order given: the k-th smallest of m times m − k + 1, never falling, ≤ 1."""
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for rank, at in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        largest = adjusted[at] = max(largest, min(1.0, (len(ps) - rank) * ps[at]))
+    return adjusted
+
+
+def signs(values, bar=0.0):
+    """How many values lie above and below the bar, and the two-sided sign test's p; equals count on neither side."""
+    from scipy.stats import binomtest
+
+    up, down = sum(value > bar for value in values), sum(value < bar for value in values)
+    return up, down, float(binomtest(up, up + down).pvalue) if up + down else 1.0
+
+
+def statistic(values):
+    """Mean, sd (n − 1), 95 % interval with its kind, seeds above and below 0, and p against 0; None is left out.
+
+    Returns None for fewer than two values.
+    """
+    values = [value for value in values if value is not None]
+    if len(values) < 2:
+        return None
+    (low, high, kind), (up, down, _) = interval(values), signs(values)
+    return {
+        "values": values, "n": len(values), "mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)),
+        "low": low, "high": high, "kind": kind, "up": up, "down": down, "p": p_value(values),
+    }  # fmt: skip
+
+
+def difference(a, b):
+    return None if a is None or b is None else a - b
+
+
+def paired(a, b, column):
+    """Statistic of a − b over the seeds that both have; a, b: {seed: outcome}."""
+    return statistic([difference(a[seed].get(column), b[seed].get(column)) for seed in sorted(a) if seed in b])
+
+
+def instability(evaluations):
+    """(sd of retain recall over the last third of the steps, sd of what a straight line through it leaves)."""
+    last = max(row["step"] for row in evaluations)
+    late = [(row["step"], row["retain_recall"]) for row in evaluations if row["step"] > last - last / WINDOW]
+    if len(late) < 3:
+        return None, None
+    x, y = np.array(late, float).T
+    rest = y - np.polyval(np.polyfit(x, y, 1), x)
+    return float(y.std(ddof=1)), float(sqrt((rest**2).sum() / (len(y) - 2)))
+
+
+def slope(points):
+    """Least-squares slope of (x, y) points."""
+    x, y = np.array(points, float).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def rank_correlation(x, y):
+    """Spearman's ρ; None where either side is constant."""
+    from scipy.stats import spearmanr
+
+    return None if len(set(x)) < 2 or len(set(y)) < 2 else float(spearmanr(x, y).statistic)
