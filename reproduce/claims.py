@@ -1,25 +1,23 @@
 """Each claim of the paper with what was run for it, our figure and a verdict that follows from the figure alone.
 
 `claims.json` has each claim's sentence in our words, what was run, the command that shows it, and its parts. A part is
-one number a seed, as a difference ("of" less "less") or by a function of ours ("measure"), and the bar that it must
-clear ("bar", 0 unless named) or the margin that it must stay within ("within"). A side names a family of runs, a method
-and a column; in place of a family "@4e-5" is a learning rate, "@chosen" the one chosen for the method on the selection
-seeds and "@chosen:rule" the one chosen for RULE.
+one number a seed, as a difference ("of" less "less", or its share in % with "percent") or by a function of ours
+("measure"), and the bar that it must clear ("bar", 0 unless named) or the margin that it must stay "within". A side has
+a family of runs, a method and a column. "@4e-5" in place of a family is a learning rate, "@chosen" the one chosen for
+the method on the selection seeds, "@chosen:rule" the one chosen for RULE.
 
-A part is tested against its bar, two-sided. "Within ± margin" is two tests, one for each edge, one-sided. Holm corrects
-all tests of the report together. At p ≤ 0.05 so corrected a part holds or is opposite, by its side of the bar; else it
-is inconclusive. A claim is opposite if a part is, holds if all do, else inconclusive. It is not run below SEEDS seeds or
-where a replay condition never replayed. It is not testable here where `claims.json` gives a reason: another model or
-longer answers would decide it. A claim without a verdict is not among the tests.
+A part is tested against its bar, two-sided. "Within" is two tests, one-sided, one for each edge. Holm corrects all
+tests of the report together. With p ≤ 0.05 after that a part holds or is opposite, by its side of the bar; else it is
+inconclusive. A claim is opposite if a part is, holds if all do, else inconclusive. It is not run below SEEDS seeds or
+where a replay condition never replayed, and not testable here where `claims.json` says why; neither is tested.
 
-The bars are older than the results. Claims with "since" keep the bar, and what it is held against, of that commit of 21
-November 2026, 100 minutes before the first report (51ddfb7). All others came into the history with this sentence,
-before any of their runs was made.
+The bars are older than the results. A claim with "since" keeps the bar of that commit of 21 November 2026, 100 minutes
+before the first report (51ddfb7). All others are of 9b80cbb, 22 November, before their runs were made.
 """
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import log10
 from pathlib import Path
 
@@ -30,45 +28,35 @@ from reproduce.plan import SECTIONS
 from reproduce.statistics import difference, holm, instability, p_value, rank_correlation, signs, slope, statistic
 
 HARD_STORES = SECTIONS["appendix_e"][:-1]  # ReRULE and its variants that store hard groups alone; the probe is last
-REPLAYS = ("rerule", "random", "recent", "current")  # methods that must have replayed
 SEEDS, LEVEL = 8, 0.05  # seeds that a verdict needs; p that it needs
 VERDICTS = ("not testable here", "inconclusive", "opposite", "holds")  # and "not run"
+WAYS = {"difference": difference, "percent": lambda a, b: 100 * a / b, "log10": lambda a, b: log10(a / b)}
 RATES = Path(__file__).parent.parent / "results" / "rates_builtin.json"  # the baselines', chosen on seeds 11 and 12
 
 
 class NotRun(Exception):
-    """Why a part has no values that may be used."""
-
-
-@dataclass
-class Test:
-    """The hypothesis that the mean lies at an edge."""
-
-    edge: float
-    cleared: bool  # the mean lies on the claim's side
-    p: float
-    adjusted: float = 1.0  # by Holm
+    """Says why a part has no values that may be used."""
 
 
 @dataclass
 class Part:
-    """One measured quantity: what it is, its statistic over seeds, the bar or margin, its tests and its verdict."""
+    """One measured quantity: what it is, its statistic over seeds, and the edges that it is tested against."""
 
     label: str
     stat: dict | None
-    bar: float = 0.0
+    edges: tuple = ((0.0, 1),)  # a bar, or two edges of a margin; 1: the claim lies above it, −1: below
     unit: str = ""
-    within: float | None = None
-    why: str = ""  # it has no verdict
+    why: str = ""  # it cannot be judged
     verdict: str = "not run"
-    tests: list[Test] = field(default_factory=list)
+    p: tuple = ()  # one for each edge
+    adjusted: tuple = ()  # by Holm
 
 
 def judge(part):
-    """The verdict of a part whose tests are corrected."""
-    found = {test.cleared for test in part.tests if test.adjusted <= LEVEL}
-    sure = all(test.adjusted <= LEVEL for test in part.tests)
-    return "opposite" if False in found else "holds" if sure else "inconclusive"
+    """The verdict of a part whose p-values are corrected."""
+    sides = [up * (part.stat["mean"] - edge) > 0 for edge, up in part.edges]
+    sure = [side for side, p in zip(sides, part.adjusted, strict=True) if p <= LEVEL]
+    return "opposite" if not all(sure) else "holds" if len(sure) == len(sides) else "inconclusive"
 
 
 def overall(parts):
@@ -77,80 +65,71 @@ def overall(parts):
     return next((v for v in ("not run", "not testable here", "opposite", "inconclusive") if v in found), "holds")
 
 
-def tests(part):
-    """What is tested of a part: its bar two-sided, or both edges of its margin one-sided."""
-    values, average = part.stat["values"], part.stat["mean"]
-    if part.within is None:
-        return [Test(part.bar, average > part.bar, p_value(values, part.bar))]
-    low, high = -part.within, part.within
-    return [Test(low, average > low, p_value(values, low, 1)), Test(high, average < high, p_value(values, high, 1))]
-
-
 def shown(part):
-    """A part in one line: mean, interval and its kind, the test of its bar or of the nearer edge, seeds on each side."""
+    """A part in one line: mean, interval and kind, the test of its bar or of the nearer edge, seeds on both sides."""
     if part.stat is None:
         return f"{part.label}: {part.why}"
-    test = min(part.tests, key=lambda test: abs(test.edge - part.stat["mean"]), default=None)
-    told = f", p = {test.p:.2g} (Holm {test.adjusted:.2g})" if test else ""
-    told += f" for ±{part.within:g}" if test and part.within is not None else ""
+    edges, told = [edge for edge, _ in part.edges], ""
+    if part.p:
+        _, p, adjusted = min(zip((abs(edge - part.stat["mean"]) for edge in edges), part.p, part.adjusted, strict=True))
+        told = f", p = {p:.2g} (Holm {adjusted:.2g})" + f" for ±{edges[-1]:g}" * (len(edges) == 2)
     why = f"; {part.why}" if part.why else ""
-    return f"{part.label}: {spread(part.stat, part.unit)}{told}, {seeds(part.stat, part.bar)}{why}"
+    return f"{part.label}: {line(part.stat, part.unit, told, edges[0] if len(edges) == 1 else 0)}{why}"
 
 
 def figure(stat, unit=""):
     """A statistic in one line, tested against 0 without correction."""
-    return "–" if stat is None else f"{spread(stat, unit)}, p = {stat['p']:.2g}, {seeds(stat)}"
+    return "–" if stat is None else line(stat, unit, f", p = {stat['p']:.2g}")
 
 
-def spread(stat, unit=""):
-    """Mean, 95 % interval and its kind."""
+def line(stat, unit, told, bar=0.0):
+    """Mean, 95 % interval and its kind, what is told of the test, seeds on both sides of the bar."""
     digits = 1 if max(abs(stat["mean"]), abs(stat["low"]), abs(stat["high"])) >= 1 else 2
-    return f"{stat['mean']:+.{digits}f}{unit} [{stat['low']:+.{digits}f}, {stat['high']:+.{digits}f}] {stat['kind']}"
-
-
-def seeds(stat, bar=0.0):
+    average, low, high = (f"{stat[name]:+.{digits}f}" for name in ("mean", "low", "high"))
     up, down, _ = signs(stat["values"], bar)
-    return f"{up} above {down} below {bar:g}" if bar else f"{up} up {down} down"
+    seeds = f"{up} above {down} below {bar:g}" if bar else f"{up} up {down} down"
+    return f"{average}{unit} [{low}, {high}] {stat['kind']}{told}, {seeds}"
 
 
 def claims(r):
     """The rows of `claims.json` with their parts measured and judged, over `r`, the report's `records.Results`."""
     found = json.loads(Path(__file__).with_name("claims.json").read_text(encoding="utf-8"))
-    names = defaultdict(lambda: "its own rate", r.chosen or {}) | {"rival": best_baseline()}
-    tested = []
+    names, tested = defaultdict(lambda: "its own rate", r.chosen or {}) | {"rival": best_baseline()}, []
     for claim in found:
         claim["run"] = claim["run"].format_map(names)
         claim["parts"] = [measured(r, row, names) for row in claim["parts"]]
         if "not_testable" in claim:
             claim["run"] += f"; not testable here: {claim['not_testable']}"
             for part in claim["parts"]:
-                part.verdict = VERDICTS[0]
+                part.verdict = "not testable here"
         elif not any(part.why for part in claim["parts"]):
             tested += claim["parts"]
     for part in tested:
-        part.tests = tests(part)
-    every = [test for part in tested for test in part.tests]
-    for test, adjusted in zip(every, holm([test.p for test in every]), strict=True):
-        test.adjusted = adjusted
+        part.p = [p_value(part.stat["values"], edge, 3 - len(part.edges)) for edge, _ in part.edges]
+    adjusted = iter(holm([p for part in tested for p in part.p]))
     for part in tested:
+        part.adjusted = [next(adjusted) for _ in part.p]
         part.verdict = judge(part)
     return found
 
 
 def measured(r, row, names):
     """A row of `claims.json` as a part, with one value a seed."""
-    part = Part(row["label"].format_map(names), None, row.get("bar", 0), row.get("unit", ""), row.get("within"))
+    margin = row.get("within")
+    edges = ((row.get("bar", 0), 1),) if margin is None else ((-margin, 1), (margin, -1))
+    part = Part(row["label"].format_map(names), None, edges, row.get("unit", ""))
     try:
         if "measure" in row:
             measure, *args = row["measure"]
             values = globals()[measure](r, *args)
         else:
-            (ours, column), (theirs, other) = (
-                (of(r, place, method.format_map(names)), column) for place, method, column in (row["of"], row["less"])
+            ours, theirs = (
+                {seed: o.get(column) for seed, o in of(r, place, method.format_map(names)).items()}
+                for place, method, column in (row["of"], row["less"])
             )
-            scale = log10 if row.get("log10") else lambda x: row.get("times", 1) * x
-            pairs = [(o.get(column), theirs[seed].get(other)) for seed, o in ours.items() if seed in theirs]
-            values = [scale(a) - scale(b) for a, b in pairs if None not in (a, b)]
+            pairs = [(x, theirs[seed]) for seed, x in ours.items() if None not in (x, theirs.get(seed))]
+            way = WAYS[row.get("as", "difference")]
+            values = [row.get("times", 1) * way(*pair) for pair in pairs]
     except NotRun as reason:
         part.why = str(reason)
         return part
@@ -161,23 +140,16 @@ def measured(r, row, names):
 
 
 def of(r, place, method="rerule"):
-    """{seed: outcome} of a method in a family of runs or at a rate, see above. Raises NotRun where it cannot be used."""
-    found, name = r.of(place, method) if place[0] != "@" else None, place
-    if found is None:
+    """{seed: outcome} of a method in a family of runs or at a rate; raises NotRun where it cannot be used."""
+    if place[0] == "@":
         rate, _, whose = place[1:].partition(":")
-        if rate == "chosen":
-            if not r.chosen:
-                raise NotRun("no rate chosen yet")
-            rate = r.chosen[whose or method]
-        found, name = r.at(method, rate), f"{method} at {rate}"
-    if method in REPLAYS and (silent := never_replayed(found)):
-        raise NotRun(f"no replay on seeds {', '.join(map(str, silent))} of {name}")
-    return found
-
-
-def never_replayed(outcomes):
-    """The seeds of {seed: outcome} on which replay never started."""
-    return [seed for seed, o in outcomes.items() if o.get("first_replay") is None]
+        if rate == "chosen" and not r.chosen:
+            raise NotRun("no rate chosen yet")
+        place, method = records.place_of(method, r.chosen[whose or method] if rate == "chosen" else rate)
+    silent = [name for name in r.refused if r.records[name]["family"] == place]
+    if method == "rerule" and silent:
+        raise NotRun(f"replay never ran in {', '.join(silent)}")
+    return r.of(place, method)
 
 
 def stays_low(r):
@@ -213,7 +185,7 @@ def gains(r, family):
 
 def gain_between_worlds(r):
     """ReRULE's gain in the world of 30 crossed names less that in the world of none."""
-    plain, crossed = (gains(r, world) for world in ("world0", "world30") if of(r, world) is not None)
+    plain, crossed = (of(r, world) and gains(r, world) for world in ("world0", "world30"))
     return [crossed[seed] - plain[seed] for seed in plain if seed in crossed]
 
 
@@ -244,13 +216,6 @@ def best_baseline():
     return TITLES[max(best, key=best.get)]
 
 
-def kept_by_purge(r):
-    """PURGE's retain recall in % of the original model's."""
-    purge, original = r.of("baselines", "PURGE"), r.of("base", "Original")
-    kept = {seed: o["retain_recall"] for seed, o in purge.items() if o["retain_recall"] is not None}
-    return [100 * value / original[seed]["retain_recall"] for seed, value in kept.items()]
-
-
 def bound_points(r):
     """{seed: [(family, 1 − bound, gain on hard prompts)]} of every family in HARD_STORES."""
     rule, bases, found = r.of("base", "rule"), r.runs("base"), {}
@@ -265,5 +230,7 @@ def bound_points(r):
 
 def bound_correlations(r):
     """Spearman's ρ of the bound's tightening with the observed gain."""
-    points = [rows for rows in bound_points(r).values() if len(rows) >= 4 and all(of(r, family) for family, *_ in rows)]
+    for family in HARD_STORES:
+        of(r, family)  # replay ran
+    points = [rows for rows in bound_points(r).values() if len(rows) >= 4]
     return [rank_correlation([x for _, x, _ in rows], [y for *_, y in rows]) for rows in points]

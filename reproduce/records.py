@@ -1,4 +1,4 @@
-"""What a finished run is reduced to, and the statistics over such records. Pure functions, but for `record_of`.
+"""What a finished run is reduced to, and what tables compare of such records. Pure functions, but for `record_of`.
 
 A record holds the rows of the run's table and, for each Stage 2 method, every rollout group's mean reward: a string a
 step, one character a group, LEVELS[16 r̄] (rewards of 8 rollouts are multiples of 1/16), and "=" for a group whose
@@ -21,6 +21,7 @@ import numpy as np
 from baselines.grid import score
 from engine.files import read_lines
 from engine.plots import NAMES, mean
+from reproduce.statistics import WINDOW, instability, paired, statistic  # noqa: F401  the report reads them here
 
 LEVELS = "0123456789abcdefg"
 PARTS = ("rollout", "reference", "update", "replay")  # of a step, each with a clock
@@ -36,7 +37,6 @@ KINDS = {"hard": "h", "easy": "e"}  # of boundary queries of the built-in world;
 RATES = ("4e-5", "8e-5", "1.6e-4", "3.2e-4", "6.4e-4")  # of the main figure; the first is the shared one
 CURVES = ("rule", "rerule", "random", "recent", "current")  # of the main figure
 OWN_BASE = ("base", "select", "world0", "world30", "town", "tofu", "book", "rwku")  # families read with themselves
-WINDOW = 3  # "late" is the last third of a run's steps
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
@@ -227,70 +227,6 @@ class Results:
         """{seed: outcome} of a curve of the main figure at a learning rate; rate: "chosen" for its own."""
         rate = self.chosen[name] if rate == "chosen" else rate
         return self.of(*place_of(name, rate))
-
-
-def difference(a, b):
-    return None if a is None or b is None else a - b
-
-
-# --- statistics ------------------------------------------------------------------------------------------------------
-
-
-def bootstrap(values, draws=10000):
-    """95 % percentile interval of the mean of `values`, resampled with replacement; the same for the same values."""
-    values = np.asarray(values, float)
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(len(values), size=(draws, len(values)))].mean(1)
-    return tuple(float(x) for x in np.percentile(means, [2.5, 97.5]))
-
-
-def signs(values, bar=0.0):
-    """How many values lie above and below the bar, and the two-sided sign test's p; equals count on neither side."""
-    from scipy.stats import binomtest
-
-    up, down = sum(value > bar for value in values), sum(value < bar for value in values)
-    return up, down, float(binomtest(up, up + down).pvalue) if up + down else 1.0
-
-
-def statistic(values):
-    """Mean, sd (n − 1), bootstrap interval and sign test against 0 of one value a seed, None left out."""
-    values = [value for value in values if value is not None]
-    if len(values) < 2:
-        return None
-    (low, high), (up, down, p) = bootstrap(values), signs(values)
-    return {
-        "values": values, "n": len(values), "mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)),
-        "low": low, "high": high, "up": up, "down": down, "p": p,
-    }  # fmt: skip
-
-
-def paired(a, b, column):
-    """Statistic of a − b over the seeds that both have; a, b: {seed: outcome}."""
-    return statistic([difference(a[seed].get(column), b[seed].get(column)) for seed in sorted(a) if seed in b])
-
-
-def instability(evaluations):
-    """(sd of retain recall over the last third of the steps, sd of what a straight line through it leaves)."""
-    last = max(row["step"] for row in evaluations)
-    late = [(row["step"], row["retain_recall"]) for row in evaluations if row["step"] > last - last / WINDOW]
-    if len(late) < 3:
-        return None, None
-    x, y = np.array(late, float).T
-    rest = y - np.polyval(np.polyfit(x, y, 1), x)
-    return float(y.std(ddof=1)), float(sqrt((rest**2).sum() / (len(y) - 2)))
-
-
-def slope(points):
-    """Least-squares slope of (x, y) points."""
-    x, y = np.array(points, float).T
-    return float(np.polyfit(x, y, 1)[0])
-
-
-def rank_correlation(x, y):
-    """Spearman's ρ; None where either side is constant."""
-    from scipy.stats import spearmanr
-
-    return None if len(set(x)) < 2 or len(set(y)) < 2 else float(spearmanr(x, y).statistic)
 
 
 def hard_share(base, tau, kinds="fbhe"):
