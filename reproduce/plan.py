@@ -77,16 +77,15 @@ def all_jobs(o, records):
         for family, n in steps.items():
             flags = f"--eval_every 0 --method rule --lr {rate} --steps {n}{LEAK}"
             add(seeds, f"{family}@{rate}", flags if n else None, "base", 16)
+    for family, row in VARIANTS.items():
+        flags = f"--eval_every 0 --method {row.get('method', 'rerule')} {row['flags']} {REPLAY}"
+        flags += LEAK if family in LEAKED else ""
+        at = "" if "at" not in row else chosen and f" --lr {chosen[row['at']]}"
+        add(seeds, family, None if at is None else flags + at, "base", 15)
+    add(seeds, "baselines", f"--eval_every 0 --method {' '.join(BASELINES)}", "base", 70)
+    add(seeds, "probe", "", "base", 8)
     for crossed in (0, 30):  # neighbours with crossed names; the base runs have 22
         add(seeds, f"world{crossed}", f"--eval_every 0 --crossed {crossed} {REPLAY}", None, 45)
-    add(seeds, "baselines", f"--eval_every 0 --method {' '.join(BASELINES)}", "base", 70)
-    for seed in seeds:
-        add([seed], "probe", "", "base", 8)
-        for family, row in VARIANTS.items():
-            flags = f"--eval_every 0 --method {row.get('method', 'rerule')} {row['flags']} {REPLAY}"
-            flags += LEAK if family in LEAKED else ""
-            at = "" if "at" not in row else chosen and f" --lr {chosen[row['at']]}"
-            add([seed], family, None if at is None else flags + at, "base", 15)
     return jobs
 
 

@@ -65,56 +65,18 @@ def test_hard_is_strictly_below_tau():
     assert replay.is_hard(group(1, [0.5] * 6 + [0.0] * 2), 0.4) and not replay.is_hard(group(1, [0.5] * 7 + [0.0]), 0.4)
 
 
-def test_random_storage_keeps_as_many_as_are_hard():
-    groups = [group(i, HARD if i < 3 else EASY) for i in range(20)]
-    assert steps_of(replay.hard_groups(groups, 0.6)) == [0, 1, 2]
-    drawn = [tuple(steps_of(replay.random_groups(groups, 0.6, rng(s)))) for s in range(20)]
-    assert {len(steps) for steps in drawn} == {3} and len(set(drawn)) > 10
-    assert any(step >= 3 for steps in drawn for step in steps)
-
-
-def test_storage_by_kind_of_prompt():
-    groups = [group(0, HARD), group(1, EASY), group(2, UNEQUAL), group(3, HARD), group(4, [1.0, 0.9, 1.0])]
-    for own, kind in zip(groups, ("forget", "forget", "boundary", "boundary", "forget"), strict=True):
-        own.kind = kind
-    assert steps_of(replay.STORED["boundary"](groups, 0.6, None)) == [2, 3]
-    assert steps_of(replay.STORED["leaks"](groups, 0.6, None)) == [0, 2, 3, 4]  # 4: refused and answered, not hard
-
-
-def test_unequal_storage_leaves_out_groups_without_a_gradient():
-    groups = [group(0, HARD), group(1, UNEQUAL), group(2, EASY), group(3, UNEQUAL)]
-    assert steps_of(replay.STORED["unequal"](groups, 0.6, None)) == [1, 3]
-
-
-@pytest.mark.parametrize(
-    "control, stored, drawn",
-    [
-        ("hard", [0, 1], [0, 1]),
-        ("unequal", [1], [1]),
-        ("recent", [0, 1], [0, 1, 2]),
-        ("current", [0, 1], [7]),
-        ("none", [0, 1], []),
-    ],
-)
-def test_what_each_control_stores_of_a_step_and_draws_from_in_the_next(control, stored, drawn):
-    ring = replay.ReplayBuffer(10, control)
-    ring.store([group(0, HARD), group(1, UNEQUAL), group(2, EASY)], 0.6, rng())
-    assert steps_of(ring.ring) == stored and len(ring) == len(stored)
-    assert sorted(steps_of(ring.draw(9, [group(7)], rng()))) == drawn
-
-
-def test_a_random_control_stores_by_the_generator_it_is_given():
-    groups = [group(i, HARD if i < 3 else EASY) for i in range(20)]
-    ring = replay.ReplayBuffer(10, "random")
-    ring.store(groups, 0.6, rng(4))
-    assert steps_of(ring.ring) == steps_of(replay.random_groups(groups, 0.6, rng(4))) and len(ring) == 3
+def test_hard_groups_are_what_is_stored():
+    groups = [group(0, HARD), group(1, EASY), group(2, UNEQUAL)]
+    ring = replay.ReplayBuffer(9)
+    ring.store(groups, 0.6, rng())
+    assert steps_of(replay.hard_groups(groups, 0.6)) == steps_of(ring.ring) == [0, 2]
 
 
 def test_a_closed_buffer_stores_nothing_yet_knows_the_step_before():
-    ring = replay.ReplayBuffer(10, "recent")
+    ring = replay.ReplayBuffer(10)
     ring.store([group(0, HARD)], 0.6, rng())
     ring.store([group(1, HARD)], 0.6, rng(), closed=True)
-    assert steps_of(ring.ring) == [0] and steps_of(ring.draw(9, [], rng())) == [1]
+    assert steps_of(ring.ring) == [0] and steps_of(ring.previous) == [1]
 
 
 def test_a_buffer_of_a_saved_state_is_the_one_that_was_saved():
