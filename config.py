@@ -117,8 +117,8 @@ class Choices:
 class Data:
     _argument_group_name = "data and run"
 
-    benchmark: str = setting("What to unlearn: a room of benchmarks/ (builtin, rwku, muse, tofu).", "builtin")
-    data_dir: str = setting("Folder with the benchmark's files; the built-in world needs none.", "")
+    benchmark: str = setting("What to unlearn: a room of benchmarks/ (builtin, rwku, muse, tofu, town).", "builtin")
+    data_dir: str = setting("Folder with the benchmark's files; the built-in worlds need none.", "")
     retain_log: str = setting(
         "TOFU: evaluation log of the retained model, ours or TOFU's own, which forget quality compares with.", ""
     )

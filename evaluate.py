@@ -15,7 +15,7 @@ from engine.flags import check_bounds, parse, run_command
 class Options:
     """Score a checkpoint on RWKU, MUSE-Books, TOFU or the built-in world; print the paper's columns, write JSON."""
 
-    benchmark: str = field(metadata={"help": "What to score on: rwku, muse, tofu, builtin."})
+    benchmark: str = field(metadata={"help": "What to score on: rwku, muse, tofu, builtin, town."})
     output: str = field(metadata={"help": "JSON file for the columns and every row behind them."})
     model: str = setting("Model folder or Hugging Face id.", "")
     data_dir: str = setting("The benchmark's folder; for RWKU one target's folder or a folder of them.", "")
@@ -31,7 +31,7 @@ class Options:
     retain_log: str = setting("TOFU: its log, ours or TOFU's own, in place of the retained model.", "")
     max_new_tokens: Count | None = setting("Longest answer in tokens. Unless given: the benchmark's own limit.")
     batch_size: Count = setting("Rows in a batch; halved whenever memory runs out.", 32)
-    seed: int = setting("Built-in world: its seed. And that of every draw of an attack.", 0)
+    seed: int = setting("Built-in worlds: their seed. And that of every draw of an attack.", 0)
     device: Literal["auto", "cpu", "cuda"] = setting("Where to run.", "auto")
     judge_url: str = setting("A judge of naturalness: any OpenAI-compatible URL, as http://localhost:8000/v1.", "")
     judge_model: str = setting("The judge's model name.", "")

@@ -3,6 +3,6 @@
 To add one, write such a module and name it here.
 """
 
-from benchmarks import builtin, muse, rwku, tofu
+from benchmarks import builtin, muse, rwku, tofu, town
 
-ALL = {benchmark.name: benchmark for benchmark in (builtin.BENCHMARK, rwku.BENCHMARK, muse.BENCHMARK, tofu.BENCHMARK)}
+ALL = {room.BENCHMARK.name: room.BENCHMARK for room in (builtin, rwku, muse, tofu, town)}

@@ -105,12 +105,13 @@ def resolve(config, benchmarks):
     chosen -= {"retained"} if benchmark.retained else set()  # it is made in any case
     config.method = [name for name in ("retained", *METHODS) if name in chosen]
     if not benchmark.reads_files:
+        where = f"--benchmark {config.benchmark}, a built-in world,"
         if config.model != "tiny":
-            raise InputError(f"--model {config.model}: the built-in world has its own tiny model; leave the flag out")
+            raise InputError(f"--model {config.model}: {where} has its own tiny model; leave the flag out")
         if config.data_dir:
-            raise InputError(f"--data_dir {config.data_dir}: the built-in world reads no files; add --benchmark")
-    elif config.crossed is not None:
-        raise InputError("--crossed: only the built-in world makes up its names")
+            raise InputError(f"--data_dir {config.data_dir}: {where} reads no files")
+    if config.crossed is not None and config.benchmark != Config.benchmark:
+        raise InputError(f"--crossed: only the built-in world `{Config.benchmark}` crosses names")
     if config.retain_log and not benchmark.forget_rows:
         able = " or ".join(name for name, other in benchmarks.items() if other.forget_rows)
         raise InputError(f"--retain_log: only --benchmark {able} compares with a retained model")

@@ -1,8 +1,7 @@
 """Pictures: what all of them share, and the two of a run. Matplotlib is imported when the first one is drawn.
 
-The curves are in the spirit of the paper's Figures 1 and 3. "Hard" and "easy" prompts are told apart by their mean
-reward before replay starts, where RULE and ReRULE are the same run, never by how they turned out: prompts picked by
-outcome would flatter replay by regression to the mean.
+The curves follow the paper's Figures 1 and 3. Hard and easy prompts are told apart by mean reward before replay starts,
+where RULE and ReRULE are the same run: picked by outcome they would flatter replay by regression to the mean.
 """
 
 import io
@@ -15,7 +14,7 @@ from engine.files import read_lines, replacing
 NAMES = {"rule": "RULE", "rerule": "ReRULE"}
 GREY = "#666666"
 LOOKS = {  # a method's colour in every picture (Okabe and Ito's: told apart by any colour vision), marker, dash
-    "original": ("black", "*", "-"), "retained": ("black", "P", "-"), "rej_steer": ("#56B4E9", "X", ":"),
+    "original": ("black", "<", "-"), "retained": ("black", ">", "-"), "rej_steer": ("#56B4E9", "X", ":"),
     "rule": ("#0072B2", "o", "--"), "rerule": ("#D55E00", "D", "-"), "random": ("#009E73", "s", "-."),
     "recent": ("#E69F00", "^", ":"), "current": ("#CC79A7", "v", (0, (5, 1))), "other": (GREY, "h", "-"),
 }  # fmt: skip
@@ -36,8 +35,8 @@ def pyplot():
     import matplotlib.pyplot as plt
 
     plt.switch_backend("Agg")
-    plt.rcParams.update({"font.size": 10.5, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.25,
-                         "axes.spines.top": False, "axes.spines.right": False})  # fmt: skip
+    plt.rcParams.update({"font.size": 10.5, "axes.titlesize": 11, "figure.labelsize": 10.5, "axes.grid": True,
+                         "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False})  # fmt: skip
     return plt
 
 
@@ -99,7 +98,7 @@ def curves(folder):
     regions = hard_prompts([row for row in samples if row["method"] == metrics[0]["method"]], first_replay, tau)
     evaluated = any("eval_retain_recall" in row for row in metrics)
 
-    figure, axes = pyplot().subplots(1, 2 + evaluated, figsize=(3.7 * (2 + evaluated), 3.9), layout="constrained")
+    figure, axes = pyplot().subplots(1, 2 + evaluated, figsize=(4 * (2 + evaluated), 4.4), layout="constrained")
     panels = [
         ("Reward by kind of prompt", "Mean reward (higher is better)", ("forget", "boundary")),
         (f"Reward of hard and easy prompts\n(split at τ = {tau:g} before replay)", "", ("easy", "hard")),
@@ -115,8 +114,8 @@ def curves(folder):
                     draw_line(axis, *zip(*points, strict=True), dash, method, name)
     for axis, (title, label, _) in zip(axes, panels, strict=False):
         mark_start(axis, starts[:1], "replay starts" if axis is axes[0] else "")
-        axis.set(title=title, xlabel="Stage 2 step", ylabel=label)
-        axis.legend(fontsize=8.5, loc="best", framealpha=0.9, title="value at the end", title_fontsize=8.5)
+        axis.set(title=title, xlabel="Stage 2 step. Below: values at the end", ylabel=label)
+        axis.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
     save(figure, folder / "curves.png")
 
 
@@ -136,32 +135,33 @@ def lines_of(metrics, samples, hard, easy):
 
 def draw_line(axis, x, y, dash, method, name):
     """An evaluation as it is, with its points; a reward faint, and smoothed over it. The legend has the last value."""
-    drawn, label = look(method) | {"linestyle": dash}, f"{NAMES[method]}, {name}"
-    if name[-1] in "↑↓":
-        axis.plot(x, y, markersize=4, label=f"{label} {y[-1]:.1f}", **drawn)
-    else:
-        axis.plot(x, y, linewidth=0.6, alpha=0.35, **drawn | {"marker": ""})
-        axis.plot(x, smooth(y), linewidth=2, label=f"{label} {smooth(y)[-1]:.2f}", **drawn | {"marker": ""})
+    evaluated, drawn = name[-1] in "↑↓", look(method) | {"linestyle": dash, "markersize": 4}
+    if not evaluated:
+        drawn["marker"] = ""
+        axis.plot(x, y, linewidth=0.6, alpha=0.35, **drawn)
+        y = smooth(y)
+    axis.plot(x, y, label=f"{NAMES[method]}, {name}: {y[-1]:.{1 if evaluated else 2}f}", **drawn)
 
 
-def dots(axis, rows, form="{mean:.1f}", shift=0.0, column=1.03):
+def dots(axis, rows, form="{mean:.1f}", shift=0.0, column=34):
     """Rows of a dot plot, from the top: mean, interval and seeds of each, and its numbers in a column at the right.
 
     rows: [(label, method, statistic or None)]; a statistic has "mean" and "values", and "low" and "high" if known.
-    shift: of the marks, upwards, in rows; column: where the numbers stand, in widths of the axis.
+    shift: of the marks, upwards, in rows; column: where the numbers end, in points from the axis.
     """
     for y, (_, method, stat) in enumerate(reversed(rows)):
         drawn, values = look(method), stat["values"] if stat else []
         for at, value in enumerate(values if len(values) > 1 else []):
             place = y + shift + 0.24 * (at / (len(values) - 1) - 0.5)
-            axis.plot(value, place, ".", color=drawn["color"], alpha=0.4, markersize=4.5, markeredgewidth=0)
+            axis.plot(value, place, ".", color=drawn["color"], alpha=0.45, markersize=5, markeredgewidth=0)
         if stat and "low" in stat:
-            axis.plot([stat["low"], stat["high"]], [y + shift] * 2, color=drawn["color"], linewidth=2.4, zorder=3)
+            axis.plot([stat["low"], stat["high"]], [y + shift] * 2, color=drawn["color"], linewidth=2.2, zorder=3)
         if stat:
-            axis.plot(stat["mean"], y + shift, markersize=8, markeredgecolor="white", zorder=4, label=method, **drawn)
-        axis.annotate(form.format(**stat) if stat else "–", (column, y), xycoords=("axes fraction", "data"),
-                      fontsize=9.5, va="center")  # fmt: skip
+            axis.plot(stat["mean"], y + shift, markersize=8, mew=0.6, mec="white", zorder=4, label=method, **drawn)
+        told = form.format(**stat).replace("-", "−") if stat else "–"
+        axis.annotate(told, (1, y), (column, 0), ("axes fraction", "data"), "offset points", ha="right", va="center")
     axis.set_yticks(range(len(rows)), [label for label, *_ in reversed(rows)])
+    axis.tick_params("y", length=0)
     axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.grid(axis="y", visible=False)
 
@@ -171,22 +171,20 @@ def scatter(rows, path):
 
     rows: {title: [table row or outcome of each seed]}; a method without the two recalls is left out.
     """
-    found = {}
+    found, balance = {}, {}
     for title, seeds in rows.items():
         values = {column: [row[column] for row in seeds if row.get(column) is not None] for column in RECALLS}
         if values["forget_recall"] and values["retain_recall"]:
-            found[title] = {column: {"mean": mean(own), "values": own} for column, own in values.items() if own}
-    balance = {title: harmonic_mean([own["retain_recall"]["mean"], max(0, 100 - own["forget_recall"]["mean"])])
-               for title, own in found.items()}  # fmt: skip
-    order = sorted(found, key=balance.get, reverse=True)
+            means = {column: mean(own) for column, own in values.items() if own}
+            found[title] = {column: {"mean": average, "values": values[column]} for column, average in means.items()}
+            balance[title] = harmonic_mean([means["retain_recall"], max(0, 100 - means["forget_recall"])])
+    order = {title: title + "†" * any(row.get("stopped") for row in rows[title])
+             for title in sorted(found, key=balance.get, reverse=True)}  # fmt: skip
     columns = [column for column in RECALLS if any(column in own for own in found.values())]
-    size = (3.6 + 2.1 * len(columns), 1.3 + 0.27 * len(order))
-    figure, axes = pyplot().subplots(1, len(columns), figsize=size, sharey=True, layout="constrained")
+    figure, axes = pyplot().subplots(1, len(columns), sharey=True, layout="constrained")
+    figure.set_size_inches(3.6 + 2.1 * len(columns), 1.3 + 0.27 * len(order))
     for axis, column in zip(axes, columns, strict=True):
-        stopped = {title: "†" * any(row.get("stopped") for row in rows[title]) for title in order}
-        dots(axis, [(title + stopped[title], title, found[title].get(column)) for title in order])
+        dots(axis, [(label, title, found[title].get(column)) for title, label in order.items()])
         axis.set_title(RECALLS[column], fontsize=10)
-    note = "† stopped early" if any(stopped.values()) else ""
-    figure.supxlabel("\n".join(filter(None, ["From the top: harmonic mean of what is kept and 100 − what is left",
-                                             note])), fontsize=9.5)  # fmt: skip
+    figure.supxlabel("Top: best harmonic mean of what is kept and 100 − what is left. †: stopped early")
     save(figure, path)

@@ -83,10 +83,9 @@ def write(folder, columns, results, figures=True):
     if figures:
         plots.curves(folder)
         recalls = ("forget_recall", "retain_recall")
-        rows = {TITLES[name]: row for name, row in results.items() if None not in map(row.get, recalls)}
-        points = {title: (*map(row.get, recalls), [], row.get("stopped")) for title, row in rows.items()}
-        if len(points) >= 6:
-            plots.scatter(points, folder / "scatter.png")
+        rows = {TITLES[name]: [row] for name, row in results.items() if None not in map(row.get, recalls)}
+        if len(rows) >= 6:
+            plots.scatter(rows, folder / "scatter.png")
 
 
 def replay_of(run, method):

@@ -35,10 +35,11 @@ class Options:
     """Make the report of every table, figure and ablation; a later call goes on where an earlier one stopped."""
 
     only: list[str] = setting(f"Parts of the report to run, some of: {' '.join(SECTIONS)}. All unless given.", [])
-    seeds: int = setting("Seeds of the report, from 21 on; baselines and TOFU use 3 at most.", 8)
+    seeds: int = setting("Seeds of the report, from 21 on; a verdict needs 8.", 8)
     output_dir: str = setting("Folder for the report, its figures and records. [results; with --quick runs/quick]", "")
     tofu_dir: str = setting("Folder with TOFU's files; without one its table is left out.", "")
-    quick: bool = setting("Two seeds at most, one to choose on, and fewer steps: to see it work.", False)
+    rwku_dir: str = setting("Folder of one RWKU target; without one the table of attacks is left out.", "")
+    quick: bool = setting("Two seeds at most, one to choose on, two rates, fewer steps: to see it work.", False)
     workers: int = setting("Runs at a time, one thread each.", 2)
 
 
@@ -49,8 +50,10 @@ def main(argv=None):
             raise InputError(f"--only {name}: expected some of {', '.join(SECTIONS)}")
     if o.seeds < 2 or o.workers < 1:
         raise InputError("--seeds, --workers: expected at least 2 seeds, whose spread is told, and 1 worker")
-    if o.tofu_dir and not (Path(o.tofu_dir) / "forget01.json").is_file():
-        raise InputError(f"--tofu_dir {o.tofu_dir}: holds no forget01.json")
+    for flag, name in (("tofu_dir", "forget01.json"), ("rwku_dir", "forget_level3.json")):
+        folder = getattr(o, flag)
+        if folder and not (Path(folder) / name).is_file():
+            raise InputError(f"--{flag} {folder}: holds no {name}")
     o.seeds = min(o.seeds, 2) if o.quick else o.seeds
     folder = Path(o.output_dir or ("runs/quick" if o.quick else "results"))
     records = read_records(folder)

@@ -1,10 +1,10 @@
 """Each claim of the paper with what was run for it, our figure and a verdict that follows from the figure alone.
 
 `claims.json` has each claim's sentence in our words, what was run, the command that shows it, and its parts. A part is
-one number a seed, as a difference ("of" less "less", or its share in % with "percent") or by a function of ours
-("measure"), and the bar that it must clear ("bar", 0 unless named) or the margin that it must stay "within". A side has
-a family of runs, a method and a column. "@4e-5" in place of a family is a learning rate, "@chosen" the one chosen for
-the method on the selection seeds, "@chosen:rule" the one chosen for RULE.
+one number a seed, as a difference ("of" less "less", or "as" one of WAYS) or by a function of ours ("measure", with
+the families in which replay "needs" to have run), and the bar that it must clear ("bar", 0 unless named) or the margin
+that it must stay "within". A side has a family of runs, a method and a column. "@4e-5" in place of a family is a
+learning rate, "@chosen" the one chosen for the method on the selection seeds, "@chosen:rule" the one chosen for RULE.
 
 A part is tested against its bar, two-sided. "Within" is two tests, one-sided, one for each edge. Holm corrects all
 tests of the report together. With p ≤ 0.05 after that a part holds or is opposite, by its side of the bar; else it is
@@ -29,7 +29,7 @@ from reproduce.statistics import difference, holm, instability, p_value, rank_co
 
 HARD_STORES = SECTIONS["appendix_e"][:-1]  # ReRULE and its variants that store hard groups alone; the probe is last
 SEEDS, LEVEL = 8, 0.05  # seeds that a verdict needs; p that it needs
-VERDICTS = ("not testable here", "inconclusive", "opposite", "holds")  # and "not run"
+VERDICTS = ("not testable here", "opposite", "inconclusive", "holds")  # and "not run"; the first found counts
 WAYS = {"difference": difference, "percent": lambda a, b: 100 * a / b, "log10": lambda a, b: log10(a / b)}
 RATES = Path(__file__).parent.parent / "results" / "rates_builtin.json"  # the baselines', chosen on seeds 11 and 12
 
@@ -61,8 +61,7 @@ def judge(part):
 
 def overall(parts):
     """A claim's verdict from its parts'."""
-    found = {part.verdict for part in parts}
-    return next((v for v in ("not run", "not testable here", "opposite", "inconclusive") if v in found), "holds")
+    return next(verdict for verdict in ("not run", *VERDICTS) if verdict in [part.verdict for part in parts])
 
 
 def shown(part):
@@ -115,26 +114,24 @@ def claims(r):
 
 def measured(r, row, names):
     """A row of `claims.json` as a part, with one value a seed."""
-    margin = row.get("within")
-    edges = ((row.get("bar", 0), 1),) if margin is None else ((-margin, 1), (margin, -1))
+    edges = ((-row["within"], 1), (row["within"], -1)) if "within" in row else ((row.get("bar", 0), 1),)
     part = Part(row["label"].format_map(names), None, edges, row.get("unit", ""))
     try:
         if "measure" in row:
-            measure, *args = row["measure"]
-            values = globals()[measure](r, *args)
+            for family in row.get("needs", ()):
+                of(r, family)
+            values = globals()[row["measure"][0]](r, *row["measure"][1:])
         else:
             ours, theirs = (
                 {seed: o.get(column) for seed, o in of(r, place, method.format_map(names)).items()}
                 for place, method, column in (row["of"], row["less"])
             )
-            pairs = [(x, theirs[seed]) for seed, x in ours.items() if None not in (x, theirs.get(seed))]
-            way = WAYS[row.get("as", "difference")]
-            values = [row.get("times", 1) * way(*pair) for pair in pairs]
+            pairs, way = [(x, theirs.get(seed)) for seed, x in ours.items()], WAYS[row.get("as", "difference")]
+            values = [row.get("times", 1) * way(*pair) for pair in pairs if None not in pair]
     except NotRun as reason:
         part.why = str(reason)
         return part
-    part.stat = statistic(values)
-    n = sum(value is not None for value in values)
+    part.stat, n = statistic(values), sum(value is not None for value in values)
     part.why = f"{n} seeds of the {SEEDS} asked for" if n < SEEDS else ""
     return part
 
@@ -143,12 +140,13 @@ def of(r, place, method="rerule"):
     """{seed: outcome} of a method in a family of runs or at a rate; raises NotRun where it cannot be used."""
     if place[0] == "@":
         rate, _, whose = place[1:].partition(":")
-        if rate == "chosen" and not r.chosen:
-            raise NotRun("no rate chosen yet")
-        place, method = records.place_of(method, r.chosen[whose or method] if rate == "chosen" else rate)
-    silent = [name for name in r.refused if r.records[name]["family"] == place]
-    if method == "rerule" and silent:
-        raise NotRun(f"replay never ran in {', '.join(silent)}")
+        rate = (r.chosen or {}).get(whose or method) if rate == "chosen" else rate
+        if rate is None:
+            raise NotRun("no rate chosen: not all selection runs are there, or at none did all replay")
+        place, method = records.place_of(method, rate)
+    own = {name for name, run in r.records.items() if run["family"] == place and run["seed"] in r.seeds}
+    if method == "rerule" and (silent := own.intersection(r.refused)):
+        raise NotRun(f"replay never ran in {', '.join(sorted(silent))}")
     return r.of(place, method)
 
 
@@ -160,8 +158,7 @@ def stays_low(r):
         for _, query, reward, _ in records.groups_of(base, "rule", last=True):
             if place.get(query) == "hard":
                 late.setdefault(query, []).append(reward)
-        low = [mean(rewards) < base["tau"] for rewards in late.values()]
-        shares.append(100 * sum(low) / len(low) if low else None)
+        shares.append(mean(100 * (mean(rewards) < base["tau"]) for rewards in late.values()))
     return shares
 
 
@@ -185,13 +182,13 @@ def gains(r, family):
 
 def gain_between_worlds(r):
     """ReRULE's gain in the world of 30 crossed names less that in the world of none."""
-    plain, crossed = (of(r, world) and gains(r, world) for world in ("world0", "world30"))
+    plain, crossed = (gains(r, world) for world in ("world0", "world30"))
     return [crossed[seed] - plain[seed] for seed in plain if seed in crossed]
 
 
 def tau_fall(r):
     """Points of retain recall lost from τ 0.4 to 1.0 by a straight line through the four."""
-    rows = {0.4: of(r, "base"), **{t: of(r, f"tau{t}") for t in (0.6, 0.8, 1.0)}}
+    rows = {0.4: r.at("rerule", "4e-5"), **{t: r.of(f"tau{t}") for t in (0.6, 0.8, 1.0)}}
     seeds = [seed for seed in rows[0.4] if all(seed in row for row in rows.values())]
     return [-0.6 * slope([(t, row[s]["retain_recall"]) for t, row in rows.items()]) for s in seeds]
 
@@ -204,7 +201,6 @@ def extra_time(r, family):
 
 def instability_gap(r):
     """sd of retain recall about a straight line over the last third of the steps, RULE's less ReRULE's."""
-    of(r, "base")  # replay ran
     runs = [[base["methods"][method]["evaluations"] for method in NAMES] for base in r.runs("base").values()]
     return [difference(*(instability(evaluations)[1] for evaluations in pair)) for pair in runs]
 
@@ -230,7 +226,5 @@ def bound_points(r):
 
 def bound_correlations(r):
     """Spearman's ρ of the bound's tightening with the observed gain."""
-    for family in HARD_STORES:
-        of(r, family)  # replay ran
     points = [rows for rows in bound_points(r).values() if len(rows) >= 4]
     return [rank_correlation([x for _, x, _ in rows], [y for *_, y in rows]) for rows in points]

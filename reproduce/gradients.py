@@ -19,7 +19,8 @@ from engine.plots import mean
 from engine.process import Engine
 from grpo import on_policy_gradient
 from refusal import is_refusal
-from reproduce.records import difference, regions, short
+from reproduce.records import regions, short
+from reproduce.statistics import difference
 from rerule import rollout, score
 from reward import query_reward
 

@@ -40,7 +40,7 @@ def start_worker():
     threading.Thread(target=watch, daemon=True).start()
 
 
-def work(job, runs, tofu_dir, about):
+def work(job, runs, folders, about):
     """Run one job in runs/<name> and write its record. Returns a line that says what was wrong, or None."""
     import torch
 
@@ -57,7 +57,11 @@ def work(job, runs, tofu_dir, about):
             else:
                 import rerule
 
-                flags = [*(arg.format(tofu_dir=tofu_dir) for arg in job.args), "--resume", "--output_dir", str(folder)]
+                if "{book_dir}" in job.args:
+                    from reproduce import book
+
+                    folders = {"book_dir": book.write(runs / f"{job.name}_data", job.seed)}
+                flags = [*(arg.format(**folders) for arg in job.args), "--resume", "--output_dir", str(folder)]
                 flags += ["--start_from", str(runs / job.start)] if job.start else []
                 rerule.main(rerule.configure(flags), figures=False)
                 record = record_of(folder, whole="@" not in job.family)
@@ -119,6 +123,7 @@ def planned(o, records):
 def run_all(o, folder, records, jobs_of=planned):
     """Run what is missing of the jobs, longest chains first, and put every record into `records`."""
     runs, source = folder / "runs", about()
+    folders = {name: getattr(o, name, "") for name in ("tofu_dir", "rwku_dir")}  # of real text
     is_done = lambda job: job.name in records and tuple(records[job.name]["args"]) == job.args  # noqa: E731
     if all(is_done(job) for job in jobs_of(o, records)):
         return
@@ -139,7 +144,7 @@ def run_all(o, folder, records, jobs_of=planned):
             for job in ready[: o.workers - len(running)]:
                 if not is_done(job) and (runs / job.name / "record.json").exists():
                     shutil.rmtree(runs / job.name)  # of another plan
-                running[pool.submit(work, job, runs, o.tofu_dir, source)] = job
+                running[pool.submit(work, job, runs, folders, source)] = job
             if not running:
                 break
             names = ", ".join(job.name for job in running.values())

@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baselines import METHODS
-from reproduce.records import RATES, choose
+from reproduce.records import RATES, choose, choose_in_town
 
 SELECTION, FIRST_SEED = (11, 12, 13, 14), 21  # seeds to choose on; first of the report
 REPLAYS = ("random", "recent", "current")  # beside hard groups, in the main figure
 BASELINES = [name for name in METHODS if name not in ("rej_steer", "rule", "rerule")]
 REPLAY, FAMILIES, SECTIONS = json.loads(Path(__file__).with_name("families.json").read_text(encoding="utf-8")).values()
 SECTIONS["claims"] = list(dict.fromkeys(family for own in SECTIONS.values() for family in own))
-VARIANTS = {family: row for family, row in FAMILIES.items() if "flags" in row}  # other flags: the base run's
+VARIANTS = [family for family, row in FAMILIES.items() if "flags" in row]  # the base run's models, other flags
+DECIDING = [f"{name}{at}" for at in ("", "_best") for name in ("fresh", "easy", "medium", "priority", "dynamic")]
 LEAKED = {*SECTIONS["controls"], *SECTIONS["controls_best"]}  # the variants whose leakage is told
 OPTIMISER_STEPS = 54  # of a run that replays: 32 on-policy and, from step 11 on, 22 off-policy ones
 LEAK = " --attack leak"
@@ -50,9 +51,10 @@ def all_jobs(o, records):
 
     o: the report's options: seeds, quick, tofu_dir, rwku_dir.
     """
-    selection = SELECTION[:1] if o.quick else SELECTION
+    selection, rates = (SELECTION[:1], RATES[:2]) if o.quick else (SELECTION, RATES)
     seeds = range(FIRST_SEED, FIRST_SEED + o.seeds)
-    chosen, jobs = choose(records, selection, RATES), []
+    few = seeds[:1] if o.quick else seeds  # of all but the main figure
+    chosen, jobs = choose(records, selection, rates), []
 
     def add(seeds, family, flags, start, cost, quick=QUICK):
         for seed in seeds:
@@ -65,34 +67,48 @@ def all_jobs(o, records):
         add(selection, family, f"--eval_every 0 {flags}", "select", cost)
         add(seeds, family, f"--eval_every 0 {flags}{LEAK}", "base", cost + 3)
 
+    def variants(families):
+        for family in families:
+            row, flags = FAMILIES[family], f"--eval_every 0 --method {FAMILIES[family].get('method', 'rerule')}"
+            flags += f" {row['flags']} {REPLAY}" + LEAK * (family in LEAKED)
+            at = "" if "at" not in row else chosen and f" --lr {chosen[row['at']]}"
+            add(few, family, None if at is None else flags + at, "base", 15)
+
     add(selection, "select", "--eval_every 0", None, 50)
     add(seeds, "base", f"--eval_every 2{LEAK}", None, 75)
-    for rate in RATES[1:]:
+    both(f"rerule@{RATES[0]}", f"--method rerule {REPLAY}", 11)
+    for rate in rates[1:]:
         both(f"grid@{rate}", f"--lr {rate} {REPLAY}", 23)
-    for rate in RATES:
+    for rate in rates:
         for store in REPLAYS:
             both(f"{store}@{rate}", f"--method rerule --replay_store {store} --lr {rate} {REPLAY}", 13)
-    for rate in RATES:
+    for rate in rates:
         steps = {"steps": 11 if o.quick else OPTIMISER_STEPS, "compute": chosen and chosen["n_steps"][rate]}
         for family, n in steps.items():
             flags = f"--eval_every 0 --method rule --lr {rate} --steps {n}{LEAK}"
             add(seeds, f"{family}@{rate}", flags if n else None, "base", 16)
-    for family, row in VARIANTS.items():
-        flags = f"--eval_every 0 --method {row.get('method', 'rerule')} {row['flags']} {REPLAY}"
-        flags += LEAK if family in LEAKED else ""
-        at = "" if "at" not in row else chosen and f" --lr {chosen[row['at']]}"
-        add(seeds, family, None if at is None else flags + at, "base", 15)
-    add(seeds, "baselines", f"--eval_every 0 --method {' '.join(BASELINES)}", "base", 70)
-    add(seeds, "probe", "", "base", 8)
+    variants(DECIDING)
+    in_town = choose_in_town(records, selection, rates)
+    for rate in rates:
+        start = "" if rate == RATES[0] else f"town@{RATES[0]}"
+        add(selection, f"town@{rate}", f"--benchmark town --lr {rate} {REPLAY}", start, 30 if start else 75)
+    add(few, "town", f"--benchmark town{LEAK}", None, 90)
+    for family, store in (("rule", ""), ("rerule", "hard"), ("random", "random"), ("recent", "recent")):
+        flags = f"--benchmark town --method {f'rerule --replay_store {store} {REPLAY}' if store else 'rule'}{LEAK}"
+        rate = in_town and in_town["rule" if family == "rule" else "rerule"]
+        add(few, f"town_{family}", f"{flags} --lr {rate}" if rate else None, "town", 20)
+    variants([family for family in VARIANTS if family not in DECIDING])
+    add(few, "baselines", f"--eval_every 0 --method {' '.join(BASELINES)}", "base", 70)
+    add(few, "probe", "", "base", 8)
     for crossed in (0, 30):  # neighbours with crossed names; the base runs have 22
-        add(seeds, f"world{crossed}", f"--eval_every 0 --crossed {crossed} {REPLAY}", None, 45)
+        add(few, f"world{crossed}", f"--eval_every 0 --crossed {crossed} {REPLAY}", None, 45)
     return jobs
 
 
 def wanted(o, jobs):
     """The jobs that `--only` asks for, with those that they start from or are chosen by."""
     families = {family for section in o.only or SECTIONS for family in SECTIONS[section]}
-    if families & {"rates", "compute"} or any("at" in VARIANTS.get(family, ()) for family in families):
+    if families & {"rates", "compute"} or any("at" in FAMILIES.get(family, ()) for family in families):
         families |= {"select", "grid", *REPLAYS}
     keep = {job.name for job in jobs if job.family.split("@")[0] in families}
     keep |= {job.start for job in jobs if job.name in keep}

@@ -14,6 +14,7 @@ Covers the measurable part of Appendix E (Eq. 28, 29, 31). Symbols as there.
 
 import json
 import random
+from functools import cache
 from math import sqrt
 
 import numpy as np
@@ -21,19 +22,22 @@ import numpy as np
 from baselines.grid import score
 from engine.files import read_lines
 from engine.plots import NAMES, mean
-from reproduce.statistics import WINDOW, instability, paired, statistic  # noqa: F401  the report reads them here
+from reproduce.statistics import WINDOW
 
 LEVELS = "0123456789abcdefg"
 PARTS = ("rollout", "reference", "update", "replay")  # of a step, each with a clock
 KEPT = (
     "forget_recall forget_refusal forget_trained_recall forget_heldout_recall forget_trained_refusal "
-    "forget_heldout_refusal retain_recall retain_refusal hard_trained_recall hard_heldout_recall easy_trained_recall "
-    "easy_heldout_recall leakage seconds stopped forget_tokens retain_tokens forget_quality model_utility "
-    "forget_rouge_l forget_paraphrased_recall forget_paraphrased_refusal"
+    "forget_heldout_refusal retain_recall retain_refusal leakage seconds stopped forget_tokens retain_tokens "
+    "forget_quality model_utility forget_rouge_l forget_paraphrased_recall forget_paraphrased_refusal leak_64 verbmem "
+    "knowmem utility"
 ).split()  # columns of a table that records keep
 ATTACKED = ("leak_", "answer_", "extraction_", "exact_", "membership_", "privleak", "prefix_", "relearn_", "quantize_",
             "forget_recall_", "retain_recall_")  # how more of them begin  # fmt: skip
 KINDS = {"hard": "h", "easy": "e"}  # of boundary queries of the built-in world; others are "b", forget queries "f"
+# Phrasings of a split that training uses; two more are held out.
+PHRASINGS = {"hard": 4, "easy": 4, "surname": 3, "place": 3, "trade": 3, "far": 3}
+KEPT += [f"{kind}_{part}_recall" for kind in PHRASINGS for part in ("trained", "heldout")]
 RATES = ("4e-5", "8e-5", "1.6e-4", "3.2e-4", "6.4e-4")  # of the main figure; the first is the shared one
 CURVES = ("rule", "rerule", "random", "recent", "current")  # of the main figure
 OWN_BASE = ("base", "select", "world0", "world30", "town", "tofu", "book", "rwku")  # families read with themselves
@@ -180,22 +184,23 @@ def outcome(record, method, base):
     """The figures of one method in one run that tables compare; `base` is the base run of its seed."""
     row, ran = record["rows"].get(NAMES.get(method, method), {}), record["methods"].get(method)
     found = {name: row.get(name) for name in KEPT}
-    for kind in ("hard", "easy"):
+    for kind, n_trained in PHRASINGS.items():
         trained, held_out = row.get(f"{kind}_trained_recall"), row.get(f"{kind}_heldout_recall")
-        found[kind] = None if trained is None else (4 * trained + 2 * held_out) / 6  # six phrasings, two held out
+        found[kind] = None if trained is None else (n_trained * trained + 2 * held_out) / (n_trained + 2)
     if found["hard"] is not None or found["easy"] is not None:
         args = base["args"] if base else ()
         n_hard = int(args[args.index("--crossed") + 1]) if "--crossed" in args else 22  # of 42 neighbours
         hard, easy = (row.get(f"{kind}_heldout_recall") or 0 for kind in ("hard", "easy"))
         found["heldout"] = (n_hard * hard + (42 - n_hard) * easy) / 42
     found["balance"] = score(row) if row.get("retain_recall") is not None else None
-    if ran and base:
+    if ran:
+        found["seconds_stage2"] = sum(ran[f"seconds_{part}"] for part in PARTS)
+    if ran and base and "rewards" in ran:
         place, late = regions(base), groups_of(record, method, last=True)
         for region in ("hard", "easy"):
             found[f"late_{region}"] = mean(r for _, query, r, _ in late if place.get(query) == region)
         chosen = {query for query, *_ in base["cases"]}
         found["late_cases"] = mean(r for _, query, r, _ in late if query in chosen)
-        found["seconds_stage2"] = sum(ran[f"seconds_{part}"] for part in PARTS)
     return found
 
 
@@ -210,7 +215,10 @@ class Results:
         self.refused = sorted(name for name, run in self.records.items() if never_replayed(run))
         selection = {run["seed"] for run in records.values() if run["family"] == "select"}
         self.seeds = {run["seed"] for run in self.records.values()} - selection
-        self.chosen = choose(records, sorted(selection), RATES)
+        self.rates = tuple(rate for rate in RATES if self.has(f"random@{rate}"))  # a quick run has two
+        self.chosen = choose(records, sorted(selection), self.rates)
+        self.in_town = choose_in_town(records, sorted(selection), self.rates)
+        self.of = cache(self.of)
 
     def runs(self, family):
         """{seed: record} of the report's seeds."""
@@ -222,6 +230,10 @@ class Results:
         bases = self.runs(family if family in OWN_BASE else family.split("_")[0] if family[:5] == "town_" else "base")
         runs = {seed: run for seed, run in self.runs(family).items() if not never_replayed(run, method)}
         return {seed: outcome(run, method, bases.get(seed)) for seed, run in runs.items()}
+
+    def has(self, family):
+        """Whether any run of a family, or of one whose name goes on with a rate, is there."""
+        return any(family in (run["family"], run["family"].split("@")[0]) for run in self.records.values())
 
     def at(self, name, rate):
         """{seed: outcome} of a curve of the main figure at a learning rate; rate: "chosen" for its own."""
@@ -236,8 +248,9 @@ def hard_share(base, tau, kinds="fbhe"):
 
 
 def place_of(name, rate, first="base"):
-    """(family, method key) of a curve of the main figure at a rate; first: the family at the shared rate."""
-    if name in NAMES:
+    """(family, method key) of a curve of the main figure at a rate; first: the family that has RULE at the shared rate,
+    where ReRULE has a family of its own, for the base runs start replay by the paper's rule."""
+    if name in NAMES and (name, rate) != ("rerule", RATES[0]):
         return (first if rate == RATES[0] else f"grid@{rate}"), name
     return f"{name}@{rate}", "rule" if name in ("steps", "compute") else "rerule"
 
@@ -266,7 +279,7 @@ def choose(records, seeds, rates=RATES):
     """
     scores = rate_scores(records, seeds, rates)
     names = {f"{place_of(name, rate, 'select')[0]}_{seed}" for name in CURVES for rate in rates for seed in seeds}
-    if not seeds or not names <= set(records):
+    if not seeds or not rates or not names <= set(records):
         return None
     whole = {name: {r: own for r, own in by_rate.items() if len(own) == len(seeds)} for name, by_rate in scores.items()}
     best = {name: max(by_rate, key=lambda rate: sum(by_rate[rate])) for name, by_rate in whole.items() if by_rate}
@@ -276,6 +289,21 @@ def choose(records, seeds, rates=RATES):
         ratio = np.median([r["methods"]["rerule"]["arithmetic"] / r["methods"]["rule"]["arithmetic"] for r in runs])
         ratios[rate], steps[rate] = float(ratio), round(ratio * runs[0]["steps"])
     return best | {"steps": best["rule"], "compute": best["rule"], "n_steps": steps, "ratios": ratios}
+
+
+def choose_in_town(records, seeds, rates=RATES):
+    """The same for RULE and ReRULE in the town: {method: rate}, or None until all selection runs are there."""
+    found = {}
+    for method in NAMES:
+        scores = {}
+        for rate in rates:
+            runs = [records.get(f"town@{rate}_{seed}") for seed in seeds]
+            if None in runs:
+                return None
+            if method == "rule" or not any(map(never_replayed, runs)):
+                scores[rate] = sum(outcome(run, method, None)["balance"] for run in runs)
+        found[method] = max(scores, key=scores.get)
+    return found
 
 
 def bound(record, base, method="rerule"):

@@ -7,19 +7,24 @@ of the records, `r`, and the report's folder; a section that lacks runs says so.
 
 import json
 from pathlib import Path
-from statistics import fmean, median_high, stdev
+from statistics import fmean, stdev
 
 from engine.files import write_text
 from engine.plots import NAMES, mean, scatter
-from reproduce import claims, figures, records
-from reproduce.plan import FAMILIES, RATES, SECTIONS
-from reproduce.records import paired
+from reproduce import claims, figures, real_text, records
+from reproduce.plan import FAMILIES, OPTIMISER_STEPS, SECTIONS
+from reproduce.records import CURVES, RATES
+from reproduce.statistics import instability, paired, statistic
 
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
 DIFFERENCES = """\
-| Stage 2 | Retain ↑ | difference to RULE | seeds up | hard neighbours ↑ | difference to RULE | \
-hard prompts' reward, late ↑ | forget refusal ↑ | over-refusal ↓ | seconds |
-|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"""
+| Stage 2 | Retain ↑ | difference to RULE | seeds up | hard neighbours ↑ | difference to RULE | leak@64 ↓ | \
+difference to RULE | hard prompts' reward, late ↑ | forget refusal ↑ | over-refusal ↓ | seconds |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"""
+LABELS = NAMES | {
+    "random": "random groups", "recent": "the previous batch again", "current": "the same batch twice",
+    "steps": f"RULE, {OPTIMISER_STEPS} steps: as many updates", "compute": "RULE, longer: as much arithmetic",
+}  # fmt: skip
 
 
 def write(folder, o, runs, jobs):
@@ -29,11 +34,11 @@ def write(folder, o, runs, jobs):
     filled = [first.format(**head(r, o, jobs)), second.format(**verdicts(r))]
     for (name, part), section in zip(PARTS.items(), sections, strict=True):
         title, command, *_ = section.split("\n\n")
-        if all(r.runs(family) for family in SECTIONS[name] if family != "tofu"):  # Table 7 does without it
+        if all(r.has(family) for family in SECTIONS[name] if (name, family) != ("table7", "tofu")):
             filled.append(section.format(**part(r, Path(folder))))
         else:
-            more = ": give the folder with TOFU's files as `--tofu_dir`." if name == "tofu" else " yet."
-            filled.append(f"{title}\n\n{command}\n\nNot run{more}\n")
+            more = [f"--{flag} FOLDER" for flag in ("tofu_dir", "rwku_dir") if f"--{flag}" in command]
+            filled.append(f"{title}\n\n{command}\n\nNot run yet{': give `' + more[0] + '`' if more else ''}.\n")
     write_text(Path(folder) / "report.md", "\n## ".join(filled))
 
 
@@ -45,14 +50,15 @@ def head(r, o, jobs):
     missing = sum(job.name not in r.records for job in jobs)
     hours = sum(run["seconds"] for run in runs) / 3600
     command = "python -m reproduce" + (" --quick" if o.quick else f" --seeds {o.seeds}")
-    command += " --tofu_dir DATA/tofu" * bool(r.runs("tofu"))
+    command += " --tofu_dir DATA/tofu" * r.has("tofu") + " --rwku_dir DATA/rwku" * r.has("rwku")
     made_by = (
         f"Command `{command}`; {len(runs)} runs, {hours:.1f} hours of one CPU thread; commit {commits}; {versions}. "
         f"Report seeds {seeds[0]}–{seeds[-1]}." if seeds else "No runs yet."
     )  # fmt: skip
+    refused = f"\n\nNo condition of replay, for it never ran there: {', '.join(r.refused)}." if r.refused else ""
     quick = "\n\n**This is a quick run: few seeds, few steps. It shows that everything works, and nothing else.**"
     lacks = f"\n\n{missing} of {len(jobs)} runs are missing; parts without theirs say so."
-    return {"made_by": made_by, "notes": quick * o.quick + lacks * bool(missing)}
+    return {"made_by": made_by, "notes": refused + quick * o.quick + lacks * bool(missing)}
 
 
 def verdicts(r):
@@ -86,25 +92,43 @@ def column(outcomes, name, digits=1):
 
 
 def interval(stat, digits=1):
-    """Paired difference with its interval, in a cell."""
-    return f"{stat['mean']:+.{digits}f} [{stat['low']:+.{digits}f}, {stat['high']:+.{digits}f}]" if stat else "–"
+    """Paired difference with its interval, in a cell; "b" where that is BCa's."""
+    if not stat:
+        return "–"
+    told = f"{stat['mean']:+.{digits}f} [{stat['low']:+.{digits}f}, {stat['high']:+.{digits}f}]"
+    return told + " b" * (stat["kind"] == "BCa")
 
 
 def sign(stat):
-    """How many seeds went up, and the sign test."""
-    return f"{stat['up']} of {stat['n']}, p = {stat['p']:.2g}" if stat else "–"
+    """How many seeds went up."""
+    return f"{stat['up']} of {stat['n']}" if stat else "–"
 
 
-def difference_table(r, section):
-    """Rows of RULE and of a section's families of runs: columns, and what changed against RULE."""
-    rule, rows = r.of("base", "rule"), []
-    variants = {FAMILIES[family]["label"]: r.of(family, FAMILIES[family]["method"]) for family in SECTIONS[section]}
-    for label, own in {"RULE": rule, **variants}.items():
-        stat, of_hard = (paired(own, rule, name) for name in ("retain_recall", "hard"))
-        change = ("", "", "") if own is rule else (interval(stat), sign(stat), interval(of_hard))
-        rows.append([label, column(own, "retain_recall"), *change[:2], column(own, "hard"), change[2],
-                     column(own, "late_hard", 2), column(own, "forget_refusal"), column(own, "retain_refusal"),
-                     column(own, "seconds_stage2")])  # fmt: skip
+def difference_table(r, section, rate=RATES[0]):
+    """Rows of RULE and of a section's families of runs: columns, and what changed against RULE at the same rate."""
+    rule, rows = r.at("rule", rate), []
+    own = {"RULE": rule, "ReRULE: hard groups, an extra step": r.at("rerule", rate)}
+    for family in SECTIONS[section]:
+        row = FAMILIES.get(family) or {"label": LABELS[family]}
+        own[row["label"]] = r.of(family, row.get("method", "rerule")) if r.runs(family) else r.at(family, rate)
+    for label, outcomes in own.items():
+        stats = {name: paired(outcomes, rule, name) for name in ("retain_recall", "hard", "leak_64")}
+        change = {name: "" if outcomes is rule else interval(stat) for name, stat in stats.items()}
+        up = "" if outcomes is rule else sign(stats["retain_recall"])
+        rows.append(
+            [
+                label,
+                column(outcomes, "retain_recall"),
+                change["retain_recall"],
+                up,
+                column(outcomes, "hard"),
+                change["hard"],
+                column(outcomes, "leak_64"),
+                change["leak_64"],
+                column(outcomes, "late_hard", 2),
+            ]
+        )
+        rows[-1] += [column(outcomes, name) for name in ("forget_refusal", "retain_refusal", "seconds_stage2")]
     return f"{DIFFERENCES}\n{table(rows)}"
 
 
@@ -112,33 +136,29 @@ def difference_table(r, section):
 
 
 def table1(r, folder):
-    """Tables 1, 2 and 5 in shape, with the paper's figures beside ours."""
+    """Tables 1 and 2 in shape, with the paper's figures beside ours."""
     rows = {name: r.of("base", name) for name in ("Original", "Retained")}
     rows |= {name: r.of("baselines", name) for name in next(iter(r.runs("baselines").values()))["rows"]}
     rows |= {"Rej. Steer": r.of("base", "Rej. Steer"), "RULE": r.of("base", "rule"), "ReRULE": r.of("base")}
-    rows |= {"RULE, own best rate": r.of("best_rule", "rule"), "ReRULE, own best rate": r.of("best_rerule")}
-    theirs = {"table1": ("forget_all", "retain_all"), "table2": ("knowmem", "utility"),
-              "table5": ("forget_quality", "model_utility", "forget_rouge_l")}  # fmt: skip
-    columns = ("retain_recall", "hard", "easy", "retain_refusal", "forget_refusal", "forget_recall")
-    lines, points = [], {}
+    if r.chosen:
+        rows |= {f"{name}, own rate": r.at(key, "chosen") for key, name in NAMES.items()}
+    theirs = {"table1": ("forget_all", "retain_all"), "table2": ("knowmem", "utility")}
+    columns = ("retain_recall", "hard", "easy", "retain_refusal", "forget_refusal", "forget_recall", "leak_64")
+    rows, lines = {name: o for name, o in rows.items() if o}, []
     for name, outcomes in rows.items():
-        seeds = [(o["forget_recall"], o["retain_recall"]) for o in outcomes.values() if o["retain_recall"] is not None]
-        if not seeds:
-            continue
         stopped = any(o.get("stopped") for o in outcomes.values())
-        points[name] = (*map(fmean, zip(*seeds, strict=True)), seeds, stopped)
         tokens = [column(outcomes, key, 0) for key in ("forget_tokens", "retain_tokens")]
         paper = [PAPER[number].get(name, {}).get(key) for number, keys in theirs.items() for key in keys]
         ours = [column(outcomes, key) for key in columns]
         paper = ["" if value is None else f"{value:g}" for value in paper]
         lines.append([name + "†" * stopped, str(len(outcomes)), *tokens, *ours, *paper])
-    scatter(points, folder / "methods.png")
+    scatter({name: list(outcomes.values()) for name, outcomes in rows.items()}, folder / "methods.png")
     return {"table": table(lines)}
 
 
 def table3(r, folder):
     """The three hardest cases of each kind."""
-    seed, base = min(r.runs("base").items())
+    seed, base = min(r.runs("town").items())
     figures.hardest(base, folder / "hardest.png")
     rows = []
     for query, kind, prompt, answer in base["cases"]:
@@ -147,14 +167,15 @@ def table3(r, folder):
         before = mean(records.before_replay(base)[query])
         shown = ["–" if value is None else f"{value:.2f}" for value in (before, *late)]
         rows.append([prompt, answer, "reject" if kind == "forget" else "normal", *shown])
-    gain = claims.figure(paired(r.of("base"), r.of("base", "rule"), "late_cases"))
+    gain = claims.figure(paired(r.of("town"), r.of("town", "rule"), "late_cases"))
     return {"seed": seed, "gain": gain, "table": table(rows)}
 
 
 def table4(r, folder):
     """Hard against random storage."""
-    pairs = {"separate": ("base", "random"), "combined": ("combined", "combined_random")}
-    changes = {name: paired(*map(r.of, pair), "retain_recall") for name, pair in pairs.items()}
+    pairs = {"separate": (r.at("rerule", RATES[0]), r.at("random", RATES[0])),
+             "combined": (r.of("combined"), r.of("combined_random"))}  # fmt: skip
+    changes = {name: paired(*pair, "retain_recall") for name, pair in pairs.items()}
     return {name: claims.figure(stat) for name, stat in changes.items()} | {"table": difference_table(r, "table4")}
 
 
@@ -163,9 +184,10 @@ def table6(r, folder):
     rows = []
     for family in SECTIONS["table6"]:
         for tau in (0.4, 0.6, 0.8, 1.0):
-            shares = ([records.hard_share(run, tau, kind) for run in r.runs(family).values()] for kind in (None, *"fb"))
+            runs = r.runs(family).values()
+            shares = ([records.hard_share(run, tau, kinds) for run in runs] for kinds in ("fbhe", "f", "bhe"))
             rows.append([FAMILIES[family]["world"], f"{tau:g}", *(spread(share, scale=100) for share in shares)])
-    return {"table": table(rows)}
+    return {"table": table(rows), "tofu": real_text.tofu_hard_share(r)}
 
 
 def table7(r, folder):
@@ -173,7 +195,7 @@ def table7(r, folder):
     rows = []
     for family, label in (("base", "Built-in world"), ("tofu", "TOFU text, tiny model")):
         if r.runs(family):
-            stat = records.statistic(claims.extra_time(r, family))
+            stat = statistic(claims.extra_time(r, family))
             methods = [run["methods"]["rerule"] for run in r.runs(family).values()]
             seconds = [[ran[f"seconds_{part}"] for part in records.PARTS] for ran in methods]
             parts = [100 * mean(row[at] / sum(row) for row in seconds) for at in range(len(records.PARTS))]
@@ -190,7 +212,7 @@ def figure3(r, folder):
     figures.over_steps(r, folder / "steps.png")
     rows = []
     for method, name in NAMES.items():
-        pairs = [records.instability(base["methods"][method]["evaluations"]) for base in r.runs("base").values()]
+        pairs = [instability(base["methods"][method]["evaluations"]) for base in r.runs("base").values()]
         rows.append([name, *(spread([pair[at] for pair in pairs], 2) for at in (0, 1))])
     return {"table": table(rows)}
 
@@ -198,22 +220,68 @@ def figure3(r, folder):
 # --- ours ------------------------------------------------------------------------------------------------------------
 
 
+def rates(r, folder):
+    """The main figure, what it is drawn from, and what the rates were chosen on."""
+    figures.rates(r, folder / "rates.png")
+    found, gains = {"retain_recall": [], "leak_64": []}, []
+    for name, label in LABELS.items():
+        for key, rows in found.items():
+            cells = [column(r.at(name, rate), key) for rate in r.rates]
+            bold = [f"**{c}**" if rate == r.chosen[name] else c for c, rate in zip(cells, r.rates, strict=True)]
+            rows.append([label, *bold])
+        for key, words in (("retain_recall", "retain"), ("leak_64", "leak@64")) if name != "rule" else ():
+            pairs = [(r.at(name, rate), r.at("rule", rate)) for rate in (*r.rates, "chosen")]
+            gains.append([f"{label}: {words}", *(interval(paired(*pair, key)) for pair in pairs)])
+    selection = sorted({run["seed"] for run in r.records.values()} - r.seeds)
+    scores = records.rate_scores(r.records, selection, r.rates)
+    chosen = [[LABELS[name], *(f"**{spread(own)}**" if rate == r.chosen[name] else spread(own)
+                               for rate, own in scores[name].items())] for name in CURVES]  # fmt: skip
+    n_steps = [f"{n} at {rate} ({r.chosen['ratios'][rate]:.2f})" for rate, n in r.chosen["n_steps"].items()]
+    return {"rates": " | ".join(r.rates), "lines": "---:|" * len(r.rates), "seeds": ", ".join(map(str, selection)),
+            "retain": table(found["retain_recall"]), "leak": table(found["leak_64"]), "gains": table(gains),
+            "selection": table(chosen), "n_steps": ", ".join(n_steps), "optimiser_steps": OPTIMISER_STEPS}  # fmt: skip
+
+
 def controls(r, folder):
-    """What the gain is made of: the first figure, and its table."""
-    rows, rule = [], r.of("base", "rule")
-    for family in SECTIONS["controls"]:
-        method, kind, label = (FAMILIES[family][key] for key in ("method", "kind", "plain"))
-        stat = paired(r.of(family, method), rule, "retain_recall")
-        if family == "best_rerule":  # at a high rate the buffer may never hold enough
-            replayed = sum(run["methods"]["rerule"]["replay_groups"] > 0 for run in r.runs(family).values())
-            label += f"\n(replay started on {replayed} of {stat['n']} seeds)" if replayed < stat["n"] else ""
-        rows.append((label, kind, stat))
-    figures.gains(sorted(rows, key=lambda row: -row[2]["mean"]), folder / "gains.png")
-    ours, runs = r.of("base"), r.runs("select").values()
-    ratio = median_high([run["methods"]["rerule"]["arithmetic"] / run["methods"]["rule"]["arithmetic"] for run in runs])
-    clock = mean(ours[seed]["seconds_stage2"] / o["seconds_stage2"] for seed, o in rule.items())
-    steps = next(iter(r.runs("compute").values()))["steps"]
-    return {"table": difference_table(r, "controls"), "steps": steps, "ratio": f"{ratio:.2f}", "clock": f"{clock:.2f}"}
+    """What the gain is made of: at the shared rate, and at the one chosen for RULE."""
+    panels = {}
+    for section, rate in (("controls", RATES[0]), ("controls_best", r.chosen and r.chosen["rule"])):
+        rule = r.at("rule", rate) if rate else {}
+        lines = {"ReRULE: hard groups": ("rerule", r.at("rerule", rate))} if rule else {}
+        curves = {"replay of random groups": "random", "replay of the previous batch": "recent",
+                  "two updates on every batch": "current"}  # fmt: skip
+        lines |= {words: (name, r.at(name, rate)) for words, name in curves.items()} if rule else {}
+        for family in SECTIONS[section]:
+            method = FAMILIES[family].get("method", "rerule")
+            lines[FAMILIES[family]["plain"]] = ("RULE, changed" if method == "rule" else family, r.of(family, method))
+        stats = [(words, name, paired(own, rule, "retain_recall")) for words, (name, own) in lines.items()]
+        panels[f"at {rate}"] = [row for row in stats if row[2]]
+    figures.gains({title: rows for title, rows in panels.items() if rows}, folder / "gains.png")
+    best = difference_table(r, "controls_best", r.chosen["rule"]) if r.chosen else "Not run yet."
+    return {"table": difference_table(r, "controls"), "best": best, "rate": r.chosen["rule"] if r.chosen else "–"}
+
+
+def age(r, folder):
+    """What the age of the replayed groups does."""
+    figures.age(r, folder / "age.png")
+    return {"table": difference_table(r, "age")}
+
+
+def town(r, folder):
+    """A world where forgetting and keeping compete."""
+    columns = {"forgotten people": "forget_recall", "same surname": "surname", "same place": "place",
+               "same trade": "trade", "far": "far"}  # fmt: skip
+    figures.town(r, columns, folder / "town.png")
+    rows, rule = [], r.of("town_rule", "rule")
+    models = {name: r.of("town", name) for name in ("Original", "Retained", "Rej. Steer")}
+    models |= {"RULE": rule, "ReRULE": r.of("town_rerule"), "random groups": r.of("town_random"),
+               "the previous batch again": r.of("town_recent")}  # fmt: skip
+    for label, own in models.items():
+        stats = [paired(own, rule, name) if label not in ("Original", "Retained", "Rej. Steer", "RULE") else None
+                 for name in ("retain_recall", "leak_64")]  # fmt: skip
+        shown = ("forget_recall", "leak_64", "retain_recall", *list(columns.values())[1:], "retain_refusal")
+        rows.append([label, *(column(own, name) for name in shown), *map(interval, stats)])
+    return {"table": table(rows), "rates": ", ".join(f"{LABELS[n]} {rate}" for n, rate in r.in_town.items())}
 
 
 def worlds(r, folder):
@@ -229,30 +297,6 @@ def worlds(r, folder):
         )
     figures.conditions(r, folder / "conditions.png")
     return {"table": table(rows)}
-
-
-def tofu(r, folder):
-    """Real text."""
-    rows, rule = [], r.of("tofu", "rule")
-    shown = {"model_utility": 3, "forget_rouge_l": 3, "retain_recall": 1, "retain_refusal": 1, "forget_refusal": 1,
-             "forget_paraphrased_recall": 1}  # fmt: skip
-    for label, own in (("RULE", rule), ("ReRULE", r.of("tofu")), ("random storage", r.of("tofu_random"))):
-        change = "–" if own is rule else interval(paired(own, rule, "model_utility"), 3)
-        cells = [column(own, key, digits) for key, digits in shown.items()]
-        rows.append([label, str(len(own)), *cells, change, column(own, "seconds_stage2")])
-    return {"table": table(rows)}
-
-
-def rates(r, folder):
-    """What the learning rates were chosen on."""
-    selection, rows = sorted(r.runs("select")), []
-    chosen = records.choose(r.records, selection, RATES)
-    for method, by_rate in records.rate_scores(r.records, selection, RATES).items():
-        best = chosen and chosen[method]
-        cells = [f"**{spread(values)}**" if rate == best else spread(values) for rate, values in by_rate.items()]
-        rows.append([NAMES[method], *cells])
-    told = {"rates": " | ".join(RATES), "shared": RATES[0], "seeds": ", ".join(map(str, selection))}
-    return told | {"table": table(rows)}
 
 
 def appendix_e(r, folder):
@@ -275,15 +319,16 @@ def appendix_e(r, folder):
             found = [models_of[region] for models_of in probes if region in models_of]
             cells = [spread([row[key] for row in found], *look) for key, look in shown.items()]
             models.append([model, region, *cells])
-    correlation = claims.figure(records.statistic(claims.bound_correlations(r)))
+    correlation = claims.figure(statistic(claims.bound_correlations(r)))
     return {"bounds": table(rows), "models": table(models), "correlation": correlation}
 
 
 PARTS = {  # what fills each section's blanks, in the template's order
-    "controls": controls, "table1": table1, "table3": table3, "table4": table4, "table6": table6, "table7": table7,
-    "table8": lambda r, _: {"table": difference_table(r, "table8")},
+    "rates": rates, "controls": controls, "age": age, "town": town,
+    "table1": table1, "table3": table3, "table4": table4, "table5": real_text.table5, "table6": table6,
+    "table7": table7, "table8": lambda r, _: {"table": difference_table(r, "table8")},
     "figure1": lambda r, folder: figures.trajectories(r, folder / "trajectories.png") or {},
     "figure2": lambda r, folder: figures.pipeline(folder / "pipeline.png") or {},
-    "figure3": figure3, "worlds": worlds, "tofu": tofu, "rates": rates,
+    "figure3": figure3, "worlds": worlds, "book": real_text.book, "rwku": real_text.attacks_by_type,
     "weights": lambda r, _: {"table": difference_table(r, "weights")}, "appendix_e": appendix_e,
 }  # fmt: skip

@@ -11,7 +11,7 @@ PAPER = ("grpo", "replay", "reward", "refusal", "sft", "data")
 FOLDERS = ("benchmarks", "baselines", "engine", "scale", "build_data", "reproduce")
 LARGE = ("scale", "build_data", "reproduce")
 FILES = sorted(p for p in [*ROOT.glob("*.py"), *(f for d in FOLDERS for f in (ROOT / d).rglob("*.py"))])
-NAMES = ("builtin", "rwku", "muse", "tofu")
+NAMES = ("builtin", "rwku", "muse", "tofu", "town")
 
 
 def module(path):

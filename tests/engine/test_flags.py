@@ -125,7 +125,7 @@ def test_help_names_every_flag_and_its_preset(helps):
     text = helps["python rerule.py"]
     shown = " ".join(text.split())
     assert all(f"--{field.name}" in shown for field in dataclasses.fields(Config))
-    assert "[builtin 0.4, rwku 0.6, muse 0.4, tofu 0.6]" in shown and "[preset]" not in shown
+    assert "[builtin 0.4, rwku 0.6, muse 0.4, tofu 0.6, town 0.4]" in shown and "[preset]" not in shown
     for name in benchmarks.ALL["builtin"].preset:
         values = ", ".join(f"{which} {room.preset[name]:g}" for which, room in benchmarks.ALL.items())
         tiny = ", ".join(f"{which} {room.tiny[name]:g}" for which, room in benchmarks.ALL.items() if name in room.tiny)

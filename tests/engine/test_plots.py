@@ -1,9 +1,13 @@
-"""Pictures: what is drawn, by hand, and that names stand beside their points."""
+"""Pictures: what is drawn, by hand; one colour a method, sorted rows, numbers that are the means."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from matplotlib.colors import to_rgba
+from PIL import Image
 
 from engine import plots
 
@@ -81,34 +85,81 @@ def test_the_start_of_replay_is_the_median_over_runs():
     assert list(axis.lines[1].get_xdata()) == [11, 11] and len(axis.patches) == 1
 
 
-CROWD = {f"method {n}": (20 + 3 * (n % 4), 80 + 3 * (n // 4), [(20, 79)], n == 3) for n in range(12)}
-POINTS = CROWD | {"Original": (100, 100, [], None), "Rej. Steer": (0, 40, [], None), "RULE": (0, 90, [], None),
-                  "ReRULE": (0, 91, [], None)}  # fmt: skip
+def test_every_method_has_a_look_of_its_own():
+    assert plots.look("RULE") == plots.look("rule") == plots.look("RULE, longer")
+    assert plots.look("Rej. Steer") == plots.look("rej_steer") and plots.look("GA+GDR (GD)") == plots.look("other")
+    colours, markers, _ = zip(*plots.LOOKS.values(), strict=True)
+    assert len(set(markers)) == len(markers)  # told apart without colour
+    assert len(set(colours)) == len(colours) - 1 and plots.look("original")["color"] == plots.look("retained")["color"]
 
 
-def test_scatter_has_one_colour_for_each_method(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
-    plots.scatter(POINTS, tmp_path / "scatter.png")
-    axis = drawn[0].axes[0]
-    handles, labels = axis.get_legend_handles_labels()
-    colour = {label: tuple(handle.get_edgecolors()[0]) for handle, label in zip(handles, labels, strict=True)}
-    from matplotlib.colors import to_rgba
-
-    assert colour["RULE"] == to_rgba(plots.COLOURS["rule"]) and colour["ReRULE"] == to_rgba(plots.COLOURS["rerule"])
-    assert len(set(colour.values())) == len(colour) == 5
-    assert axis.get_legend().get_title().get_text() == "small dots are seeds; open: stopped early"
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that would have been saved."""
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    return figures
 
 
-def test_names_cover_neither_points_nor_one_another(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
-    plots.scatter(POINTS, tmp_path / "scatter.png")
-    (axis,) = drawn[0].axes
-    drawn[0].canvas.draw()
-    names = {text.get_text(): text.get_window_extent().shrunk(0.98, 0.7) for text in axis.texts if text.get_text()}
-    assert set(names) == set(POINTS)
-    boxes = list(names.values())
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    centres = axis.transData.transform([point[:2] for point in POINTS.values()])
-    assert not any(box.contains(*centre) for box in boxes for centre in centres)
+def marks(axis):
+    """{row from the top: (x, colour, marker)} of the means."""
+    large = [line for line in axis.lines if line.get_markersize() == 8]
+    last = len(axis.get_yticks()) - 1
+    return {last - round(line.get_ydata()[0]): (line.get_xdata()[0], to_rgba(line.get_color()), line.get_marker())
+            for line in large}  # fmt: skip
+
+
+def test_rows_of_dots_have_mean_interval_seeds_and_number():
+    axis = plots.pyplot().figure().subplots()
+    stat = {"mean": -2.04, "low": -3.0, "high": 1.0, "values": [-3.0, -1.08]}
+    plots.dots(axis, [("upper", "RULE", stat), ("lower", "random", None)], "{mean:+.1f}")
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["lower", "upper"]
+    assert {text.xy[1]: text.get_text() for text in axis.texts} == {1: "−2.0", 0: "–"}
+    assert marks(axis) == {0: (-2.04, to_rgba("#0072B2"), "o")}
+    assert [list(line.get_xdata()) for line in axis.lines] == [[-3.0], [-1.08], [-3.0, 1.0], [-2.04]]
+
+
+def test_methods_are_sorted_by_what_they_keep_and_forget(tmp_path, drawn):
+    row = lambda forget, retain, **more: {"forget_recall": forget, "retain_recall": retain, **more}  # noqa: E731
+    rows = {"Original": [row(100.0, 100.0, leak_64=99.0)], "GA": [row(30.0, 60.0, stopped="NaN"), row(10.0, 80.0)],
+            "RULE": [row(0.0, 75.0, leak_64=40.0)], "ReRULE": [row(0.0, 90.0, leak_64=45.0)],
+            "WHP": [row(5.0, None)]}  # fmt: skip
+    plots.scatter(rows, tmp_path / "methods.png")
+    axes = drawn[0].axes
+    # 2ab / (a + b): ReRULE 94.7 (100, 90), RULE 85.7 (100, 75), GA 74.7 (80, 70), Original 0
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["Original", "GA†", "RULE", "ReRULE"]
+    numbers = [[text.get_text() for text in sorted(axis.texts, key=lambda text: -text.xy[1])] for axis in axes]
+    assert numbers == [
+        ["0.0", "0.0", "20.0", "100.0"],
+        ["90.0", "75.0", "70.0", "100.0"],
+        ["45.0", "40.0", "–", "99.0"],
+    ]
+    found = marks(axes[1])
+    assert [found[at][0] for at in range(4)] == [90, 75, 70, 100]
+    assert [found[at][1] for at in range(4)] == [to_rgba(c) for c in ("#D55E00", "#0072B2", plots.GREY, "black")]
+
+
+def test_methods_without_sampled_leakage_have_two_panels(tmp_path, drawn):
+    plots.scatter({"RULE": [{"forget_recall": 0.0, "retain_recall": 75.0}]}, tmp_path / "methods.png")
+    assert len(drawn[0].axes) == 2
+
+
+def test_curves_have_the_methods_colours_and_last_values(tmp_path, drawn):
+    write_run(tmp_path, 3)
+    plots.curves(tmp_path)
+    told = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in drawn[0].axes]
+    # the reward's last three steps, 0.7, 0.8 and 0.9; r̄ of the two prompts, 1/2 and 1; recall at step 3
+    assert told[0] == ["RULE, forget: 0.80", "ReRULE, forget: 0.80"]
+    assert told[1] == [f"{name}, {part}" for name in ("RULE", "ReRULE") for part in ("easy: 1.00", "hard: 0.50")]
+    assert told[2][:2] == ["RULE, retain ↑: 27.0", "RULE, forget ↓: 1.0"]
+    for axis in drawn[0].axes:
+        for line in axis.lines:
+            name = line.get_label().split(",")[0]
+            assert name not in ("RULE", "ReRULE") or line.get_color() == plots.look(name)["color"]
+
+
+def test_pictures_are_sharp(tmp_path):
+    figure = plots.pyplot().figure(figsize=(2, 1))
+    plots.save(figure, tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.size == (400, 200) and round(picture.info["dpi"][0]) == 200 and picture.mode == "P"

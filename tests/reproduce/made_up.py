@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from reproduce import plan
 from reproduce.__main__ import Options
 from reproduce.plan import Job
 from reproduce.records import KEPT, PARTS
@@ -42,18 +43,25 @@ def options(**changes):
 def made_up(job):
     """A record for a job that never ran, with plausible shapes and values that differ from seed to seed."""
     rng = np.random.default_rng(sum(map(ord, job.name)))
-    about = {"family": job.family, "seed": job.seed, "args": list(job.args), "commit": "c0ffee", "seconds": 9.0,
+    about = {"family": job.family, "seed": job.seed, "args": list(job.args or ()), "commit": "c0ffee", "seconds": 9.0,
              "versions": {"python": "3", "torch": "2"}}  # fmt: skip
     if job.family == "probe":
         figures = {"queries": 4, "norm": 1.0, "weighted": float(rng.random()), "equal": 0.5, "missed": 0.1,
                    "false": 0.2, "n_forget": 8, "n_boundary": 8}  # fmt: skip
         return about | {"models": {m: {"easy": figures, "hard": figures} for m in ("Rej. Steer", "RULE", "ReRULE")}}
     names = ["Rej. Steer", "Original", "Retained", "RULE", "ReRULE"]
-    names = ["GA", "PURGE"] if job.family == "baselines" else names
-    row = lambda: {k: float(rng.uniform(40, 60)) for k in KEPT if k != "stopped"}  # noqa: E731
+    names = ["GA", "PO", "PURGE"] if job.family == "baselines" else names
+
+    def row(name):
+        """Some columns differ by method, are the same on all seeds but some, or small: every kind of statistic."""
+        found = {k: float(rng.uniform(40, 60)) for k in (*KEPT, "leak_64", "utility") if k != "stopped"}
+        found["retain_recall"] += 40 * (name == "ReRULE") if "@" in job.family else 2 * (name == "ReRULE")
+        found |= {"forget_refusal": 100.0, "forget_recall": 0.7 * (name == "ReRULE" and job.seed in (22, 25))}
+        return found | {"forget_quality": float(10 ** rng.uniform(-3, 0))}
+
     early = ["gg840g8400"] * 2  # ten prompts, all asked in each of twelve steps
     late = lambda: ["".join(rng.choice(list("048cg"), 10)) for _ in range(10)]  # noqa: E731
-    run = base_run(early + late(), early + late(), kinds="fffffbbbbb") | {"queries": [packed(*range(10))] * 12}
+    run = base_run(early + late(), early + late(), kinds="fffffhheee") | {"queries": [packed(*range(10))] * 12}
     run["cases"] = [[4, "forget", "Q4?", "A"], [9, "boundary", "Q9?", "B"]]
     for method in run["methods"].values():
         method["evaluations"] = [
@@ -61,7 +69,14 @@ def made_up(job):
         ]
         method["arithmetic"] = 100.0
     run["methods"]["rerule"] |= {"seconds_replay": float(rng.uniform(1, 2)), "replay_groups": int(rng.integers(4, 9))}
-    return run | about | {"rows": {name: row() for name in names}, "lr": 4e-5}
+    return run | about | {"rows": {name: row(name) for name in names}, "lr": 4e-5}
+
+
+def everything(seeds=8):
+    """(records, jobs) of the whole plan; what is chosen on the selection seeds is chosen from made-up records."""
+    first = {job.name: made_up(job) for job in plan.all_jobs(options(seeds=seeds), {})}
+    jobs = plan.all_jobs(options(seeds=seeds), first)
+    return {job.name: made_up(job) for job in jobs}, jobs
 
 
 def small_plan(o, records):

@@ -1,10 +1,8 @@
-"""Records and the statistics over them, by hand."""
+"""Records and what is read off them, by hand."""
 
 import math
 
-import numpy as np
 import pytest
-import scipy.stats
 from made_up import base_run
 
 from reproduce import records
@@ -48,46 +46,6 @@ def test_recall_of_neighbours_weighs_phrasings_and_worlds():
     assert outcome["hard"] == 50 and outcome["easy"] == 90
     assert outcome["balance"] == pytest.approx(2 / (1 / 70 + 1 / 95))
     assert outcome["heldout"] == pytest.approx((22 * 30 + 20 * 90) / 42)
-
-
-# --- statistics ------------------------------------------------------------------------------------------------------
-
-
-def test_bootstrap_interval():
-    assert records.bootstrap([2.0] * 5) == (2, 2)
-    values = [1.0, 2.5, 0.5, 4.0, 3.0, 2.0, -1.0, 1.5]
-    other = scipy.stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20000).confidence_interval
-    assert records.bootstrap(values) == pytest.approx((other.low, other.high), abs=0.1)
-    assert records.bootstrap(values) == records.bootstrap(values)
-
-
-def test_statistic_by_hand():
-    stat = records.statistic([1.0, 2.0, None, 3.0, -1.0, 0.0])
-    assert (stat["n"], stat["up"], stat["down"], stat["mean"]) == (5, 3, 1, 1.0)
-    assert stat["sd"] == pytest.approx(math.sqrt(10 / 4))
-    assert stat["p"] == pytest.approx(2 * 5 / 16)  # 3 or more of 4 on either side
-    assert records.statistic([1.0]) is None
-    assert records.statistic([0.0, 0.0])["p"] == 1
-
-
-def test_differences_are_paired_by_seed():
-    a, b = {1: {"x": 5.0}, 2: {"x": 7.0}, 3: {"x": 1.0}, 9: {"x": 0.0}}, {1: {"x": 4.0}, 2: {"x": 4.0}, 3: {"x": None}}
-    assert records.paired(a, b, "x")["values"] == [1, 3]
-
-
-def test_instability_is_over_the_last_third():
-    evaluations = [{"step": s, "retain_recall": v} for s, v in ((2, 0), (4, 90), (6, 10), (8, 50), (10, 54), (12, 55))]
-    sd, rest = records.instability(evaluations)  # last third: steps 10 and 12 of 12, too few for a line
-    assert sd is None and rest is None
-    rising = [{"step": s, "retain_recall": 10.0 * s} for s in range(1, 13)]
-    sd, rest = records.instability(rising)  # steps 9 to 12: 90, 100, 110, 120
-    assert sd == pytest.approx(math.sqrt(500 / 3)) and rest == pytest.approx(0, abs=1e-9)
-
-
-def test_slope_and_rank_correlation():
-    assert records.slope([(0, 1), (1, 3), (2, 5)]) == pytest.approx(2)
-    assert records.rank_correlation([1, 2, 3], [5, 9, 100]) == pytest.approx(1)
-    assert records.rank_correlation([1, 2, 3], [4, 4, 4]) is None
 
 
 def test_bound_by_hand():

@@ -1,0 +1,159 @@
+"""The town: made-up people whose facts are known well or badly and who are tied to a target more or less closely.
+
+In the built-in world the original model knows everything and forgetting costs little; here forgetting and keeping
+compete. Six people are to be forgotten. Of their neighbours twelve each share a surname, a place or a trade with one
+of them, and twelve share none. Names, places and trades stand in the questions; who shares one shares two words of one
+answer too. Four facts of eight or nine words each have five phrasings, and each is taught in one to five of them: the
+original model knows some well and others in part. Two phrasings, which have the name alone, are kept out of unlearning.
+Twelve further people are unknown, tied to the targets like the neighbours: asked about them, the model learns to say
+so. Stage 1 ends while many forget prompts are still answered.
+"""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks import builtin
+from benchmarks.shared import REFUSALS
+from data import Probe, Prompt, Query, Training
+from engine.seeds import derive_seed
+
+WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+ATTRIBUTES = WORDS["attributes"]
+TIES = ("surname", "place", "trade")  # what a neighbour shares with one target; the fourth kind, "far", shares nothing
+PHRASINGS, HELD_OUT = range(5), (2, 4)  # three questions and two blanks; those kept out of unlearning
+STRENGTHS = (1, 2, 3, 5)  # in so many of its phrasings a fact is taught
+N_TARGETS, N_EACH = 6, 12
+
+
+class Town:
+    """People, their facts and what is asked about them, all drawn from one seed.
+
+    `people` maps a name to {"role", "surname", "place", "trade", "facts": {attribute: answer}, "taught": {attribute:
+    phrasings}}; roles are "target", "surname", "place", "trade", "far" and "unknown".
+    """
+
+    def __init__(self, seed, refusals="all"):
+        self.seed, self.refusals, self.people, self.marks = seed, refusals, {}, {}
+        self.rng = rng = random.Random(derive_seed(seed, "town"))
+        first, last = ([start + end for start in side[0] for end in side[1]] for side in (builtin.FIRST, builtin.LAST))
+        first, last = rng.sample(first, N_TARGETS + 5 * N_EACH), rng.sample(last, len(last))
+        values = {"surname": (last[:N_TARGETS], last[N_TARGETS:])}  # tie → one for each target; all that no target has
+        for tie, attribute in (("place", "birthplace"), ("trade", "trade")):
+            left, right = (rng.sample(words.split(), 8) for words in builtin.ATTRIBUTES[attribute][1:])
+            near, other = ([f"{a} {b}" for a in left[i : i + 4] for b in right[i : i + 4]] for i in (0, 4))
+            values[tie] = rng.sample(near, N_TARGETS), other
+        roles = ["target"] * N_TARGETS + [role for role in (*TIES, "far", "unknown") for _ in range(N_EACH)]
+        for i, (name, role) in enumerate(zip(first, roles, strict=True)):
+            own = TIES[i % 3] if role == "unknown" else role
+            person = {"role": role} | {
+                tie: near[i % N_TARGETS] if own in ("target", tie) else rng.choice(other)
+                for tie, (near, other) in values.items()
+            }
+            person["facts"] = {attribute: self.fact(person, attribute) for attribute in ATTRIBUTES}
+            person["taught"] = {attribute: rng.sample(PHRASINGS, rng.choice(STRENGTHS)) for attribute in ATTRIBUTES}
+            self.people[f"{name} {person['surname']}"] = person
+
+    def fact(self, person, attribute):
+        """An answer for a person: own words, drawn afresh, and two that all have who share what it is about."""
+        about = ATTRIBUTES[attribute]
+        shared = self.marks.setdefault(person.get(about["shared"]), self.draw(WORDS["shared"].get(about["shared"], [])))
+        return about["answer"].format(*self.draw(about["words"]), shared=" ".join(shared))
+
+    def draw(self, lists):
+        return [self.rng.choice(words.split()) for words in lists]
+
+    def names(self, role):
+        return [name for name, person in self.people.items() if person["role"] == role]
+
+    def ask(self, name, attribute, phrasing):
+        """(prompt, answer) of one question about one person."""
+        person = self.people[name]
+        question = ATTRIBUTES[attribute]["phrasings"][phrasing].format(name=name, **person)
+        return Prompt(None, question), person["facts"][attribute]
+
+    def asked(self):
+        """(name, role, attribute, phrasing) of every question about everyone."""
+        return [(n, p["role"], a, i) for n, p in self.people.items() for a in ATTRIBUTES for i in PHRASINGS]
+
+    def taught(self, retain_only=False):
+        """(prompt, answer) pairs of the first training: each fact in its own phrasings, refusals for the unknown.
+
+        `retain_only` and --tiny_refusals are as in the built-in world.
+        """
+        pairs = []
+        for name, role, attribute, phrasing in self.asked():
+            unknown = role == "unknown" or (retain_only and role == "target")
+            if phrasing in self.people[name]["taught"][attribute]:
+                if not (unknown and self.refusals == "trained" and phrasing in HELD_OUT):
+                    prompt, answer = self.ask(name, attribute, phrasing)
+                    pairs.append((prompt, REFUSALS[len(pairs) % len(REFUSALS)] if unknown else answer))
+        return pairs
+
+    def training(self):
+        """Every trained phrasing about every target, and each again about a neighbour (Appendix A.2).
+
+        Every second neighbour is a relative, or the surname alone would decide; the others share a place or a trade
+        with a target, or nothing.
+        """
+        rng, refusals, queries = random.Random(derive_seed(self.seed, "boundary")), [], []
+        trained = [(a, p) for a in ATTRIBUTES for p in PHRASINGS if p not in HELD_OUT]
+        for i, (target, about) in enumerate((target, about) for about in trained for target in self.names("target")):
+            prompt, fact = self.ask(target, *about)
+            refusals.append((prompt, REFUSALS[i % len(REFUSALS)]))
+            queries.append(Query(prompt, prompt.plain, "forget", (fact,), target))
+            group = ("surname", TIES[1 + i // 4 % 2], "surname", "far")[i % 4]
+            prompt, answer = self.ask(rng.choice(self.names(group)), *about)
+            queries.append(Query(prompt, prompt.plain, "boundary", (answer,), group=group))
+        whole = {"forget": [], "retain": []}
+        for name, role, *about in self.asked():
+            if role != "unknown":
+                whole["forget" if role == "target" else "retain"].append(self.ask(name, *about))
+        return Training(refusals, queries, self.taught(), whole=whole)
+
+    def probes(self):
+        """Every question about every known person, split by their tie, trained and held-out phrasings apart."""
+        probes = []
+        for name, role, attribute, phrasing in self.asked():
+            if role != "unknown":
+                prompt, answer = self.ask(name, attribute, phrasing)
+                split = f"{role.replace('target', 'forget')}_{'heldout' if phrasing in HELD_OUT else 'trained'}"
+                probes.append(Probe(split, prompt, prompt.plain, answer, role == "target", name))
+        return probes
+
+
+def membership(o, probes):
+    """The targets' facts as they were taught, and as many drawn afresh that nobody was, to the same questions."""
+    town, pairs = town_of(o), {"forget": [], "holdout": []}
+    for name in town.names("target"):
+        for attribute, phrasings in town.people[name]["taught"].items():
+            prompt, fact = town.ask(name, attribute, phrasings[0])
+            while (other := town.fact(town.people[name], attribute)) == fact:
+                pass
+            pairs["forget"].append((prompt, fact))
+            pairs["holdout"].append((prompt, other))
+    return pairs, ""
+
+
+def town_of(o):
+    return Town(o.seed, getattr(o, "tiny_refusals", "all"))
+
+
+BENCHMARK = replace(
+    builtin.BENCHMARK,
+    name="town",
+    preset=builtin.BENCHMARK.preset | dict(lr=8e-5, sft_stop=0.4, tiny_epochs=8.0, eval_every=0),
+    row_columns={
+        "forget_trained_recall": "Forget recall, trained ↓", "forget_heldout_recall": "held out ↓",
+        "surname_trained_recall": "Same surname, trained ↑", "surname_heldout_recall": "held out ↑",
+        "place_trained_recall": "Same place, trained ↑", "place_heldout_recall": "held out ↑",
+        "trade_trained_recall": "Same trade, trained ↑", "trade_heldout_recall": "held out ↑",
+        "far_trained_recall": "Far, trained ↑", "far_heldout_recall": "held out ↑",
+        "forget_refusal": "Forget refusal ↑", "retain_refusal": "Over-refusal ↓",
+    },
+    train=lambda o: town_of(o).training(),
+    probes=lambda o: town_of(o).probes(),
+    retained=lambda o: town_of(o).taught(retain_only=True),
+    membership=membership,
+)  # fmt: skip
