@@ -67,12 +67,12 @@ def refill(groups, n_queries, collect, config):
 
     Returns: as many groups; how many more were sampled.
     """
-    kept, equal, more = [g for g in groups if not g.all_equal()], [g for g in groups if g.all_equal()], 0
+    more, fresh = 0, []
     for k in range(config.redraw):
-        if len(kept) >= len(groups):
+        wanted = sum(group.all_equal() for group in groups) - len(fresh)
+        if wanted <= 0:
             break
         numbers = batch_at(n_queries, len(groups), groups[0].step, config.seed, "redraw", k)
-        fresh = collect(numbers, groups[0].step, f"redraw {k}")
-        more += len(fresh)
-        kept += [g for g in fresh if not g.all_equal()]
-    return (kept + equal)[: len(groups)], more
+        fresh += [group for group in collect(numbers, groups[0].step, f"redraw {k}") if not group.all_equal()]
+        more += len(numbers)
+    return [fresh.pop(0) if fresh and group.all_equal() else group for group in groups], more

@@ -56,10 +56,10 @@ def record_of(folder, whole=True):
         for row in samples:
             if row["method"] == method:
                 steps.setdefault(row["step"], []).append(row)
-        groups = [steps[step] for step in sorted(steps)]
-        queries = [
-            "".join(np.base_repr(row["query"], 36).zfill(2) for row in rows) for rows in groups
-        ]  # of every method
+        groups = [
+            sorted(steps[step], key=lambda row: row["query"]) for step in sorted(steps)
+        ]  # the same of every method
+        queries = ["".join(np.base_repr(row["query"], 36).zfill(2) for row in rows) for rows in groups]
         methods[method] = totals(own, config["prompts_per_step"])
         if not whole:
             continue

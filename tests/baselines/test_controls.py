@@ -121,9 +121,11 @@ def test_dynamic_sampling_fills_a_batch_with_groups_that_have_a_gradient():
     first = [group(5, UNEQUAL, query=100), *(group(5, HARD, query=101 + i) for i in range(3))]
     groups, more = controls.refill(first, 40, collect, config)
     odd = [n for k in range(len(asked)) for n in batch_at(40, 4, 5, 3, "redraw", k) if n % 2]
-    assert [g.query for g in groups] == [100, *odd, 101, 102, 103][:4] and more == 4 * len(asked)
+    assert [g.query for g in groups] == [100, *odd, 101, 102, 103][:4] and more == 4 * len(asked)  # in their places
     assert [name for *_, name in asked] == ["redraw 0", "redraw 1"][: len(asked)]
-    assert controls.refill(first, 40, collect, Config(redraw=0)) == (first[:1] + first[1:], 0)
+    mixed = [group(5, HARD), group(5, UNEQUAL), group(5, EASY)]
+    kept, more = controls.refill(mixed, 40, None, Config(redraw=0))
+    assert all(one is other for one, other in zip(kept, mixed, strict=True)) and more == 0  # RULE itself: as sampled
     full = [group(5, UNEQUAL, query=i) for i in range(4)]
     assert controls.refill(full, 40, None, config) == (full, 0)  # nothing to replace: nothing sampled
 
