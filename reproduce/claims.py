@@ -155,7 +155,7 @@ def stays_low(r):
     shares = []
     for base in r.runs("base").values():
         place, late = records.regions(base), {}
-        for _, query, reward, _ in records.groups_of(base, "rule", last=True):
+        for _, query, reward in records.groups_of(base, "rule", last=True):
             if place.get(query) == "hard":
                 late.setdefault(query, []).append(reward)
         shares.append(mean(100 * (mean(rewards) < base["tau"]) for rewards in late.values()))

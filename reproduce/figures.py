@@ -20,6 +20,7 @@ BOXES, ARROWS = json.loads(Path(__file__).with_name("pipeline.json").read_text(e
 ABOVE = {"loc": "outside upper center", "ncols": 5, "frameon": False}
 BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "frameon": False, "fontsize": 9.5}
 PROBED = ("Rej. Steer", "RULE", "ReRULE")
+SHARED = f"rerule@{records.RATES[0]}"  # starts replay as its variants do; the base runs, by the paper's rule
 TOWN = {"Original": ("town", "Original"), "Retained": ("town", "Retained"), "Rej. Steer": ("town", "Rej. Steer"),
         "RULE": ("town_rule", "rule"), "ReRULE": ("town_rerule", "rerule"), "random": ("town_random", "rerule"),
         "recent": ("town_recent", "rerule")}  # fmt: skip
@@ -139,7 +140,7 @@ def age(r, path, edges=(2, 4, 8)):
     axes[0].set(title="ReRULE's weights before clipping, update by update", ylim=(-0.08, 1.12),
                 xlabel="Mean age of the replayed groups, steps", ylabel="Share, 0–1")  # fmt: skip
     axes[0].legend(**BELOW)
-    rule, labels = r.of("base", "rule"), {f"age{e}": f"at most {e} steps old" for e in edges} | {"base": "of any age"}
+    rule, labels = r.of("base", "rule"), {f"age{e}": f"at most {e} steps old" for e in edges} | {SHARED: "of any age"}
     stats = {words: paired(r.of(family), rule, "retain_recall") for family, words in labels.items()}
     dots(axes[1], [(words, "rerule", stat) for words, stat in stats.items() if stat], "{mean:+.1f}")
     axes[1].axvline(0, color="black", linewidth=1)
@@ -171,7 +172,7 @@ def passes(base, kind, parts):
     part_of = {query: at * parts // len(order) for at, query in enumerate(order)}
     length = -(-len(base["kinds"]) // len(base["methods"]["rule"]["rewards"][0]))  # steps of one pass
     rows, steps = {}, {}
-    for step, query, reward, _ in records.groups_of(base, "rule"):
+    for step, query, reward in records.groups_of(base, "rule"):
         steps.setdefault((step - 1) // length, set()).add(step)
         if query in part_of:
             rows.setdefault((part_of[query], (step - 1) // length), []).append(reward)
@@ -225,7 +226,7 @@ def over_steps(r, path):
         own, rewards = [base["methods"][method]["evaluations"] for base in bases], []
         for base in bases:
             place, hard = records.regions(base), [[] for _ in range(base["steps"])]
-            for step, query, reward, _ in records.groups_of(base, method):
+            for step, query, reward in records.groups_of(base, method):
                 hard[step - 1] += [reward] * (place.get(query) == "hard")
             rewards.append(smooth(list(map(mean, hard))))
         drawn = [[[row[column] for row in rows] for rows in own] for column in ("retain_recall", "forget_refusal")]
@@ -247,10 +248,10 @@ def conditions(r, path):
     worlds, rule = [], r.of("base", "rule")
     for family in SECTIONS["worlds"]:
         share = mean(records.hard_share(run, run["tau"]) for run in r.runs(family).values())
-        stat = paired(r.of(family), r.of(family, "rule"), "retain_recall")
+        stat = paired(r.of(SHARED if family == "base" else family), r.of(family, "rule"), "retain_recall")
         worlds.append((f"{FAMILIES[family]['world']}: {100 * share:.0f} % hard", "rerule", stat))
-    taus = [(f"τ = {tau}", "rerule", paired(r.of(family), rule, "retain_recall"))
-            for tau, family in zip((0.4, 0.6, 0.8, 1.0), SECTIONS["table8"], strict=True)]  # fmt: skip
+    taus = [(f"τ = {family[3:] or 0.4}", "rerule", paired(r.of(family or SHARED), rule, "retain_recall"))
+            for family in ("", "tau0.6", "tau0.8", "tau1.0")]  # fmt: skip
     panels = {"By world: groups of mean reward below τ before replay": worlds, "By τ: groups below it are stored": taus}
     gains(panels, path, best_first=False)
 
@@ -290,7 +291,7 @@ def hardest(base, path):
     for axis, (query, kind, prompt, answer) in zip(axes.flat, base["cases"], strict=False):
         told = []
         for method, size in (("rule", 9), ("rerule", 5)):
-            points = [(step, reward) for step, q, reward, _ in records.groups_of(base, method) if q == query]
+            points = [(step, reward) for step, q, reward in records.groups_of(base, method) if q == query]
             axis.plot(*zip(*points, strict=True), linewidth=1.8, markersize=size, label=NAMES[method], **look(method))
             told.append(f"{NAMES[method]} {points[0][1]:.2f} → {points[-1][1]:.2f}")
         mark_start(axis, [base["methods"]["rerule"]["first_replay"]], "replay starts" if axis is axes[0, 0] else "")

@@ -1,9 +1,8 @@
 """What a finished run is reduced to, and what tables compare of such records. Pure functions, but for `record_of`.
 
 A record holds the rows of the run's table and, for each Stage 2 method, every rollout group's mean reward: a string a
-step, one character a group, LEVELS[16 r̄] (rewards of 8 rollouts are multiples of 1/16), and "=" for a group whose
-rewards are all 0.5. A group of LEVELS' first or last character has equal rewards too. Which prompts these were stands
-in `queries`, two digits of base 36 each.
+step, one character a group, LEVELS[16 r̄] (rewards of 8 rollouts are multiples of 1/16). Which prompts these were
+stands in `queries`, two digits of base 36 each.
 
 Hard and easy prompts are told apart at τ by RULE's mean rewards before the step at which ReRULE first replays, where
 both methods are the same run, once a seed and for every variant of it: prompts picked by how they turned out would
@@ -101,19 +100,8 @@ def short(value):
 
 
 def level(rewards):
-    """A group's rewards as one character."""
-    average = sum(rewards) / len(rewards)
-    return "=" if average == 0.5 and len(set(rewards)) == 1 else LEVELS[round(16 * average)]
-
-
-def mean_reward(character):
-    """The mean reward that a character stands for."""
-    return 0.5 if character == "=" else LEVELS.index(character) / 16
-
-
-def all_equal(character):
-    """Whether the group had no policy gradient."""
-    return character in "=0g"
+    """A group's mean reward as one character."""
+    return LEVELS[round(16 * sum(rewards) / len(rewards))]
 
 
 def totals(rows, n_groups):
@@ -151,7 +139,7 @@ def regions(base):
 def before_replay(base):
     """{query: its groups' mean rewards before ReRULE first replays}."""
     first, seen = base["methods"]["rerule"]["first_replay"] or base["steps"] + 1, {}
-    for step, query, reward, _ in groups_of(base, "rule"):
+    for step, query, reward in groups_of(base, "rule"):
         if step < first:
             seen.setdefault(query, []).append(reward)
     return seen
@@ -172,11 +160,11 @@ def cases(base, prompts, answers):
 
 
 def groups_of(record, method, last=None):
-    """(step, query, mean reward, all equal) of every group; of the last third of the steps alone with `last`."""
+    """(step, query, mean reward) of every group; of the last third of the steps alone with `last`."""
     rewards = record["methods"][method]["rewards"]
     first = len(rewards) - len(rewards) // WINDOW if last else 0
     steps = list(enumerate(zip(record["queries"], rewards, strict=False), 1))[first:]
-    return [(step, int(queries[2 * at : 2 * at + 2], 36), mean_reward(character), all_equal(character))
+    return [(step, int(queries[2 * at : 2 * at + 2], 36), LEVELS.index(character) / 16)
             for step, (queries, characters) in steps for at, character in enumerate(characters)]  # fmt: skip
 
 
@@ -198,9 +186,9 @@ def outcome(record, method, base):
     if ran and base and "rewards" in ran:
         place, late = regions(base), groups_of(record, method, last=True)
         for region in ("hard", "easy"):
-            found[f"late_{region}"] = mean(r for _, query, r, _ in late if place.get(query) == region)
+            found[f"late_{region}"] = mean(r for _, query, r in late if place.get(query) == region)
         chosen = {query for query, *_ in base["cases"]}
-        found["late_cases"] = mean(r for _, query, r, _ in late if query in chosen)
+        found["late_cases"] = mean(r for _, query, r in late if query in chosen)
     return found
 
 
@@ -298,12 +286,12 @@ def choose_in_town(records, seeds, rates=RATES):
         scores = {}
         for rate in rates:
             runs = [records.get(f"town@{rate}_{seed}") for seed in seeds]
-            if None in runs:
+            if not runs or None in runs:
                 return None
             if method == "rule" or not any(map(never_replayed, runs)):
                 scores[rate] = sum(outcome(run, method, None)["balance"] for run in runs)
-        found[method] = max(scores, key=scores.get)
-    return found
+        found[method] = max(scores, key=scores.get, default=None)
+    return found if all(found.values()) else None
 
 
 def bound(record, base, method="rerule"):

@@ -162,7 +162,7 @@ def table3(r, folder):
     figures.hardest(base, folder / "hardest.png")
     rows = []
     for query, kind, prompt, answer in base["cases"]:
-        late = [mean(reward for _, q, reward, _ in records.groups_of(base, m, last=True) if q == query)
+        late = [mean(reward for _, q, reward in records.groups_of(base, m, last=True) if q == query)
                 for m in NAMES]  # fmt: skip
         before = mean(records.before_replay(base)[query])
         shown = ["–" if value is None else f"{value:.2f}" for value in (before, *late)]

@@ -7,7 +7,6 @@ from reproduce.__main__ import Options
 from reproduce.plan import Job
 from reproduce.records import KEPT, PARTS
 
-CHOSEN = {"rule": "8e-5", "rerule": "1.6e-4", "steps": 42, "ratio": 1.3}  # on the selection seeds
 SMALL = (
     "--tiny_epochs 0.3 --tiny_hidden 32 --tiny_layers 1 --sft_steps 2 --sft_stop 0 --steps 4 --group_size 8 "
     "--prompts_per_step 8 --tau 1 --min_groups 4 --warmup_steps 1 --replay_groups 4 --max_new_tokens 4 --save_every 1"
@@ -37,7 +36,7 @@ def base_run(rule, rerule, first_replay=3, tau=0.5, kinds="ffbb"):
 
 
 def options(**changes):
-    return Options(tofu_dir="DATA", **changes)
+    return Options(tofu_dir="DATA", rwku_dir="DATA", **changes)
 
 
 def made_up(job):
@@ -72,10 +71,11 @@ def made_up(job):
     return run | about | {"rows": {name: row(name) for name in names}, "lr": 4e-5}
 
 
-def everything(seeds=8):
+def everything(seeds=8, **changes):
     """(records, jobs) of the whole plan; what is chosen on the selection seeds is chosen from made-up records."""
-    first = {job.name: made_up(job) for job in plan.all_jobs(options(seeds=seeds), {})}
-    jobs = plan.all_jobs(options(seeds=seeds), first)
+    o = options(seeds=seeds, **changes)
+    first = {job.name: made_up(job) for job in plan.all_jobs(o, {})}
+    jobs = plan.all_jobs(o, first)
     return {job.name: made_up(job) for job in jobs}, jobs
 
 
