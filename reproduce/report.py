@@ -255,7 +255,8 @@ def controls(r, folder):
             method = FAMILIES[family].get("method", "rerule")
             lines[FAMILIES[family]["plain"]] = ("RULE, changed" if method == "rule" else family, r.of(family, method))
         stats = [(words, name, paired(own, rule, "retain_recall")) for words, (name, own) in lines.items()]
-        panels[f"at {rate}"] = [row for row in stats if row[2]]
+        whose = "the shared one" if section == "controls" else "the one chosen for RULE"
+        panels[f"At learning rate {rate}, {whose}"] = [row for row in stats if row[2]]
     figures.gains({title: rows for title, rows in panels.items() if rows}, folder / "gains.png")
     best = difference_table(r, "controls_best", r.chosen["rule"]) if r.chosen else "Not run yet."
     return {"table": difference_table(r, "controls"), "best": best, "rate": r.chosen["rule"] if r.chosen else "–"}
@@ -288,7 +289,7 @@ def worlds(r, folder):
     """Three worlds."""
     rows = []
     for family in SECTIONS["worlds"]:
-        theirs, ours = r.of(family, "rule"), r.of(family)
+        theirs, ours = r.of(family, "rule"), r.at("rerule", RATES[0]) if family == "base" else r.of(family)
         shares = [records.hard_share(run, run["tau"]) for run in r.runs(family).values()]
         stat = paired(ours, theirs, "retain_recall")
         recall, refusal = ([column(o, key) for o in (theirs, ours)] for key in ("retain_recall", "forget_refusal"))

@@ -21,7 +21,8 @@ def run(tmp_path):
         log = Log(tmp_path / "metrics.jsonl")
         for row in rows:
             log.write(row)  # on no disk yet
-        return SimpleNamespace(folder=tmp_path, config=SimpleNamespace(min_groups=60, warmup_steps=10), metrics=log)
+        config = SimpleNamespace(min_groups=60, min_share=0.0, warmup_steps=10)
+        return SimpleNamespace(folder=tmp_path, config=config, metrics=log)
 
     return made
 

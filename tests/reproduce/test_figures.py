@@ -143,7 +143,7 @@ def test_attacks_are_sorted_by_what_they_bring_out_of_unlearned_models(drawn):
 def test_age_has_the_weights_by_age_and_the_gain_of_each_bound(drawn):
     points = {21: [[1.0, 0.9, 0.1], [1.5, 0.7, 0.3], [3.0, None, None]], 22: [[5.0, 0.4, 0.6], [7.0, 0.2, 0.8]]}
     runs = {seed: {"methods": {"rerule": {"by_age": own}}} for seed, own in points.items()}
-    made = {("base", "rule"): outcomes(80.0, 90.0, 85.0), ("base", "rerule"): outcomes(88.0, 97.0, 94.0),
+    made = {("base", "rule"): outcomes(80.0, 90.0, 85.0), ("rerule@4e-5", "rerule"): outcomes(88.0, 97.0, 94.0),
             ("age2", "rerule"): outcomes(81.0, 92.0, 88.0), ("age4", "rerule"): outcomes(84.0, 94.0, 89.0)}  # fmt: skip
     figures.age(Made(made, {"base": runs}), "age.png")
     left, right = drawn[0].axes
@@ -156,9 +156,10 @@ def test_age_has_the_weights_by_age_and_the_gain_of_each_bound(drawn):
 
 
 def base_runs():
-    """Two seeds of six steps: RULE's easy prompts (0 and 2) earn 1, its hard ones (1 and 3) 0, then 1/2 on seed 22."""
-    runs = {21: base_run(["gg", "00"] * 3, ["gg", "00", "gg", "00", "gg", "gg"]),
-            22: base_run(["gg", "00", "gg", "00", "gg", "88"], ["gg", "00", "gg", "00", "gg", "gg"])}  # fmt: skip
+    """Two seeds of six steps: easy prompts earn 1 (forget) and 3/4 (boundary), hard ones 0; in the last step these earn
+    1 with ReRULE and, on seed 22, 1/2 with RULE."""
+    runs = {21: base_run(["gc", "00"] * 3, ["gc", "00", "gc", "00", "gc", "gg"]),
+            22: base_run(["gc", "00", "gc", "00", "gc", "88"], ["gc", "00", "gc", "00", "gc", "gg"])}  # fmt: skip
     for run, end in zip(runs.values(), (70.0, 80.0), strict=True):
         for method, more in (("rule", 0), ("rerule", 5)):
             run["methods"][method]["evaluations"] = [
@@ -185,20 +186,23 @@ def test_curves_over_steps_tell_where_they_begin_and_end(drawn):
 
 def test_trajectories_tell_each_parts_way(drawn):
     figures.trajectories(Made(records={"base": base_runs()}), "trajectories.png", parts=2)
-    for axis in drawn[0].axes:  # one forget and one boundary prompt in each half, a pass of two steps
-        assert legend(axis) == ["hardest fifth: 0.00 → 0.25", "easiest fifth: 1.00 → 1.00"]
+    forget, boundary = drawn[0].axes  # a prompt of either kind in each half, a pass of two steps
+    assert legend(forget) == ["hardest fifth: 0.00 → 0.25", "easiest fifth: 1.00 → 1.00"]
+    assert legend(boundary) == ["hardest fifth: 0.00 → 0.25", "easiest fifth: 0.75 → 0.75"]
 
 
-def test_conditions_have_the_share_of_hard_groups_and_each_gain(drawn, monkeypatch):
+def test_conditions_have_the_share_of_hard_groups_and_each_gain(drawn):
     worlds = {family: base_runs() for family in ("world0", "base", "world30")}
     made = {(family, method): outcomes(60.0, 70.0 + more, 50.0) for family in worlds
             for method, more in (("rule", 0), ("rerule", 3))}  # fmt: skip
     made |= {(f"tau{tau}", "rerule"): outcomes(61.0, 70.0, 50.0) for tau in ("0.6", "0.8")}
+    made["rerule@4e-5", "rerule"] = outcomes(66.0, 70.0, 50.0)  # in place of the base runs'
     figures.conditions(Made(made, worlds), "conditions.png")
     upper, lower = drawn[0].axes
     assert [label.rpartition(": ")[2] for label in labels(upper)] == ["50 % hard"] * 3  # one step of the first two
     assert labels(lower) == ["τ = 0.4", "τ = 0.6", "τ = 0.8", "τ = 1.0"]
-    assert [row[0].split()[0] for row in numbers(upper) + numbers(lower)] == [*["+1.0"] * 4, "+0.3", "+0.3", "–"]
+    means = [[row[0].split()[0] for row in numbers(axis)] for axis in (upper, lower)]
+    assert means == [["+1.0", "+2.0", "+1.0"], ["+2.0", "+0.3", "+0.3", "–"]]
 
 
 def test_theorys_title_has_the_correlation_and_its_rows_those_that_were_measured(drawn, monkeypatch):

@@ -1,6 +1,5 @@
 """The report: its text and figures from made-up records."""
 
-import importlib
 import json
 import re
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 from made_up import everything, options
 from PIL import Image
 
-from reproduce import figures, plan, report
+from reproduce import plan, report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,12 +47,6 @@ def test_the_report_says_what_is_missing(records, tmp_path):
     assert "No runs yet" in (tmp_path / "report.md").read_text()
 
 
-def test_every_function_in_the_pipelines_picture_exists():
-    for name in figures.BOXES:
-        module, function = name.split(".")
-        assert callable(getattr(importlib.import_module(module), function)), name
-
-
 def test_the_papers_figures():
     paper = json.loads((ROOT / "reproduce" / "paper.json").read_text(encoding="utf-8"))
     assert paper["table2"]["ReRULE"]["utility"] - paper["table2"]["RULE"]["utility"] == pytest.approx(9.9)
@@ -65,14 +58,6 @@ def test_every_command_in_the_text_is_one(records):
     text = (ROOT / "reproduce" / "template.md").read_text(encoding="utf-8")
     named = re.findall(r"--only ((?:\w+ ?)+)`", text)
     assert len(named) == len(report.PARTS) and set(" ".join(named).split()) <= set(plan.SECTIONS)
-
-
-def test_the_pipelines_arrows_follow_the_steps():
-    """1 → 2 → 3 → 4, then 5 and 6 for ReRULE alone, whose next step follows 6; RULE's follows 4."""
-    numbers = [text[0] for *_, text in figures.BOXES.values()]
-    steps = {(numbers[a], numbers[b]) for a, b, *_ in figures.ARROWS}
-    assert {(str(n), str(n + 1)) for n in range(1, 6)} | {("4", "1"), ("6", "1"), ("6", "B"), ("B", "5")} <= steps
-    assert len(steps) == 10  # and Stage 1 before them
 
 
 def test_the_committed_figures_are_sharp_and_small():
