@@ -205,7 +205,7 @@ class Results:
         self.seeds = {run["seed"] for run in self.records.values()} - selection
         self.rates = tuple(rate for rate in RATES if self.has(f"random@{rate}"))  # a quick run has two
         self.chosen = choose(records, sorted(selection), self.rates)
-        self.in_town = choose_in_town(records, sorted(selection), self.rates)
+        self.in_town = choose_in_town(records, sorted(selection), self.rates[:4])
         self.of = cache(self.of)
 
     def runs(self, family):

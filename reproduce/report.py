@@ -324,12 +324,18 @@ def appendix_e(r, folder):
     return {"bounds": table(rows), "models": table(models), "correlation": correlation}
 
 
+def attacks_by_type(r, folder):
+    """RWKU, and its picture."""
+    figures.attacks(r, folder / "attacks.png")
+    return real_text.attacks_by_type(r, folder)
+
+
 PARTS = {  # what fills each section's blanks, in the template's order
     "rates": rates, "controls": controls, "age": age, "town": town,
     "table1": table1, "table3": table3, "table4": table4, "table5": real_text.table5, "table6": table6,
     "table7": table7, "table8": lambda r, _: {"table": difference_table(r, "table8")},
     "figure1": lambda r, folder: figures.trajectories(r, folder / "trajectories.png") or {},
     "figure2": lambda r, folder: figures.pipeline(folder / "pipeline.png") or {},
-    "figure3": figure3, "worlds": worlds, "book": real_text.book, "rwku": real_text.attacks_by_type,
+    "figure3": figure3, "worlds": worlds, "book": real_text.book, "rwku": attacks_by_type,
     "weights": lambda r, _: {"table": difference_table(r, "weights")}, "appendix_e": appendix_e,
 }  # fmt: skip

@@ -67,6 +67,7 @@ def made_up(job):
             {"step": s, "retain_recall": float(rng.random()), "forget_refusal": 99.0} for s in range(1, 13)
         ]
         method["arithmetic"] = 100.0
+        method["by_age"] = [[float(age), 1 / (1 + age / 8), 0.5] for age in range(1, 20)] + [[3.0, None, None]]
     run["methods"]["rerule"] |= {"seconds_replay": float(rng.uniform(1, 2)), "replay_groups": int(rng.integers(4, 9))}
     return run | about | {"rows": {name: row(name) for name in names}, "lr": 4e-5}
 

@@ -1,0 +1,87 @@
+"""What the paper tells of real text, with tiny models: Table 5, TOFU's row of Table 6, Table 2's columns on a book of
+our own, RWKU's attacks by type. Cells are means over seeds and half the width of their 95 % intervals by Student's t.
+"""
+
+import json
+from math import log10
+from pathlib import Path
+from statistics import fmean
+
+from reproduce import claims
+from reproduce.attacks import cell
+from reproduce.records import hard_share
+from reproduce.statistics import paired
+
+PAPER = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
+MODELS = {name: name for name in ("Original", "Retained", "Rej. Steer")} | {"RULE": "rule", "ReRULE": "rerule"}
+RWKU = {"forget_fb": "Forget: fill in the blank ↓", "forget_qa": "Forget: question ↓", "forget_aa": "All attacks ↓",
+        "retain_fb": "Neighbours: fill in the blank ↑", "retain_qa": "Neighbours: question ↑"}  # fmt: skip
+
+
+def table(rows):
+    """Rows of a Markdown table, whose header the template has."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def compared(r, family, columns, paper, theirs):
+    """A row for each model of a family's runs: seeds, `columns` with their digits, then the paper's `theirs`."""
+    rows = []
+    for title, own in models_of(r, family).items():
+        ours = [cell([o[name] for o in own.values()], digits) for name, digits in columns.items()]
+        figures = (PAPER[paper].get(title, {}).get(name) for name in theirs)
+        rows.append([title, str(len(own)), *ours, *("" if figure is None else f"{figure:g}" for figure in figures)])
+    return rows
+
+
+def models_of(r, family):
+    """{title: {seed: outcome}} of the models that a family's runs have."""
+    found = {title: r.of(family, method) for title, method in MODELS.items()}
+    return {title: own for title, own in found.items() if any(o["retain_recall"] is not None for o in own.values())}
+
+
+def change(r, family, column, value=lambda figure: figure):
+    """ReRULE − RULE in a column, in one line; value: what of the column's figure is compared."""
+    pair = [{seed: {column: value(o[column])} for seed, o in r.of(family, m).items()} for m in ("rerule", "rule")]
+    return claims.figure(paired(*pair, column))
+
+
+def table5(r, folder):
+    """TOFU: forget quality as the geometric mean of its p-values and as log10; the retained model's own is 1."""
+    shown = {"model_utility": 3, "forget_rouge_l": 3, "retain_recall": 1, "retain_refusal": 1,
+             "forget_paraphrased_recall": 1}  # fmt: skip
+    rows = compared(r, "tofu", shown, "table5", ("forget_quality", "model_utility", "forget_rouge_l"))
+    for row, (title, own) in zip(rows, models_of(r, "tofu").items(), strict=True):
+        logs = [0.0 if title == "Retained" else log10(o["forget_quality"]) for o in own.values()]
+        row[2:2] = [f"{10 ** fmean(logs):.2g}", cell(logs, 1)]
+    told = {"quality": change(r, "tofu", "forget_quality", log10)}
+    return {"table": table(rows), **told, "utility": change(r, "tofu", "model_utility", lambda share: 100 * share)}
+
+
+def tofu_hard_share(r):
+    """TOFU's rows of Table 6: share of groups below τ before replay, of all prompts, forget and boundary ones, in %."""
+    runs, rows = r.runs("tofu").values(), []
+    for tau in (0.4, 0.6):
+        shares = [[100 * hard_share(run, tau, kinds) for run in runs] for kinds in ("fbhe", "f", "bhe")]
+        rows.append(["TOFU text, tiny model", f"{tau:g}", *(cell(share, 1) for share in shares)])
+    return table(rows) if runs else "| TOFU text, tiny model | | Not run: give `--tofu_dir FOLDER` | | |"
+
+
+def book(r, folder):
+    """VerbMem, KnowMem and Utility on a book of our own."""
+    shown = dict.fromkeys(("verbmem", "knowmem", "utility", "forget_refusal", "retain_refusal"), 1)
+    rows = compared(r, "book", shown, "table2", ("verbmem", "knowmem", "utility"))
+    return {"table": table(rows), **{name: change(r, "book", name) for name in ("verbmem", "knowmem", "utility")}}
+
+
+def attacks_by_type(r, folder):
+    """RWKU: a row for each of its columns and for each type of attack; in a cell one figure a seed."""
+    runs, rows = r.runs("rwku"), []
+    titles = [title for title in MODELS if title != "Retained"]
+    types = sorted({name for run in runs.values() for name in run["rows"]["Original"] if name.startswith("attack_")})
+    for name in (*RWKU, *types):
+        found = [[run["rows"][title].get(name) for run in runs.values()] for title in titles]
+        theirs = [PAPER["table1"][title].get(name) for title in titles]
+        cells = [" · ".join("–" if x is None else f"{x:.1f}" for x in figures) for figures in found]
+        label = RWKU.get(name) or name.removeprefix("attack_").replace("_", " ") + " ↓"
+        rows.append([label, *cells, *("" if x is None else f"{x:g}" for x in theirs)])
+    return {"table": table(rows), "seeds": ", ".join(map(str, runs))}
