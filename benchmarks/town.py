@@ -1,12 +1,10 @@
 """The town: made-up people whose facts are known well or badly and who are tied to a target more or less closely.
 
-In the built-in world the original model knows everything and forgetting costs little; here forgetting and keeping
-compete. Six people are to be forgotten. Of their neighbours twelve each share a surname, a place or a trade with one
-of them, and twelve share none. Names, places and trades stand in the questions; who shares one shares two words of one
-answer too. Four facts of eight or nine words each have five phrasings, and each is taught in one to five of them: the
-original model knows some well and others in part. Two phrasings, which have the name alone, are kept out of unlearning.
-Twelve further people are unknown, tied to the targets like the neighbours: asked about them, the model learns to say
-so. Stage 1 ends while many forget prompts are still answered.
+Here forgetting and keeping compete. Six people are to be forgotten. Of their neighbours twelve each share a surname, a
+place or a trade with one of them, and twelve share none. Names, places and trades stand in the questions; who shares
+one shares two words of one answer too. Four facts of eight or nine words have five phrasings each and are taught in one
+to five of them, so the original model knows some in part. Two phrasings, with the name alone, are kept out of
+unlearning. Twelve people more, tied like neighbours, are unknown: asked about them, the model learns to say so.
 """
 
 import json
@@ -145,13 +143,11 @@ BENCHMARK = replace(
     name="town",
     preset=builtin.BENCHMARK.preset | dict(lr=8e-5, sft_stop=0.4, tiny_epochs=8.0, eval_every=0),
     row_columns={
-        "forget_trained_recall": "Forget recall, trained ↓", "forget_heldout_recall": "held out ↓",
-        "surname_trained_recall": "Same surname, trained ↑", "surname_heldout_recall": "held out ↑",
-        "place_trained_recall": "Same place, trained ↑", "place_heldout_recall": "held out ↑",
-        "trade_trained_recall": "Same trade, trained ↑", "trade_heldout_recall": "held out ↑",
-        "far_trained_recall": "Far, trained ↑", "far_heldout_recall": "held out ↑",
-        "forget_refusal": "Forget refusal ↑", "retain_refusal": "Over-refusal ↓",
-    },
+        f"{role}_{part}_recall": f"{words}, trained {mark}" if part == "trained" else f"held out {mark}"
+        for role, words, mark in (("forget", "Forget recall", "↓"), ("surname", "Same surname", "↑"),
+                                  ("place", "Same place", "↑"), ("trade", "Same trade", "↑"), ("far", "Far", "↑"))
+        for part in ("trained", "heldout")
+    } | {"forget_refusal": "Forget refusal ↑", "retain_refusal": "Over-refusal ↓"},
     train=lambda o: town_of(o).training(),
     probes=lambda o: town_of(o).probes(),
     retained=lambda o: town_of(o).taught(retain_only=True),

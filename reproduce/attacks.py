@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs at a time, one core ea
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 from baselines import METHODS, TITLES
 from config import Count, InputError, setting
@@ -58,23 +58,17 @@ def all_jobs(o, records):
 
 def rows_of(records, family):
     """{title: [columns of each seed]} of a family's runs."""
-    found = {}
-    for record in (records[name] for name in sorted(records)):
-        if record["family"] == family:
-            for title, columns in record["rows"].items():
-                found.setdefault(title, []).append(columns)
-    return found
+    own = [records[name]["rows"] for name in sorted(records) if records[name]["family"] == family]
+    return {title: [rows[title] for rows in own if title in rows] for title in dict.fromkeys(t for r in own for t in r)}
 
 
 def cell(values, digits, sign=""):
     """Mean and half the width of its 95 % interval by Student's t."""
-    from scipy.stats import t
+    from scipy.stats import sem, t
 
     values = [value for value in values if value is not None]
-    if len(values) < 2:
-        return f"{values[0]:{sign}.{digits}f}" if values else "–"
-    half = t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
-    return f"{fmean(values):{sign}.{digits}f} ± {half:.{digits}f}"
+    half = f" ± {t.ppf(0.975, len(values) - 1) * sem(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):{sign}.{digits}f}{half}" if values else "–"
 
 
 def table(rows, against=None):

@@ -21,11 +21,13 @@ from dataclasses import dataclass
 from math import log10
 from pathlib import Path
 
+import numpy as np
+
 from baselines import TITLES
 from engine.plots import NAMES, mean
 from reproduce import records
 from reproduce.plan import SECTIONS
-from reproduce.statistics import difference, holm, instability, p_value, rank_correlation, signs, slope, statistic
+from reproduce.statistics import difference, holm, instability, p_value, rank_correlation, signs, statistic
 
 HARD_STORES = SECTIONS["appendix_e"][:-1]  # ReRULE and its variants that store hard groups alone; the probe is last
 SEEDS, LEVEL = 8, 0.05  # seeds that a verdict needs; p that it needs
@@ -85,7 +87,7 @@ def line(stat, unit, told, bar=0.0):
     """Mean, 95 % interval and its kind, what is told of the test, seeds on both sides of the bar."""
     digits = 1 if max(abs(stat["mean"]), abs(stat["low"]), abs(stat["high"])) >= 1 else 2
     average, low, high = (f"{stat[name]:+.{digits}f}" for name in ("mean", "low", "high"))
-    up, down, _ = signs(stat["values"], bar)
+    up, down = signs(stat["values"], bar)
     seeds = f"{up} above {down} below {bar:g}" if bar else f"{up} up {down} down"
     return f"{average}{unit} [{low}, {high}] {stat['kind']}{told}, {seeds}"
 
@@ -190,7 +192,7 @@ def tau_fall(r):
     """Points of retain recall lost from τ 0.4 to 1.0 by a straight line through the four."""
     rows = {0.4: r.at("rerule", "4e-5"), **{t: r.of(f"tau{t}") for t in (0.6, 0.8, 1.0)}}
     seeds = [seed for seed in rows[0.4] if all(seed in row for row in rows.values())]
-    return [-0.6 * slope([(t, row[s]["retain_recall"]) for t, row in rows.items()]) for s in seeds]
+    return [-0.6 * np.polyfit([*rows], [row[s]["retain_recall"] for row in rows.values()], 1)[0] for s in seeds]
 
 
 def extra_time(r, family):

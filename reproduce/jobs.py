@@ -23,7 +23,7 @@ from engine.files import write_json, write_text
 from reproduce import plan
 from reproduce.records import record_of
 
-BAR = "{desc} |{bar}| {percentage:3.0f} %, {elapsed} gone{postfix}"
+BAR = "{desc} |{bar}| {percentage:3.0f} %, {elapsed} gone, {remaining} left"
 KEPT = ("config.json", "table.json", "metrics.jsonl", "record.json", "samples.jsonl.gz")  # of a finished run
 
 
@@ -149,7 +149,6 @@ def run_all(o, folder, records, jobs_of=planned):
                 break
             names = ", ".join(job.name for job in running.values())
             bar.set_description_str(f"{len(jobs) - len(missing)} of {len(jobs)} runs; now {names}", refresh=False)
-            bar.set_postfix_str(time_left(bar.total - bar.n, bar.n, bar.format_dict["elapsed"], o.workers))
             done, _ = wait(running, timeout=2, return_when=FIRST_COMPLETED)
             for future in done:
                 job = running.pop(future)
@@ -164,12 +163,6 @@ def run_all(o, folder, records, jobs_of=planned):
                     records[job.name] = json.loads((runs / job.name / "record.json").read_text(encoding="utf-8"))
                 bar.update(round(job.cost))
     bar.close()
-
-
-def time_left(cost_left, cost_done, elapsed, workers):
-    """Minutes left: by the speed so far, or by the plan's seconds before anything is done."""
-    seconds = cost_left * elapsed / cost_done if cost_done else cost_left / workers
-    return f"about {max(1, round(seconds / 60))} min left"
 
 
 def has_models(folder):

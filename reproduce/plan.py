@@ -1,8 +1,8 @@
 """The plan of the report: every run, in the order to start them, and what each part of the report needs.
 
 `families.json` has a row for each family of runs that differs from its base run by flags alone: its method, its label
-in tables, its plain name in the first figure, its name where Appendix E's bound or a world is shown; and for each part
-of the report its families. A family of the main figure is named with its learning rate, as in random@8e-5.
+in tables, its plain name in a figure, its name where Appendix E's bound or a world is shown; the runs on real text; and
+each part's families. A family of the main figure is named with its learning rate, as in random@8e-5.
 
 Deviations
 - Settings are chosen on seeds 11 to 14; the report's seeds are 21 and up, on which nothing was chosen.
@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baselines import METHODS
-from reproduce.records import RATES, choose, choose_in_town
+from reproduce.records import NAMES, RATES, best_rates, choose, in_town
 
 SELECTION, FIRST_SEED = (11, 12, 13, 14), 21  # seeds to choose on; first of the report
 REPLAYS = ("random", "recent", "current")  # beside hard groups, in the main figure
 BASELINES = [name for name in METHODS if name not in ("rej_steer", "rule", "rerule")]
-REPLAY, FAMILIES, SECTIONS = json.loads(Path(__file__).with_name("families.json").read_text(encoding="utf-8")).values()
+REPLAY, FAMILIES, TEXT, SECTIONS = json.loads(
+    Path(__file__).with_name("families.json").read_text(encoding="utf-8")
+).values()
 SECTIONS["claims"] = list(dict.fromkeys(family for own in SECTIONS.values() for family in own))
 VARIANTS = [family for family, row in FAMILIES.items() if "flags" in row]  # the base run's models, other flags
 DECIDING = [f"{name}{at}" for at in ("", "_best") for name in ("fresh", "easy", "medium", "priority", "dynamic")]
@@ -30,16 +32,6 @@ LEAKED = {*SECTIONS["controls"], *SECTIONS["controls_best"]}  # the variants who
 OPTIMISER_STEPS = 54  # of a run that replays: 32 on-policy and, from step 11 on, 22 off-policy ones
 LEAK = " --attack leak"
 QUICK = "--steps 8 --warmup_steps 5 --min_groups 10"
-TEXT = {  # family: (flags, seconds expected, flags of a quick run, seeds or None for all)
-    "tofu": ("--benchmark tofu --data_dir {tofu_dir} --method retained rule rerule --steps 11 --tiny_layers 2 "
-             "--tiny_epochs 6 --tiny_lr 2e-3 --tiny_batch_size 8", 170,
-             "--steps 4 --warmup_steps 2 --min_groups 8 --tiny_epochs 1", None),
-    "book": ("--benchmark muse --data_dir {book_dir} --method retained rule rerule --steps 20 --warmup_steps 8 "
-             "--tiny_layers 2 --tiny_epochs 6 --tiny_lr 2e-3 --tiny_batch_size 16", 60,
-             "--steps 6 --warmup_steps 3 --tiny_epochs 2", None),
-    "rwku": ("--benchmark rwku --data_dir {rwku_dir} --method rule rerule --tiny_layers 2 --tiny_epochs 6", 200,
-             "--steps 4 --warmup_steps 2 --min_groups 8 --tiny_epochs 1", 1),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,20 +88,21 @@ def all_jobs(o, records):
             flags = f"--eval_every 0 --method rule --lr {rate} --steps {n}{LEAK}"
             add(seeds, f"{family}@{rate}", flags if n else None, "base", 16)
     variants(DECIDING)
-    in_town = choose_in_town(records, selection, rates[:4])
+    best = best_rates(records, selection, rates[:4], NAMES, in_town)
     for rate in rates[:4]:  # RULE alone is past its best at the fifth
         start = "" if rate == RATES[0] else f"town@{RATES[0]}"
         add(selection, f"town@{rate}", f"--benchmark town --lr {rate} {REPLAY}", start, 30 if start else 75)
     add(few, "town", f"--benchmark town{LEAK}", None, 90)
     for family, store in (("rule", ""), ("rerule", "hard"), ("random", "random"), ("recent", "recent")):
         flags = f"--benchmark town --method {f'rerule --replay_store {store} {REPLAY}' if store else 'rule'}{LEAK}"
-        rate = in_town and in_town["rule" if family == "rule" else "rerule"]
+        rate = best and best["rule" if family == "rule" else "rerule"]
         add(few, f"town_{family}", f"{flags} --lr {rate}" if rate else None, "town", 20)
     variants([family for family in VARIANTS if family not in DECIDING])
-    for family, (flags, cost, quick, n) in TEXT.items():
+    for family, row in TEXT.items():
         given = getattr(o, f"{family}_dir", "made on the spot")
-        own = [seed for seed in few[:n] if given or f"{family}_{seed}" in records]
-        add(own, family, f"{flags} --model tiny --eval_every 0 {REPLAY} {quick * o.quick}", None, cost)
+        own = [seed for seed in few[: row["seeds"]] if given or f"{family}_{seed}" in records]
+        flags = f"{row['flags']} --model tiny --eval_every 0 {REPLAY} {row['quick'] * o.quick}"
+        add(own, family, flags, None, row["cost"])
     add(few, "baselines", f"--eval_every 0 --method {' '.join(BASELINES)}", "base", 70)
     add(few, "probe", "", "base", 8)
     for crossed in (0, 30):  # neighbours with crossed names; the base runs have 22
@@ -120,8 +113,9 @@ def all_jobs(o, records):
 def wanted(o, jobs):
     """The jobs that `--only` asks for, with those that they start from or are chosen by."""
     families = {family for section in o.only or SECTIONS for family in SECTIONS[section]}
-    if families & {"rates", "compute"} or any("at" in FAMILIES.get(family, ()) for family in families):
+    if "compute" in families or any("at" in FAMILIES.get(family, ()) for family in families):
         families |= {"select", "grid", *REPLAYS}
+    families |= {"rerule"} if families & {"select", "world0", *VARIANTS} else set()  # it stands beside them
     keep = {job.name for job in jobs if job.family.split("@")[0] in families}
     keep |= {job.start for job in jobs if job.name in keep}
     return [job for job in jobs if job.name in keep]

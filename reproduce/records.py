@@ -29,10 +29,10 @@ KEPT = (
     "forget_recall forget_refusal forget_trained_recall forget_heldout_recall forget_trained_refusal "
     "forget_heldout_refusal retain_recall retain_refusal leakage seconds stopped forget_tokens retain_tokens "
     "forget_quality model_utility forget_rouge_l forget_paraphrased_recall forget_paraphrased_refusal leak_64 verbmem "
-    "knowmem utility"
+    "knowmem utility forget_fb forget_qa forget_aa retain_fb retain_qa"
 ).split()  # columns of a table that records keep
 ATTACKED = ("leak_", "answer_", "extraction_", "exact_", "membership_", "privleak", "prefix_", "relearn_", "quantize_",
-            "forget_recall_", "retain_recall_")  # how more of them begin  # fmt: skip
+            "forget_recall_", "retain_recall_", "attack_")  # how more of them begin  # fmt: skip
 KINDS = {"hard": "h", "easy": "e"}  # of boundary queries of the built-in world; others are "b", forget queries "f"
 # Phrasings of a split that training uses; two more are held out.
 PHRASINGS = {"hard": 4, "easy": 4, "surname": 3, "place": 3, "trade": 3, "far": 3}
@@ -55,9 +55,7 @@ def record_of(folder, whole=True):
         for row in samples:
             if row["method"] == method:
                 steps.setdefault(row["step"], []).append(row)
-        groups = [
-            sorted(steps[step], key=lambda row: row["query"]) for step in sorted(steps)
-        ]  # the same of every method
+        groups = [sorted(steps[step], key=lambda row: row["query"]) for step in sorted(steps)]
         queries = ["".join(np.base_repr(row["query"], 36).zfill(2) for row in rows) for rows in groups]
         methods[method] = totals(own, config["prompts_per_step"])
         if not whole:
@@ -74,8 +72,9 @@ def record_of(folder, whole=True):
     early = ("Original", "Retained", "Rej. Steer") if config["start_from"] else ()  # the base run's own
     rows = {name: row for name, row in table.items() if name not in early}
     found = {name: config[name] for name in ("tau", "lr", "steps", "group_size")}
+    kept = lambda column: column in KEPT or column.startswith(ATTACKED)  # noqa: E731
     found["rows"] = {
-        name: {k: short(row[k]) for k in row if is_kept(k) and row[k] is not None} for name, row in rows.items()
+        name: {k: short(row[k]) for k in row if kept(k) and row[k] is not None} for name, row in rows.items()
     }
     found |= {"methods": methods} | ({"queries": queries} if whole else {})
     if whole and {"rule", "rerule"} <= set(methods):  # a base run: what its variants are read with
@@ -88,10 +87,6 @@ def record_of(folder, whole=True):
 
 def kind_of(row):
     return "f" if row["kind"] == "forget" else KINDS.get(row["group"], "b")
-
-
-def is_kept(column):
-    return column in KEPT or column.startswith(ATTACKED)
 
 
 def short(value):
@@ -201,11 +196,11 @@ class Results:
     def __init__(self, records, jobs):
         self.records = {job.name: records[job.name] for job in jobs if job.name in records}
         self.refused = sorted(name for name, run in self.records.items() if never_replayed(run))
-        selection = {run["seed"] for run in records.values() if run["family"] == "select"}
-        self.seeds = {run["seed"] for run in self.records.values()} - selection
+        selection = sorted({run["seed"] for run in records.values() if run["family"] == "select"})
+        self.seeds = {run["seed"] for run in self.records.values()} - set(selection)
         self.rates = tuple(rate for rate in RATES if self.has(f"random@{rate}"))  # a quick run has two
-        self.chosen = choose(records, sorted(selection), self.rates)
-        self.in_town = choose_in_town(records, sorted(selection), self.rates[:4])
+        self.chosen = choose(records, selection, self.rates)
+        self.in_town = best_rates(records, selection, self.rates[:4], NAMES, in_town)
         self.of = cache(self.of)
 
     def runs(self, family):
@@ -248,50 +243,47 @@ def never_replayed(record, method="rerule"):
     return method == "rerule" in record.get("methods", {}) and record["methods"][method]["first_replay"] is None
 
 
-def rate_scores(records, seeds, rates=RATES):
+def in_town(name, rate, first=""):
+    """As `place_of`, for the rates of the town."""
+    return f"town@{rate}", name
+
+
+def rate_scores(records, seeds, rates=RATES, names=CURVES, place=place_of):
     """{curve: {rate: [`grid.score`, a seed each]}} of the selection runs that replayed, as for the baselines."""
 
-    def score_of(name, rate):
-        family, method = place_of(name, rate, "select")
+    def score_of(family, method):
         runs = [records[f"{family}_{seed}"] for seed in seeds if f"{family}_{seed}" in records]
-        return [outcome(run, method, None)["balance"] for run in runs if method == "rule" or not never_replayed(run)]
+        return [outcome(run, method, None)["balance"] for run in runs if not never_replayed(run, method)]
 
-    return {name: {rate: score_of(name, rate) for rate in rates} for name in CURVES}
+    return {name: {rate: score_of(*place(name, rate, "select")) for rate in rates} for name in names}
+
+
+def best_rates(records, seeds, rates=RATES, names=CURVES, place=place_of):
+    """{curve: its best rate on the selection seeds}, among those at which it replayed on all of them.
+
+    None until all selection runs are there, or where a curve has no such rate.
+    """
+    asked = {f"{place(name, rate, 'select')[0]}_{seed}" for name in names for rate in rates for seed in seeds}
+    if not asked or not asked <= set(records):
+        return None
+    best = {}
+    for name, by_rate in rate_scores(records, seeds, rates, names, place).items():
+        whole = {rate: sum(own) for rate, own in by_rate.items() if len(own) == len(seeds)}
+        best[name] = max(whole, key=whole.get, default=None)
+    return best if all(best.values()) else None
 
 
 def choose(records, seeds, rates=RATES):
-    """Of each curve the best rate on the selection seeds, among those at which it replayed on all of them.
+    """What the main figure has chosen: `best_rates`, RULE's for RULE with more steps too, and the steps of the latter.
 
-    Returns: {curve: rate, "n_steps": {rate: steps that give RULE ReRULE's arithmetic}, "ratios": {rate: the ratio}}, or
-    None until all selection runs are there. RULE's rate serves RULE with more steps too.
+    Returns: {curve: rate, "n_steps": {rate: steps that give RULE ReRULE's arithmetic}, "ratios": {rate: the ratio}}.
     """
-    scores = rate_scores(records, seeds, rates)
-    names = {f"{place_of(name, rate, 'select')[0]}_{seed}" for name in CURVES for rate in rates for seed in seeds}
-    if not seeds or not rates or not names <= set(records):
-        return None
-    whole = {name: {r: own for r, own in by_rate.items() if len(own) == len(seeds)} for name, by_rate in scores.items()}
-    best = {name: max(by_rate, key=lambda rate: sum(by_rate[rate])) for name, by_rate in whole.items() if by_rate}
-    steps, ratios = {}, {}
-    for rate in rates:
+    best, steps, ratios = best_rates(records, seeds, rates), {}, {}
+    for rate in rates if best else ():
         runs = [records[f"{place_of('rule', rate, 'select')[0]}_{seed}"] for seed in seeds]
         ratio = np.median([r["methods"]["rerule"]["arithmetic"] / r["methods"]["rule"]["arithmetic"] for r in runs])
         ratios[rate], steps[rate] = float(ratio), round(ratio * runs[0]["steps"])
-    return best | {"steps": best["rule"], "compute": best["rule"], "n_steps": steps, "ratios": ratios}
-
-
-def choose_in_town(records, seeds, rates=RATES):
-    """The same for RULE and ReRULE in the town: {method: rate}, or None until all selection runs are there."""
-    found = {}
-    for method in NAMES:
-        scores = {}
-        for rate in rates:
-            runs = [records.get(f"town@{rate}_{seed}") for seed in seeds]
-            if not runs or None in runs:
-                return None
-            if method == "rule" or not any(map(never_replayed, runs)):
-                scores[rate] = sum(outcome(run, method, None)["balance"] for run in runs)
-        found[method] = max(scores, key=scores.get, default=None)
-    return found if all(found.values()) else None
+    return best and best | {"steps": best["rule"], "compute": best["rule"], "n_steps": steps, "ratios": ratios}
 
 
 def bound(record, base, method="rerule"):

@@ -13,6 +13,7 @@ from engine.files import write_text
 from engine.plots import NAMES, mean, scatter
 from reproduce import claims, figures, real_text, records
 from reproduce.plan import FAMILIES, OPTIMISER_STEPS, SECTIONS
+from reproduce.real_text import table
 from reproduce.records import CURVES, RATES
 from reproduce.statistics import instability, paired, statistic
 
@@ -73,11 +74,6 @@ def verdicts(r):
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------
-
-
-def table(rows):
-    """Rows of a Markdown table, whose header the template has."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def spread(values, digits=1, scale=1):

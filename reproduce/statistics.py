@@ -66,11 +66,8 @@ def holm(ps):
 
 
 def signs(values, bar=0.0):
-    """How many values lie above and below the bar, and the two-sided sign test's p; equals count on neither side."""
-    from scipy.stats import binomtest
-
-    up, down = sum(value > bar for value in values), sum(value < bar for value in values)
-    return up, down, float(binomtest(up, up + down).pvalue) if up + down else 1.0
+    """How many values lie above and below the bar; equals count on neither side."""
+    return sum(value > bar for value in values), sum(value < bar for value in values)
 
 
 def statistic(values):
@@ -81,7 +78,7 @@ def statistic(values):
     values = [value for value in values if value is not None]
     if len(values) < 2:
         return None
-    (low, high, kind), (up, down, _) = interval(values), signs(values)
+    (low, high, kind), (up, down) = interval(values), signs(values)
     return {
         "values": values, "n": len(values), "mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)),
         "low": low, "high": high, "kind": kind, "up": up, "down": down, "p": p_value(values),
@@ -106,12 +103,6 @@ def instability(evaluations):
     x, y = np.array(late, float).T
     rest = y - np.polyval(np.polyfit(x, y, 1), x)
     return float(y.std(ddof=1)), float(sqrt((rest**2).sum() / (len(y) - 2)))
-
-
-def slope(points):
-    """Least-squares slope of (x, y) points."""
-    x, y = np.array(points, float).T
-    return float(np.polyfit(x, y, 1)[0])
 
 
 def rank_correlation(x, y):

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from config import InputError
-from reproduce import jobs
 from reproduce.__main__ import main
 
 HERE = Path(__file__).resolve().parent
@@ -61,11 +60,6 @@ except SystemExit:
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("examples:")[1].count("python -m reproduce") == 3
-
-
-def test_time_left():
-    assert jobs.time_left(1200, 0, 50, 2) == "about 10 min left"  # nothing done yet: the plan's own seconds
-    assert jobs.time_left(600, 300, 120, 2) == "about 4 min left"
 
 
 def reproduce_small(folder, script, until=None):

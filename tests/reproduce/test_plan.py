@@ -44,7 +44,7 @@ def test_the_whole_plan_fits_its_budget():
 
 def test_only_takes_a_part_and_what_it_starts_from():
     jobs = plan.wanted(options(only=["table8"], seeds=3), whole(seeds=3))
-    assert {job.family for job in jobs} == {"base", "tau0.6", "tau0.8", "tau1.0"}
+    assert {job.family for job in jobs} == {"select", "base", "rerule@4e-5", "tau0.6", "tau0.8", "tau1.0"}
     jobs = plan.wanted(options(only=["controls_best"], seeds=3), whole(seeds=3))
     assert {job.family for job in jobs} >= {"select", "random@4e-5", "grid@6.4e-4", "fresh_best"}
     assert not {"town", "baselines"} & {job.family for job in jobs}

@@ -72,8 +72,7 @@ def test_statistic_by_hand():
 
 
 def test_signs_against_a_bar():
-    assert st.signs([3.0, 2.0, 1.0, -1.0, 0.0]) == (3, 1, pytest.approx(2 * 5 / 16))  # 3 or more of 4 on either side
-    assert st.signs([3.0, 2.0, 1.0], bar=2) == (1, 1, 1) and st.signs([0.0])[2] == 1
+    assert st.signs([3.0, 2.0, 1.0, -1.0, 0.0]) == (3, 1) and st.signs([3.0, 2.0, 1.0], bar=2) == (1, 1)
 
 
 def test_differences_are_paired_by_seed():
@@ -91,7 +90,6 @@ def test_instability_is_over_the_last_third():
     assert st.instability(bent)[1] == pytest.approx(math.sqrt(6))  # level line at 2: squares 1 + 4 + 1 over 3 − 2
 
 
-def test_slope_and_rank_correlation():
-    assert st.slope([(0, 1), (1, 3), (2, 5)]) == pytest.approx(2)
+def test_rank_correlation():
     assert st.rank_correlation([1, 2, 3], [5, 9, 100]) == pytest.approx(1)
     assert st.rank_correlation([1, 2, 3], [4, 4, 4]) is None
