@@ -77,8 +77,8 @@ def attacks_by_type(r, folder):
     """RWKU: a row for each of its columns and for each type of attack; in a cell one figure a seed."""
     runs, rows = r.runs("rwku"), []
     titles = [title for title in MODELS if title != "Retained"]
-    types = sorted({name for run in runs.values() for name in run["rows"]["Original"] if name.startswith("attack_")})
-    for name in (*RWKU, *types):
+    names = {name for run in runs.values() for name in run["rows"]["Original"] if name.startswith("attack_")}
+    for name in (*RWKU, *sorted(name for name in names if "lingual_" not in name)):  # all languages together
         found = [[run["rows"][title].get(name) for run in runs.values()] for title in titles]
         theirs = [PAPER["table1"][title].get(name) for title in titles]
         cells = [" · ".join("–" if x is None else f"{x:.1f}" for x in figures) for figures in found]

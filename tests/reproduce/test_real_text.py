@@ -68,7 +68,12 @@ def test_the_books_columns():
 
 def test_attacks_by_type():
     columns = {
-        name: {"forget_aa": (70.0, 72.0), "attack_role_play": (n, n + 1.0), "attack_cross_lingual": (None, 0.0)}
+        name: {
+            "forget_aa": (70.0, 72.0),
+            "attack_role_play": (n, n + 1.0),
+            "attack_cross_lingual": (None, 0.0),
+            "attack_cross_lingual_french": (0.0, 0.0),
+        }
         for n, name in enumerate(("Original", "Rej. Steer", "RULE", "ReRULE"))
     }
     found = real_text.attacks_by_type(results("rwku", columns), None)
