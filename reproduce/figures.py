@@ -122,7 +122,7 @@ def attacks(r, path):
     save(figure, path)
 
 
-def age(r, path, edges=(2, 8)):
+def age(r, path, edges=(2, 4, 8, 16)):
     """What age does: to importance weights, and to the gain where replay stops at an age."""
     points = [point for run in r.runs("base").values() for point in run["methods"]["rerule"]["by_age"]]
     points = np.reshape([point for point in points if None not in point], (-1, 3))  # None: all groups were skipped
