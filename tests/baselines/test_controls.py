@@ -148,5 +148,6 @@ def test_dynamic_sampling_and_share_through_the_driver(tmp_path):
     plain = rows_of(tmp_path / "b", "--method", "rule")
     assert sum(row["redrawn"] for row in rows) > 0 == sum(row["redrawn"] for row in plain)
     assert sum(row["equal_groups"] for row in rows) < sum(row["equal_groups"] for row in plain)
-    shared = rows_of(tmp_path / "c", "--method", "rerule", "--min_groups", "999", "--min_share", "0.01")
+    more = ("--buffer_size", "999", "--min_groups", "999", "--min_share", "0.01")
+    shared = rows_of(tmp_path / "c", "--method", "rerule", *more)
     assert any(row.get("replay_groups") for row in shared)  # where 999 groups would never do
