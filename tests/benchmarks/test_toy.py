@@ -54,7 +54,7 @@ def test_a_benchmark_from_outside_is_trained_on_scored_and_shown(folder, tmp_pat
 def test_its_presets_and_mistakes_are_told_like_everyones(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         rerule.configure(["--help"])
-    assert "tofu 0.6, toy 0.9]" in " ".join(capsys.readouterr().out.split())
+    assert "tofu 0.6, town 0.4, toy 0.9]" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(InputError, match="--benchmark tofo: expected one of builtin, rwku, muse, tofu, toy"):
         rerule.configure(["--benchmark", "tofo"])
     output = ["--benchmark", "toy", "--output_dir", str(tmp_path / "run")]

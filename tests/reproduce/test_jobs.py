@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(
     "argv, line",
-    [(["--only", "table9"], "--only table9: expected some of table1,"),
+    [(["--only", "table9"], "--only table9: expected some of rates,"),
      (["--seeds", "1"], "--seeds, --workers: expected at least 2 seeds"),
      (["--tofu_dir", "nowhere"], "--tofu_dir nowhere: holds no forget01.json")],
 )  # fmt: skip

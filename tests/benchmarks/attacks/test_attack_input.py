@@ -118,7 +118,7 @@ def test_a_run_to_start_from_that_was_attacked_in_other_ways(refused, tmp_path):
     run = Run(rerule.configure(["--output_dir", str(tmp_path / "source")]), Engine("cpu"))
     run.open()
     run.finish("rej_steer scored", {})
-    assert "(attack [] → ['leak'])" in refused("--start_from", tmp_path / "source", "--attack", "leak")
+    assert "(no --attack leak)" in refused("--start_from", tmp_path / "source", "--attack", "leak")
 
 
 # --- evaluate.py -----------------------------------------------------------------------------------------------------
