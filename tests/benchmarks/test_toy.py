@@ -55,7 +55,7 @@ def test_its_presets_and_mistakes_are_told_like_everyones(folder, tmp_path, caps
     with pytest.raises(SystemExit):
         rerule.configure(["--help"])
     assert "tofu 0.6, town 0.4, toy 0.9]" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(InputError, match="--benchmark tofo: expected one of builtin, rwku, muse, tofu, toy"):
+    with pytest.raises(InputError, match="--benchmark tofo: expected one of builtin, rwku, muse, tofu, town, toy"):
         rerule.configure(["--benchmark", "tofo"])
     output = ["--benchmark", "toy", "--output_dir", str(tmp_path / "run")]
     with pytest.raises(InputError, match="--benchmark toy needs --data_dir"):

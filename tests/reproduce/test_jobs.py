@@ -43,7 +43,7 @@ def test_bad_records(tmp_path):
     (tmp_path / "records.json").write_text('{"runs": ')
     with pytest.raises(InputError, match="records.json: cannot be read"):
         main(["--output_dir", str(tmp_path)])
-    (tmp_path / "records.json").write_text('{"runs": {"base_21": {"args": ["--steps", "14"]}}}')
+    (tmp_path / "records.json").write_text('{"runs": {"base_21": {"args": ["--steps", "8"]}}}')
     with pytest.raises(InputError, match="holds a quick run"):
         main(["--output_dir", str(tmp_path)])
 
