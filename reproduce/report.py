@@ -111,19 +111,9 @@ def difference_table(r, section, rate=RATES[0]):
         stats = {name: paired(outcomes, rule, name) for name in ("retain_recall", "hard", "leak_64")}
         change = {name: "" if outcomes is rule else interval(stat) for name, stat in stats.items()}
         up = "" if outcomes is rule else sign(stats["retain_recall"])
-        rows.append(
-            [
-                label,
-                column(outcomes, "retain_recall"),
-                change["retain_recall"],
-                up,
-                column(outcomes, "hard"),
-                change["hard"],
-                column(outcomes, "leak_64"),
-                change["leak_64"],
-                column(outcomes, "late_hard", 2),
-            ]
-        )
+        rows.append([label, column(outcomes, "retain_recall"), change["retain_recall"], up, column(outcomes, "hard"),
+                     change["hard"], column(outcomes, "leak_64"), change["leak_64"],
+                     column(outcomes, "late_hard", 2)])  # fmt: skip
         rows[-1] += [column(outcomes, name) for name in ("forget_refusal", "retain_refusal", "seconds_stage2")]
     return f"{DIFFERENCES}\n{table(rows)}"
 
