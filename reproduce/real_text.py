@@ -1,5 +1,5 @@
-"""What the paper tells of real text, with tiny models: Table 5, TOFU's row of Table 6, Table 2's columns on a book of
-our own, RWKU's attacks by type. Cells are means over seeds and half the width of their 95 % intervals by Student's t.
+"""What the paper tells of real text, with tiny models: Table 5, Table 2's columns on a book of our own, RWKU's attacks
+by type. Cells are means over seeds ± sd.
 """
 
 import json
@@ -8,9 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from reproduce import claims
-from reproduce.attacks import cell
-from reproduce.records import hard_share
-from reproduce.statistics import paired
+from reproduce.statistics import paired, spread
 
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
 MODELS = {name: name for name in ("Original", "Retained", "Rej. Steer")} | {"RULE": "rule", "ReRULE": "rerule"}
@@ -27,7 +25,7 @@ def compared(r, family, columns, paper, theirs):
     """A row for each model of a family's runs: seeds, `columns` with their digits, then the paper's `theirs`."""
     rows = []
     for title, own in models_of(r, family).items():
-        ours = [cell([o[name] for o in own.values()], digits) for name, digits in columns.items()]
+        ours = [spread([o[name] for o in own.values()], digits) for name, digits in columns.items()]
         figures = (PAPER[paper].get(title, {}).get(name) for name in theirs)
         rows.append([title, str(len(own)), *ours, *("" if figure is None else f"{figure:g}" for figure in figures)])
     return rows
@@ -52,18 +50,9 @@ def table5(r, folder):
     rows = compared(r, "tofu", shown, "table5", ("forget_quality", "model_utility", "forget_rouge_l"))
     for row, (title, own) in zip(rows, models_of(r, "tofu").items(), strict=True):
         logs = [0.0 if title == "Retained" else log10(o["forget_quality"]) for o in own.values()]
-        row[2:2] = [f"{10 ** fmean(logs):.2g}", cell(logs, 1)]
+        row[2:2] = [f"{10 ** fmean(logs):.2g}", spread(logs, 1)]
     told = {"quality": change(r, "tofu", "forget_quality", log10)}
     return {"table": table(rows), **told, "utility": change(r, "tofu", "model_utility", lambda share: 100 * share)}
-
-
-def tofu_hard_share(r):
-    """TOFU's rows of Table 6: share of groups below τ before replay, of all prompts, forget and boundary ones, in %."""
-    runs, rows = r.runs("tofu").values(), []
-    for tau in (0.4, 0.6):
-        shares = [[100 * hard_share(run, tau, kinds) for run in runs] for kinds in ("fbhe", "f", "bhe")]
-        rows.append(["TOFU text, tiny model", f"{tau:g}", *(cell(share, 1) for share in shares)])
-    return table(rows) if runs else "| TOFU text, tiny model | | Not run: give `--tofu_dir FOLDER` | | |"
 
 
 def book(r, folder):

@@ -7,7 +7,6 @@ of the records, `r`, and the report's folder; a section that lacks runs says so.
 
 import json
 from pathlib import Path
-from statistics import fmean, stdev
 
 from engine.files import write_text
 from engine.plots import NAMES, mean, scatter
@@ -15,7 +14,7 @@ from reproduce import claims, figures, real_text, records
 from reproduce.plan import FAMILIES, OPTIMISER_STEPS, SECTIONS
 from reproduce.real_text import table
 from reproduce.records import CURVES, RATES
-from reproduce.statistics import instability, paired, statistic
+from reproduce.statistics import instability, paired, spread, statistic
 
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
 DIFFERENCES = """\
@@ -74,13 +73,6 @@ def verdicts(r):
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------
-
-
-def spread(values, digits=1, scale=1):
-    """mean ± sd of one value a seed, times `scale`; None left out."""
-    values = [scale * value for value in values if value is not None]
-    sd = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{sd}" if values else "–"
 
 
 def column(outcomes, name, digits=1):
@@ -166,14 +158,14 @@ def table4(r, folder):
 
 
 def table6(r, folder):
-    """Share of groups below τ before activation."""
-    rows = []
-    for family in SECTIONS["table6"]:
-        for tau in (0.4, 0.6, 0.8, 1.0):
-            runs = r.runs(family).values()
+    """Share of groups below τ before activation: of all prompts, forget and boundary ones."""
+    rows, tofu = [], ["tofu"] * bool(r.has("tofu"))
+    for family in SECTIONS["table6"] + tofu:
+        for tau in (0.4, 0.6) if family == "tofu" else (0.4, 0.6, 0.8, 1.0):
+            runs, world = r.runs(family).values(), FAMILIES.get(family, {}).get("world", "TOFU text, tiny model")
             shares = ([records.hard_share(run, tau, kinds) for run in runs] for kinds in ("fbhe", "f", "bhe"))
-            rows.append([FAMILIES[family]["world"], f"{tau:g}", *(spread(share, scale=100) for share in shares)])
-    return {"table": table(rows), "tofu": real_text.tofu_hard_share(r)}
+            rows.append([world, f"{tau:g}", *(spread(share, scale=100) for share in shares)])
+    return {"table": table(rows)}
 
 
 def table7(r, folder):

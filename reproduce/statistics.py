@@ -6,6 +6,7 @@ sequentially rejective multiple test procedure", 1979).
 """
 
 from math import sqrt
+from statistics import fmean, stdev
 
 import numpy as np
 
@@ -83,6 +84,13 @@ def statistic(values):
         "values": values, "n": len(values), "mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)),
         "low": low, "high": high, "kind": kind, "up": up, "down": down, "p": p_value(values),
     }  # fmt: skip
+
+
+def spread(values, digits=1, scale=1):
+    """mean ± sd of one value a seed, times `scale`; None left out."""
+    values = [scale * value for value in values if value is not None]
+    sd = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{sd}" if values else "–"
 
 
 def difference(a, b):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from made_up import base_run
 
-from reproduce import real_text, records
+from reproduce import real_text, records, report
 
 SEEDS = (21, 22)
 
@@ -36,22 +36,23 @@ def test_table5():
         "| Original", "| Retained", "| RULE", "| ReRULE",
     ]  # fmt: skip
     original = cells(found["table"], "Original")
-    assert original[:4] == ["2", "1e-05", "-5.0 ± 12.7", "0.600 ± 0.000"]  # logs −6 and −4: 6.353 × 2
+    assert original[:4] == ["2", "1e-05", "-5.0 ± 1.4", "0.600 ± 0.000"]  # logs −6 and −4
     assert original[-3:] == ["4.4883e-06", "0.6239", "0.9851"]  # the paper's
     assert cells(found["table"], "Retained")[1:3] == ["1", "0.0 ± 0.0"]
-    assert cells(found["table"], "ReRULE")[1:4] == ["0.01", "-2.0 ± 12.7", "0.610 ± 1.144"]  # 6.353 × 0.18
+    assert cells(found["table"], "ReRULE")[1:4] == ["0.01", "-2.0 ± 1.4", "0.610 ± 0.127"]  # 0.18 / √2
     assert found["quality"].startswith("+0.0 [-12.7, +12.7]")  # +1 and −1
     assert found["utility"].startswith("+1.0 [-11.7, +13.7]")  # +2 and 0 points
 
 
 def test_tofus_rows_of_table6():
     run = results("tofu", {"RULE": {}, "ReRULE": {}})
-    rows = real_text.tofu_hard_share(run).splitlines()  # before step 3: forget prompts 0.25 and 0, boundary 0.5 and 1
-    assert rows == [
+    rows = report.table6(run, None)[
+        "table"
+    ].splitlines()  # before step 3: forget prompts 0.25 and 0, boundary 0.5 and 1
+    assert [row for row in rows if row.startswith("| TOFU")] == [
         "| TOFU text, tiny model | 0.4 | 50.0 ± 0.0 | 100.0 ± 0.0 | 0.0 ± 0.0 |",
         "| TOFU text, tiny model | 0.6 | 75.0 ± 0.0 | 100.0 ± 0.0 | 50.0 ± 0.0 |",
     ]
-    assert "Not run: give `--tofu_dir FOLDER`" in real_text.tofu_hard_share(records.Results({}, []))
 
 
 def test_the_books_columns():
@@ -60,7 +61,7 @@ def test_the_books_columns():
         columns[name] |= {"verbmem": (verbmem, verbmem), "knowmem": (knowmem, 2), "utility": (utility, 90)}
     found = real_text.book(results("book", columns), None)
     assert cells(found["table"], "RULE") == [
-        "2", "20.0 ± 0.0", "1.0 ± 12.7", "85.0 ± 63.5", "100.0 ± 0.0", "5.0 ± 63.5", "0", "1.4", "46.3",
+        "2", "20.0 ± 0.0", "1.0 ± 1.4", "85.0 ± 7.1", "100.0 ± 0.0", "5.0 ± 7.1", "0", "1.4", "46.3",
     ]  # fmt: skip
     assert found["utility"].startswith("+5.0 [-58.5, +68.5]")  # +10 and 0
     assert found["verbmem"].startswith("+10.0 [+10.0, +10.0]") and "Original" not in found["table"]
