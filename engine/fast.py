@@ -148,12 +148,11 @@ class RoomAhead(DynamicLayer):
 
     def update(self, keys, values, *args, **kwargs):
         start, self.length = self.length, self.length + keys.shape[2]
-        if self.length > self.keys.shape[2]:
-            room = max(32 * keys.shape[2], self.length // 2)
-            self.keys, self.values = (
-                torch.cat([held[:, :, :start], held.new_empty(*held.shape[:2], room, held.shape[3])], 2)
-                for held in (self.keys, self.values)
-            )
+        if self.length > self.keys.shape[2]:  # room is not written to before its step: untouched, it takes no memory
+            room = self.length + max(32 * keys.shape[2], self.length // 2)
+            for name, held in (("keys", self.keys), ("values", self.values)):
+                setattr(self, name, held.new_empty(*held.shape[:2], room, held.shape[3]))
+                getattr(self, name)[:, :, :start] = held[:, :, :start]
         self.keys[:, :, start : self.length], self.values[:, :, start : self.length] = keys, values
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 

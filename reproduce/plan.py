@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baselines import METHODS
-from reproduce.records import NAMES, RATES, best_rates, choose, in_town
+from reproduce.records import NAMES, RATES, best_rates, choose, in_town, town_rates
 
 SELECTION, FIRST_SEED = (11, 12, 13, 14), 21  # seeds to choose on; first of the report
 REPLAYS = ("random", "recent", "current")  # beside hard groups, in the main figure
@@ -88,8 +88,8 @@ def all_jobs(o, records):
             flags = f"--eval_every 0 --method rule --lr {rate} --steps {n}{LEAK}"
             add(seeds, f"{family}@{rate}", flags if n else None, "base", 16)
     variants(DECIDING)
-    best = best_rates(records, selection, rates[:4], NAMES, in_town)
-    for rate in rates[:4]:  # RULE alone is past its best at the fifth
+    best = best_rates(records, selection, town_rates(rates), NAMES, in_town)
+    for rate in town_rates(rates):
         start = "" if rate == RATES[0] else f"town@{RATES[0]}"
         add(selection, f"town@{rate}", f"--benchmark town --lr {rate} {REPLAY}", start, 30 if start else 75)
     add(few, "town", f"--benchmark town{LEAK}", None, 90)
