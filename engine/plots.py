@@ -180,7 +180,7 @@ def scatter(rows, path):
             balance[title] = harmonic_mean([means["retain_recall"], max(0, 100 - means["forget_recall"])])
     order = {title: title + "†" * any(row.get("stopped") for row in rows[title])
              for title in sorted(found, key=balance.get, reverse=True)}  # fmt: skip
-    columns = [column for column in RECALLS if any(column in own for own in found.values())]
+    columns = [column for column in RECALLS if 2 * sum(column in own for own in found.values()) > len(found)]
     figure, axes = pyplot().subplots(1, len(columns), sharey=True, layout="constrained")
     figure.set_size_inches(3.6 + 2.1 * len(columns), 1.3 + 0.27 * len(order))
     for axis, column in zip(axes, columns, strict=True):
