@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from grpo import positions
 
 
-def sft_loss(logits, labels):
+def sft_loss(logits, answers):
     """L_RS: mean of −log π_θ(y_t) over response tokens.
 
-    Args: logits (B, L, V); labels (B, L), −100 on prompt and padding. Returns: scalar.
+    Args: logits (N, V), each from the position before its token; answers (N,). Returns: scalar.
     """
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+    return F.cross_entropy(logits.float(), answers)
 
 
 def collate_sft(rows, device):
@@ -37,10 +37,18 @@ def collate_sft(rows, device):
 
 
 def sft_loss_of(model, rows):
-    """L_RS on (prompt ids, answer ids) rows, with its graph."""
+    """L_RS on (prompt ids, answer ids) rows, with its graph. The head sees the positions before answer tokens alone."""
     ids, mask, labels = collate_sft(rows, model.device)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
-    return sft_loss(out.logits, labels)
+    said = labels[:, 1:] != -100  # (B, L − 1)
+    heads = [part.get_output_embeddings() for part in getattr(model, "pair", [model])]
+    narrow = lambda _, args: args[0][:, :-1][said][None]  # noqa: E731  (B, L, H) → (1, N, H)
+    hooks = [head.register_forward_pre_hook(narrow) for head in heads]
+    try:
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sft_loss(out.logits[0], labels[:, 1:][said])
 
 
 def learning_rate(lr, step, steps, warmup, cosine=True):

@@ -23,7 +23,7 @@ class Pair(torch.nn.Module):
         super().__init__()
         self.original, self.reinforced, self.alpha = original, reinforced, alpha
         self.config, self.generation_config = original.config, original.generation_config
-        self.get_input_embeddings = original.get_input_embeddings
+        self.get_input_embeddings, self.pair = original.get_input_embeddings, (original, reinforced)
 
     device = property(lambda self: self.original.device)
     dtype = property(lambda self: self.original.dtype)

@@ -43,7 +43,7 @@ class Job:
     seed: int
     args: tuple[str, ...] | None  # None: waits for what is chosen on the selection seeds
     start: str | None  # the job whose models it needs
-    cost: float  # seconds expected
+    cost: float  # seconds of one thread, as measured with nothing else running
 
 
 def all_jobs(o, records):
@@ -72,41 +72,41 @@ def all_jobs(o, records):
             row, flags = FAMILIES[family], f"--eval_every 0 --method {FAMILIES[family].get('method', 'rerule')}"
             flags += f" {row['flags']} {REPLAY}" + LEAK * (family in LEAKED)
             at = "" if "at" not in row else chosen and f" --lr {chosen[row['at']]}"
-            add(few, family, None if at is None else flags + at, "base", 15)
+            add(few, family, None if at is None else flags + at, "base", 14)
 
-    add(selection, "select", "--eval_every 0", None, 50)
-    add(seeds, "base", f"--eval_every 2{LEAK}", None, 75)
-    both(f"rerule@{RATES[0]}", f"--method rerule {REPLAY}", 11)
+    add(selection, "select", "--eval_every 0", None, 57)
+    add(seeds, "base", f"--eval_every 2{LEAK}", None, 82)
+    both(f"rerule@{RATES[0]}", f"--method rerule {REPLAY}", 12)
     for rate in rates[1:]:
-        both(f"grid@{rate}", f"--lr {rate} {REPLAY}", 23)
+        both(f"grid@{rate}", f"--lr {rate} {REPLAY}", 22)
     for rate in rates:
         for store in REPLAYS:
-            both(f"{store}@{rate}", f"--method rerule --replay_store {store} --lr {rate} {REPLAY}", 13)
+            both(f"{store}@{rate}", f"--method rerule --replay_store {store} --lr {rate} {REPLAY}", 12)
     for rate in rates:
         steps = {"steps": 11 if o.quick else OPTIMISER_STEPS, "compute": chosen and chosen["n_steps"][rate]}
         for family, n in steps.items():
             flags = f"--eval_every 0 --method rule --lr {rate} --steps {n}{LEAK}"
-            add(seeds, f"{family}@{rate}", flags if n else None, "base", 16)
+            add(seeds, f"{family}@{rate}", flags if n else None, "base", 18)
     variants(DECIDING)
     best = best_rates(records, selection, town_rates(rates), NAMES, in_town)
     for rate in town_rates(rates):
         start = "" if rate == RATES[0] else f"town@{RATES[0]}"
-        add(selection, f"town@{rate}", f"--benchmark town --lr {rate} {REPLAY}", start, 30 if start else 75)
-    add(few, "town", f"--benchmark town{LEAK}", None, 90)
+        add(selection, f"town@{rate}", f"--benchmark town --lr {rate} {REPLAY}", start, 27 if start else 42)
+    add(few, "town", f"--benchmark town{LEAK}", None, 57)
     for family, store in (("rule", ""), ("rerule", "hard"), ("random", "random"), ("recent", "recent")):
         flags = f"--benchmark town --method {f'rerule --replay_store {store} {REPLAY}' if store else 'rule'}{LEAK}"
         rate = best and best["rule" if family == "rule" else "rerule"]
-        add(few, f"town_{family}", f"{flags} --lr {rate}" if rate else None, "town", 20)
+        add(few, f"town_{family}", f"{flags} --lr {rate}" if rate else None, "town", 16)
     variants([family for family in VARIANTS if family not in DECIDING])
     for family, row in TEXT.items():
         given = getattr(o, f"{family}_dir", "made on the spot")
         own = [seed for seed in few[: row["seeds"]] if given or f"{family}_{seed}" in records]
         flags = f"{row['flags']} --model tiny --eval_every 0 {REPLAY} {row['quick'] * o.quick}"
         add(own, family, flags, None, row["cost"])
-    add(few, "baselines", f"--eval_every 0 --method {' '.join(BASELINES)}", "base", 70)
-    add(few, "probe", "", "base", 8)
+    add(few, "baselines", f"--eval_every 0 --method {' '.join(BASELINES)}", "base", 65)
+    add(few, "probe", "", "base", 7)
     for crossed in (0, 30):  # neighbours with crossed names; the base runs have 22
-        add(few, f"world{crossed}", f"--eval_every 0 --crossed {crossed} {REPLAY}", None, 45)
+        add(few, f"world{crossed}", f"--eval_every 0 --crossed {crossed} {REPLAY}", None, 48)
     return jobs
 
 

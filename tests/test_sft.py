@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers
 
 import sft
 
@@ -24,14 +25,38 @@ def test_eos_is_trained_where_it_is_also_the_padding():
 
 def test_sft_loss_is_the_mean_over_all_answer_tokens():
     torch.manual_seed(0)
+    logits, answers = torch.randn(7, 12), [7, 2, 9, 4, 3, 2, 2]
+    terms = [-math.log(torch.softmax(row.double(), 0)[token]) for row, token in zip(logits, answers, strict=True)]
+    assert sft.sft_loss(logits, torch.tensor(answers)).item() == pytest.approx(sum(terms) / 7, rel=1e-5)
+
+
+SIZES = dict(vocab_size=12, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**SIZES, num_key_value_heads=2),
+    "gemma2": transformers.Gemma2Config(  # caps the logits after its head
+        **SIZES, num_key_value_heads=1, head_dim=4, final_logit_softcapping=0.1, pad_token_id=0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_loss_of_a_batch_is_that_of_its_rows_one_by_one(name):
+    """The head is asked for answer positions alone; what the model does to its logits afterwards still counts."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
     rows = [([1, 5, 6], [7, 2]), ([1, 8], [9, 4, 3, 2]), ([1], [2])]
-    ids, _, labels = sft.collate_sft(rows, "cpu")
-    logits, terms = torch.randn(3, ids.shape[1], 12), []
-    for row, (prompt, answer) in enumerate(rows):
-        for i, token in enumerate(answer):
-            probabilities = torch.softmax(logits[row, len(prompt) + i - 1].double(), 0)
-            terms.append(-math.log(probabilities[token]))
-    assert sft.sft_loss(logits, labels).item() == pytest.approx(sum(terms) / 7, rel=1e-5)
+    terms, asked = [], []
+    for prompt, answer in rows:
+        logits = model(torch.tensor([prompt + answer])).logits[0].double()
+        terms += [-torch.log_softmax(logits[len(prompt) + i - 1], 0)[token] for i, token in enumerate(answer)]
+    hook = model.get_output_embeddings().register_forward_hook(lambda head, given, out: asked.append(out.shape[:2]))
+    loss = sft.sft_loss_of(model, rows)
+    assert loss.item() == pytest.approx((sum(terms) / 7).item(), rel=1e-5) and asked == [(1, 7)]
+    (got,) = torch.autograd.grad(loss, model.get_input_embeddings().weight)
+    (wanted,) = torch.autograd.grad(sum(terms) / 7, model.get_input_embeddings().weight)
+    assert torch.allclose(got, wanted.float(), atol=1e-6)
+    hook.remove()
+    assert model(torch.tensor([[1, 5, 6]])).logits.shape == (1, 3, 12)  # as before
 
 
 def test_learning_rate_by_hand():
