@@ -34,6 +34,7 @@ FLAGS = [
     ("--is_level token", "unknown flag --is_level"),
     ("--clip_low 0.2", "unknown flag --clip_low"),
     ("--replay_store all", "--replay_store hard random recent"),
+    ("--replay_store fresh --replay_kl", "--replay_kl off for fresh groups"),
     ("--method ppo", "--method ppo rule, rerule"),
     ("--method rule ppo", "--method ppo rule, rerule"),
     ("--method rule,rerule", "--method rule,rerule rule, rerule"),

@@ -42,6 +42,12 @@ def test_replay_that_never_ran_is_told_at_once_and_in_the_table(run, tmp_path, c
     assert "| RULE |" in text
 
 
+def test_replay_that_waits_for_a_share_of_the_groups_says_so(run, capsys):
+    waiting = run(False)
+    waiting.config.min_share = 0.05
+    assert "it waits for 5% of the groups sampled and step 11;" in report.replay_of(waiting, "rerule")["without_replay"]
+
+
 def test_replay_that_ran_has_its_first_step(run, tmp_path, capsys):
     text, row = table(tmp_path, report.replay_of(run(True), "rerule"))
     assert row["first_replay"] == 3 and "†" not in text and not capsys.readouterr().err
