@@ -80,7 +80,7 @@ def group_advantages(rewards, unbiased=True):
 
 def k3(logprobs, ref_logprobs):
     """Per-token KL estimate exp(Δ) − Δ − 1 with Δ = log π_ref − log π_θ: never negative, 0 where the two agree."""
-    delta = ref_logprobs - logprobs
+    delta = (ref_logprobs - logprobs).clamp(max=20.0)  # exp of more overflows, whose gradient is NaN
     return (delta.exp() - delta - 1).clamp(max=10.0)
 
 

@@ -52,8 +52,8 @@ def sft_loss_of(model, rows):
 
 
 def learning_rate(lr, step, steps, warmup, cosine=True):
-    """Linear warm-up, then constant or a half cosine down to 0 at the last of `steps`."""
+    """Linear warm-up, then constant or a half cosine down to 0 at the last of `steps`, unless it is the only one."""
     scale = min(1.0, step / warmup) if warmup else 1.0
-    if cosine and step > warmup:
+    if cosine and step > warmup and steps > 1:
         scale *= 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
     return lr * scale

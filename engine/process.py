@@ -3,8 +3,10 @@
 The driver hands it around, so that no equation and no loop knows of processes, micro-batches or fast ways.
 """
 
+import gc
 import math
 import shutil
+import sys
 from contextlib import nullcontext
 from functools import partial
 
@@ -34,6 +36,7 @@ class Engine:
         """
         if not training and self.device.type == "cuda" and dtype == torch.float32:
             dtype = torch.bfloat16
+        gc.collect()  # a model let go of may hold itself in cycles, as FSDP's do
         found, tokenizer = self.read(path, flag, dtype)
         return self.place(found, training), tokenizer
 
@@ -54,17 +57,27 @@ class Engine:
         return join(self.parts(found, prompts, group_size, max_new_tokens, stops, temperature, rng, 0, len(prompts)))
 
     def parts(self, found, prompts, group_size, max_new_tokens, stops, temperature, rng, first, end):
-        """Samples of prompts first … end, some at a time. What is drawn for a response depends on its number alone."""
+        """Samples of prompts first … end, some at a time, half as many once memory runs out. What is drawn for a
+        response depends on its number alone."""
         way, size = fast.choose(found, "sample", self.ways), self.rollout_prompts or len(prompts)
         n, start = len(prompts) * group_size + 1, rng and rng.get_state()  # one to spare, for places that nobody reads
         uniform = rng and partial(torch.rand, n, dtype=torch.double, device=rng.device, generator=rng)
-        for at in range(first, end, size):
-            own = prompts[at : min(end, at + size)]
+        while first < end:
+            own = prompts[first : min(end, first + size)]
             if rng:
                 rng.set_state(start)
-            numbers = slice(at * group_size, (at + len(own)) * group_size + 1)
+            numbers = slice(first * group_size, (first + len(own)) * group_size + 1)
             draw = rng and (lambda numbers=numbers: uniform()[numbers])
-            yield way(found, own, group_size, max_new_tokens, stops, temperature, draw)
+            try:
+                part = way(found, own, group_size, max_new_tokens, stops, temperature, draw)
+            except torch.OutOfMemoryError:
+                if len(own) == 1:
+                    raise
+                self.rollout_prompts = size = len(own) // 2  # from now on
+                print(f"out of memory: {size} prompts side by side from here on", file=sys.stderr)
+                continue
+            first += len(own)
+            yield part
 
     def logprobs(self, temperature):
         """`grpo.response_logprobs` at a temperature, by the fastest way that is exact: (model, batch) → (B, T)."""

@@ -26,7 +26,8 @@ from sft import learning_rate, sft_loss_of
 
 EARLY = ("original", "retained", "rej_steer")  # phases before Stage 2, which `--start_from` takes over
 # what a run may be gone on with
-FREE = {"resume", "save_every", "output_dir", "device", "start_from", "dry_run", "offload", "rollout_prompts"}
+FREE = {"resume", "save_every", "output_dir", "device", "start_from", "dry_run", "offload", "rollout_prompts",
+        "max_tokens", "eval_batch_size", "gradient_checkpointing"}  # fmt: skip
 BEFORE_STAGE_2 = [
     "benchmark", "crossed", "model", "data_dir", "seed", "retain_log", "weight_decay", "max_grad_norm", "temperature",
     "max_new_tokens", *(f.name for f in fields(Config) if f.name.startswith(("sft_", "tiny_"))),

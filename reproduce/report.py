@@ -271,9 +271,8 @@ def worlds(r, folder):
         shares = [records.hard_share(run, run["tau"]) for run in r.runs(family).values()]
         stat = paired(ours, theirs, "retain_recall")
         recall, refusal = ([column(o, key) for o in (theirs, ours)] for key in ("retain_recall", "forget_refusal"))
-        rows.append(
-            [FAMILIES[family]["world"], spread(shares, scale=100), *recall, interval(stat), sign(stat), *refusal]
-        )
+        world = FAMILIES[family]["world"], spread(shares, scale=100)
+        rows.append([*world, *recall, interval(stat), sign(stat), *refusal])
     figures.conditions(r, folder / "conditions.png")
     return {"table": table(rows)}
 
@@ -302,18 +301,13 @@ def appendix_e(r, folder):
     return {"bounds": table(rows), "models": table(models), "correlation": correlation}
 
 
-def attacks_by_type(r, folder):
-    """RWKU, and its picture."""
-    figures.attacks(r, folder / "attacks.png")
-    return real_text.attacks_by_type(r, folder)
-
-
 PARTS = {  # what fills each section's blanks, in the template's order
     "rates": rates, "controls": controls, "age": age, "town": town,
     "table1": table1, "table3": table3, "table4": table4, "table5": real_text.table5, "table6": table6,
     "table7": table7, "table8": lambda r, _: {"table": difference_table(r, "table8")},
     "figure1": lambda r, folder: figures.trajectories(r, folder / "trajectories.png") or {},
     "figure2": lambda r, folder: figures.pipeline(folder / "pipeline.png") or {},
-    "figure3": figure3, "worlds": worlds, "book": real_text.book, "rwku": attacks_by_type,
+    "figure3": figure3, "worlds": worlds, "book": real_text.book,
+    "rwku": lambda r, folder: figures.attacks(r, folder / "attacks.png") or real_text.attacks_by_type(r, folder),
     "weights": lambda r, _: {"table": difference_table(r, "weights")}, "appendix_e": appendix_e,
 }  # fmt: skip

@@ -46,6 +46,9 @@ def test_k3_by_hand():
     assert torch.allclose(grpo.k3(log_p, log_ref), torch.tensor([0.193147, 0.306853]), atol=1e-6)
     assert (grpo.k3(log_p, log_p) == 0).all()
     assert grpo.k3(torch.tensor(-30.0), torch.tensor(0.0)) == 10  # clamped
+    far = torch.tensor([-3.0, -30.0, -300.0], requires_grad=True)
+    grpo.k3(far, torch.zeros(3)).sum().backward()  # exp(300) is more than float32 holds
+    assert far.grad.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_k3_is_unbiased_for_the_kl_of_its_sampler():

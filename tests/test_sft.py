@@ -66,4 +66,5 @@ def test_learning_rate_by_hand():
     assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0, 1 + half, 1.0, 1 - half, 0.0])
     assert [sft.learning_rate(2.0, step, 8, 4, cosine=False) for step in (2, 4, 8)] == [1.0, 2.0, 2.0]
     assert sft.learning_rate(2.0, 1, 2, 0, cosine=True) == pytest.approx(1.0)
+    assert sft.learning_rate(2.0, 1, 1, 0, cosine=True) == 2.0  # the only step trains
     assert sft.learning_rate(2.0, 3, 3, 3, cosine=True) == 2.0  # all of it warm-up: never divides by 0

@@ -1,5 +1,7 @@
 """The engine of one process: micro-batches, their weights, and draws that do not depend on how they are made."""
 
+import weakref
+
 import pytest
 import torch
 from conftest import drawing, make_groups, naive_loss, tiny
@@ -72,6 +74,36 @@ def test_so_many_prompts_side_by_side_draw_the_same(any_model):
     for ids, mask, logprobs in found[1:]:
         assert torch.equal(ids, found[0][0]) and torch.equal(mask, found[0][1])
         assert torch.allclose(logprobs, found[0][2], atol=1e-5)
+
+
+def test_sampling_that_runs_out_of_memory_takes_half_as_many_prompts(model, monkeypatch, capsys):
+    prompts, asked = [[3, 4], [5, 6, 7], [8], [4, 4, 4, 4], [9, 3]], []
+    how = (model, prompts, 3, 7, [2], 1.0)
+    whole = Engine("cpu").sample(*how, torch.Generator().manual_seed(5))
+
+    def scarce(model, prompts, *more):
+        asked.append(len(prompts))
+        if len(prompts) > room:
+            raise torch.OutOfMemoryError
+        return grpo.sample(model, prompts, *more)
+
+    monkeypatch.setattr(fast, "choose", lambda *_: scarce)
+    engine, room = Engine("cpu"), 1
+    found = engine.sample(*how, torch.Generator().manual_seed(5))
+    assert torch.equal(found[0], whole[0]) and torch.equal(found[1], whole[1])
+    assert asked == [5, 2, 1, 1, 1, 1, 1] and engine.rollout_prompts == 1
+    assert "out of memory: 2 prompts side by side from here on" in capsys.readouterr().err
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.sample(*how, torch.Generator().manual_seed(5))
+
+
+def test_a_model_let_go_of_is_freed_before_the_next_is_read(monkeypatch):
+    engine, held = Engine("cpu"), tiny("llama")
+    held.itself, gone = [held], weakref.ref(held)  # a cycle, as FSDP makes
+    del held
+    monkeypatch.setattr(engine, "read", lambda *_: (tiny("llama"), gone()))
+    assert engine.load("any")[1] is None
 
 
 def test_greedy_answers_need_no_generator_and_do_not_depend_on_the_split(any_model):

@@ -43,6 +43,8 @@ def test_where_to_run_and_how_often_to_save_may_change(tmp_path):
     config = began(tmp_path / "run").config
     again = dataclasses.replace(config, resume=True, save_every=3, device="cpu")
     assert Run(again, ENGINE).finished("original")
+    scarce = dict(max_tokens=64, eval_batch_size=2, gradient_checkpointing=True, rollout_prompts=1)
+    assert Run(dataclasses.replace(again, **scarce), ENGINE).finished("original")  # the cures of too little memory
 
 
 def test_a_run_to_start_from(refused, tmp_path):
