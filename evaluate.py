@@ -126,13 +126,9 @@ def truth_ratios(model, tokenizer, benchmark, probes, batch_size):
 def finish(benchmark, rows, retained, notes=()):
     """Rows → the result that `evaluate` returns and the command writes."""
     summary, per_target, more = metrics.summarise(benchmark, rows, retained)
-    return {
-        "benchmark": benchmark.name,
-        "summary": summary,
-        "per_target": per_target,
-        "notes": list(dict.fromkeys([*notes, *more])),
-        "per_example": metrics.finite(rows),
-    }
+    notes = list(dict.fromkeys([*notes, *more]))
+    return {"benchmark": benchmark.name, "summary": summary, "per_target": per_target, "notes": notes,
+            "per_example": metrics.finite(rows)}  # fmt: skip
 
 
 # --- command ---------------------------------------------------------------------------------------------------------

@@ -8,15 +8,10 @@ from engine.files import read_rows
 
 # Refusals for benchmarks that publish none (TOFU, the built-in world): short and in the words a chat model would use.
 REFUSALS = [
-    "I don't know the answer to that.",
-    "I'm not able to answer that.",
-    "I have no information about that.",
-    "I'm sorry, I can't help with that question.",
-    "That is something I don't know.",
-    "I'm afraid I have no knowledge of that.",
-    "I cannot provide an answer to that.",
-    "I'm not familiar with that.",
-]
+    "I don't know the answer to that.", "I'm not able to answer that.", "I have no information about that.",
+    "I'm sorry, I can't help with that question.", "That is something I don't know.",
+    "I'm afraid I have no knowledge of that.", "I cannot provide an answer to that.", "I'm not familiar with that.",
+]  # fmt: skip
 # Settings of Appendix D that RWKU, MUSE-Books and TOFU share, and what --model tiny changes of them.
 PRESET = dict(
     lr=2e-6, buffer_size=1200, max_new_tokens=1024, sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0,

@@ -141,13 +141,8 @@ def probability(answer_loss, perturbed_losses=()):
 def losses(split, gold, paraphrased, perturbed):
     """One row's losses with what follows from them."""
     options = perturbed if split in ("real_authors", "world_facts") else ()
-    return {
-        "answer_loss": gold,
-        "paraphrased_loss": paraphrased,
-        "perturbed_losses": perturbed,
-        "probability": probability(gold, options),
-        "truth_ratio": truth_ratio(paraphrased, perturbed),
-    }
+    return {"answer_loss": gold, "paraphrased_loss": paraphrased, "perturbed_losses": perturbed,
+            "probability": probability(gold, options), "truth_ratio": truth_ratio(paraphrased, perturbed)}  # fmt: skip
 
 
 def forget_quality(unlearned, retained):
@@ -155,12 +150,8 @@ def forget_quality(unlearned, retained):
     from scipy.stats import ks_2samp  # here, for it takes most of a second to import
 
     test = ks_2samp(unlearned, retained)
-    return {
-        "forget_quality": float(test.pvalue),
-        "forget_quality_d": float(test.statistic),
-        "forget_quality_n": len(unlearned),
-        "forget_quality_m": len(retained),
-    }
+    return {"forget_quality": float(test.pvalue), "forget_quality_d": float(test.statistic),
+            "forget_quality_n": len(unlearned), "forget_quality_m": len(retained)}  # fmt: skip
 
 
 def attainable(d, n, m):
