@@ -8,6 +8,7 @@ import math
 import shutil
 import sys
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -22,7 +23,7 @@ class Engine:
 
     def __init__(self, device, max_tokens=2048, rollout_prompts=0):
         self.device, self.max_tokens, self.rollout_prompts = torch.device(device), max_tokens, rollout_prompts
-        self.ways = {}  # what `fast.choose` has found, for the log
+        self.ways, self.half = {}, self.device.type == "cuda"  # what `fast.choose` has found; whether bf16 computes
 
     def session(self):
         """For as long as models run. A cache of autocast's would outlive an update."""
@@ -54,7 +55,18 @@ class Engine:
 
     def sample(self, found, prompts, group_size, max_new_tokens, stops, temperature, rng=None):
         """`grpo.sample`, by the fastest way that is exact, at most `rollout_prompts` prompts side by side."""
+        found = self.lowered(found)
         return join(self.parts(found, prompts, group_size, max_new_tokens, stops, temperature, rng, 0, len(prompts)))
+
+    def lowered(self, found):
+        """A copy to sample from where bf16 computes: autocast would cast fp32 weights anew for every token, and rotated
+        keys would stay in fp32."""
+        if not self.half or next(found.parameters()).dtype != torch.float32:
+            return found
+        low = {id(p): torch.nn.Parameter(p.detach().bfloat16(), requires_grad=False) for p in found.parameters()}
+        copy = deepcopy(found, low)
+        fast.CHOSEN[copy] = fast.CHOSEN.setdefault(found, {})  # tried once for all copies
+        return copy
 
     def parts(self, found, prompts, group_size, max_new_tokens, stops, temperature, rng, first, end):
         """Samples of prompts first … end, some at a time, half as many once memory runs out. What is drawn for a

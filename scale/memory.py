@@ -87,8 +87,8 @@ def plan(counted, config, ranks, on_gpu):
     found = dict.fromkeys(ROWS, (0, 0))
     if config.offload:  # on each GPU all weights in bf16 and gradients in fp32; on the host one of each in fp32
         found |= {"weights": (half * n, 4 * n), "gradients": (4 * n, 4 * n), "optimiser": (0, 8 * n)}
-    else:  # sampling has all weights in place in bf16 beside this rank's own; autocast's copies last as activations do
-        extra = half * n if fsdp else 0 if not on_gpu else half * (together if config.gradient_checkpointing else n)
+    else:  # FSDP has all weights in place in bf16 to sample, beside this rank's own
+        extra = half * n if fsdp else 0
         found |= {"weights": (4 * n / w + extra, 0), "gradients": (4 * n / w, 0), "optimiser": (8 * n / w, 0)}
     found["reference"] = (half * n / w, 0)
     found["KV cache"] = (1.5 * kv * (prompts * prompt + rows * config.max_new_tokens), 0)  # room is made ahead
@@ -97,6 +97,9 @@ def plan(counted, config, ranks, on_gpu):
     update = 14 * fast.CHUNK * vocabulary + ((4 + half) * together if fsdp else 0)
     if not config.gradient_checkpointing:  # the prompt's and the responses' pass have a gradient each until the end
         update += (half if fsdp else 4) * n
+    if on_gpu and not fsdp:  # a copy in bf16 to sample from; in the update autocast's last as activations do
+        sampling += half * n
+        update += half * (together if config.gradient_checkpointing else n)
     found["in passing"] = (max(sampling, update), 0)
     rollout = found["KV cache"][0] + sampling
     backward = found["gradients"][0] + found["activations"][0] + update

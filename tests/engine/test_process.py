@@ -76,6 +76,35 @@ def test_so_many_prompts_side_by_side_draw_the_same(any_model):
         assert torch.allclose(logprobs, found[0][2], atol=1e-5)
 
 
+def test_where_bf16_computes_a_copy_in_bf16_is_sampled_from(any_model, monkeypatch):
+    """Keys are bf16, and each sampling has the weights of its time; under autocast fp32 weights leave keys in fp32."""
+    engine, seen = Engine("cpu"), []
+    engine.half = True
+    choose = fast.choose
+
+    def spied(model, what, told):
+        seen.append(model)
+        return choose(model, what, told)
+
+    monkeypatch.setattr(fast, "choose", spied)
+    how = ([[3, 4], [5, 6, 7]], 2, 4, [2], 1.0)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        engine.sample(any_model, *how, torch.Generator().manual_seed(5))
+        kept = any_model(torch.tensor([[3, 4]]), use_cache=True).past_key_values.layers[0]
+        low = seen[0](torch.tensor([[3, 4]]), use_cache=True).past_key_values.layers[0]
+        assert low.keys.dtype == low.values.dtype == torch.bfloat16
+        assert (kept.keys.dtype == torch.float32) == (any_model.config.model_type != "gpt2")  # which rotates no key
+        with torch.no_grad():
+            any_model.get_output_embeddings().weight[7] += 100 * any_model.get_output_embeddings().weight[7].sign()
+        engine.sample(any_model, *how, torch.Generator().manual_seed(5))
+    ours = dict(any_model.named_parameters())
+    assert seen[1] is not seen[0] and all(p.dtype == torch.float32 and p.requires_grad for p in ours.values())
+    assert all(torch.equal(p, ours[name].detach().bfloat16()) for name, p in seen[1].named_parameters())
+    assert len(engine.ways) == 1  # tried once
+    engine.half = False
+    assert engine.lowered(any_model) is any_model
+
+
 def test_sampling_that_runs_out_of_memory_takes_half_as_many_prompts(model, monkeypatch, capsys):
     prompts, asked = [[3, 4], [5, 6, 7], [8], [4, 4, 4, 4], [9, 3]], []
     how = (model, prompts, 3, 7, [2], 1.0)
