@@ -128,6 +128,7 @@ class Data:
     model: str = setting(
         "Hugging Face id or folder, or 'tiny': a small Llama trained on the spot to know this benchmark's answers.", ""
     )
+    tokenizer: str = setting("Hugging Face id or folder of the tokenizer, if not with --model.", "")
     seed: int = setting("Seed of the world, the data order, every rollout and every draw.", 0)
     output_dir: str = setting("Folder for everything the run leaves. Unless given: runs/<benchmark>.", "")
     attack: list[str] = setting(

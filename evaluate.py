@@ -18,6 +18,7 @@ class Options:
     benchmark: str = field(metadata={"help": "What to score on: rwku, muse, tofu, builtin, town."})
     output: str = field(metadata={"help": "JSON file for the columns and every row behind them."})
     model: str = setting("Model folder or Hugging Face id.", "")
+    tokenizer: str = setting("Where the tokenizer is, if not with --model.", "")
     data_dir: str = setting("The benchmark's folder; for RWKU one target's folder or a folder of them.", "")
     from_log: str = setting("Score a stored log, ours or TOFU's own, in place of a model.", "")
     attack: list[str] = setting(
@@ -164,10 +165,10 @@ def check_options(o):
 
 def check_vocabularies(o):
     """Raise InputError where a model to compare with has another vocabulary: its losses are of other tokens."""
-    _, tokenizer = Engine.read(o.model, "model", None, weights=False)
+    _, tokenizer = Engine.read(o.model, "model", None, o.tokenizer, weights=False)
     for flag in ("retain_model", "original_model"):
         if getattr(o, flag):
-            _, other = Engine.read(getattr(o, flag), flag, None, weights=False)
+            _, other = Engine.read(getattr(o, flag), flag, None, o.tokenizer, weights=False)
             if other.get_vocab() != tokenizer.get_vocab():
                 raise InputError(f"--{flag} {getattr(o, flag)}: its vocabulary is not that of --model {o.model}")
 
@@ -178,7 +179,7 @@ def main(o):
     retained = read_retained(o.retain_log, benchmark, rows, theirs) if o.retain_log else None
     texts = attacks.prepare(o.attack, benchmark, o, rows)
     sets = benchmark.ability(o) if o.ability else None
-    engine = Engine("cuda" if o.device != "cpu" and torch.cuda.is_available() else "cpu")
+    engine = Engine("cuda" if o.device != "cpu" and torch.cuda.is_available() else "cpu", tokenizer=o.tokenizer)
     more, columns, beside = {}, {}, {}  # of the result; of its summary; of other models
     if o.from_log:
         result = finish(benchmark, rows, retained)

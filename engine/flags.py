@@ -121,6 +121,7 @@ def resolve(config, benchmarks):
         if not holds:
             raise InputError(f"--{flag} {getattr(config, flag)}: expected {expected}")
 
+    require(not config.tokenizer or config.model != "tiny", "tokenizer", "none with --model tiny, which makes its own")
     require(config.group_size >= 2, "group_size", "at least 2 rollouts, whose rewards are compared")
     require(len(config.llmu_weights) == 3, "llmu_weights", "three numbers")
     for name in ("replay_groups", "min_groups"):

@@ -13,12 +13,17 @@ from config import InputError
 logging.disable_progress_bar()  # ours are enough
 
 
-def read_model(path, flag, dtype, weights=True):
-    """(model, None where its weights are not wanted; tokenizer) of a folder or Hugging Face id. Raises InputError."""
+def read_model(path, flag, dtype, tokenizer="", weights=True):
+    """(model, None where its weights are not wanted; tokenizer) of a folder or Hugging Face id. Raises InputError.
+
+    tokenizer: another place to read it from.
+    """
+    here = f"--tokenizer {tokenizer}" if tokenizer else f"--{flag} {path}"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)  # first: a model may take minutes
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer or path)  # first: a model may take minutes
         if tokenizer.eos_token_id is None:
-            raise InputError(f"--{flag} {path}: its tokenizer has no EOS token, so no answer could ever end")
+            raise InputError(f"{here}: its tokenizer has no EOS token, so no answer could ever end")
+        here = f"--{flag} {path}"
         if not weights:
             return None, tokenizer
         if (Path(path) / "whp.json").is_file():
@@ -28,9 +33,9 @@ def read_model(path, flag, dtype, weights=True):
         raise
     except Exception as error:  # OSError, ValueError, and whatever else the readers of weights and tokenizers raise
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-        raise InputError(f"--{flag} {path}: is no model folder or Hugging Face id ({reason})") from None
+        raise InputError(f"{here}: is no model folder or Hugging Face id ({reason})") from None
     if found["missing_keys"]:
-        raise InputError(f"--{flag} {path}: its files lack weights of the model ({min(found['missing_keys'])})")
+        raise InputError(f"{here}: its files lack weights of the model ({min(found['missing_keys'])})")
     return model, tokenizer
 
 

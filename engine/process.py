@@ -21,8 +21,9 @@ from engine.files import RANK
 class Engine:
     """One process, on one device. Every method is the plain thing to do; what is shared out is here the whole."""
 
-    def __init__(self, device, max_tokens=2048, rollout_prompts=0):
+    def __init__(self, device, max_tokens=2048, rollout_prompts=0, tokenizer=""):
         self.device, self.max_tokens, self.rollout_prompts = torch.device(device), max_tokens, rollout_prompts
+        self.tokenizer = tokenizer  # of every model, unless each has its own
         self.ways, self.half = {}, self.device.type == "cuda"  # what `fast.choose` has found; whether bf16 computes
 
     def session(self):
@@ -38,7 +39,7 @@ class Engine:
         if not training and self.device.type == "cuda" and dtype == torch.float32:
             dtype = torch.bfloat16
         gc.collect()  # a model let go of may hold itself in cycles, as FSDP's do
-        found, tokenizer = self.read(path, flag, dtype)
+        found, tokenizer = self.read(path, flag, dtype, self.tokenizer)
         return self.place(found, training), tokenizer
 
     read = staticmethod(model.read_model)

@@ -29,8 +29,8 @@ EARLY = ("original", "retained", "rej_steer")  # phases before Stage 2, which `-
 FREE = {"resume", "save_every", "output_dir", "device", "start_from", "dry_run", "offload", "rollout_prompts",
         "max_tokens", "eval_batch_size", "gradient_checkpointing"}  # fmt: skip
 BEFORE_STAGE_2 = [
-    "benchmark", "crossed", "model", "data_dir", "seed", "retain_log", "weight_decay", "max_grad_norm", "temperature",
-    "max_new_tokens", *(f.name for f in fields(Config) if f.name.startswith(("sft_", "tiny_"))),
+    "benchmark", "crossed", "model", "tokenizer", "data_dir", "seed", "retain_log", "weight_decay", "max_grad_norm",
+    "temperature", "max_new_tokens", *(f.name for f in fields(Config) if f.name.startswith(("sft_", "tiny_"))),
 ]  # fmt: skip
 
 
@@ -61,8 +61,8 @@ def start(config):
     if config.offload or "WORLD_SIZE" in os.environ:
         from scale.ranks import Ranks
 
-        return Ranks(device, config.max_tokens, config.rollout_prompts)
-    return Engine(device, config.max_tokens, config.rollout_prompts)
+        return Ranks(device, config.max_tokens, config.rollout_prompts, config.tokenizer)
+    return Engine(device, config.max_tokens, config.rollout_prompts, config.tokenizer)
 
 
 class Run:

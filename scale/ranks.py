@@ -72,11 +72,11 @@ class Ranks(Engine):
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)  # without its group a rank has nothing to say
             dist.destroy_process_group()
 
-    def read(self, path, flag, dtype):
+    def read(self, path, flag, dtype, tokenizer):
         """Weights are read by rank 0 alone; an InputError of any rank is everyone's."""
         found = failed = None
         try:
-            found = read_model(path, flag, dtype, weights=self.rank == 0)
+            found = read_model(path, flag, dtype, tokenizer, weights=self.rank == 0)
         except InputError as error:
             failed = error
         for error in self.gather(failed):
