@@ -18,7 +18,7 @@ class Options:
     benchmark: str = field(metadata={"help": "What to score on: rwku, muse, tofu, builtin, town."})
     output: str = field(metadata={"help": "JSON file for the columns and every row behind them."})
     model: str = setting("Model folder or Hugging Face id.", "")
-    tokenizer: str = setting("Where the tokenizer is, if not with --model.", "")
+    tokenizer: str = setting("Where the tokenizer of all models is, if not with each.", "")
     data_dir: str = setting("The benchmark's folder; for RWKU one target's folder or a folder of them.", "")
     from_log: str = setting("Score a stored log, ours or TOFU's own, in place of a model.", "")
     attack: list[str] = setting(

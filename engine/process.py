@@ -23,7 +23,7 @@ class Engine:
 
     def __init__(self, device, max_tokens=2048, rollout_prompts=0, tokenizer=""):
         self.device, self.max_tokens, self.rollout_prompts = torch.device(device), max_tokens, rollout_prompts
-        self.tokenizer = tokenizer  # of every model, unless each has its own
+        self.tokenizer = tokenizer  # where every model's is read, if not with it
         self.ways, self.half = {}, self.device.type == "cuda"  # what `fast.choose` has found; whether bf16 computes
 
     def session(self):

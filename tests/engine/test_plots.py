@@ -142,6 +142,10 @@ def test_methods_are_sorted_by_what_they_keep_and_forget(tmp_path, drawn):
 def test_methods_without_sampled_leakage_have_two_panels(tmp_path, drawn):
     plots.scatter({"RULE": [{"forget_recall": 0.0, "retain_recall": 75.0}]}, tmp_path / "methods.png")
     assert len(drawn[0].axes) == 2
+    row = {"forget_recall": 0.0, "retain_recall": 75.0}
+    most = {"RULE": [row | {"leak_64": 40.0}], "GA": [row], "PO": [row]}
+    plots.scatter(most, tmp_path / "methods.png")
+    assert len(drawn[1].axes) == 2  # a third panel would be empty for most
 
 
 def test_curves_have_the_methods_colours_and_last_values(tmp_path, drawn):

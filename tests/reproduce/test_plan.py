@@ -37,6 +37,11 @@ def test_replay_starts_by_share_wherever_two_kinds_of_it_are_compared():
             assert config.min_share == 0.05, job.name
 
 
+def test_the_town_tries_a_rate_below_those_of_the_main_figure():
+    rates = {job.family.partition("@")[2] for job in whole() if job.family.startswith("town@")}
+    assert rates == {"2e-5", "4e-5", "8e-5", "1.6e-4", "3.2e-4"}
+
+
 def test_the_whole_plan_fits_its_budget():
     assert sum(job.cost for job in whole()) < 2 * 120 * 60  # seconds: two hours with two workers
     assert sum(job.cost for job in whole(seeds=2, quick=True)) < 2 * 8 * 60

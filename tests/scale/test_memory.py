@@ -32,9 +32,10 @@ def test_the_plan_by_hand():
     assert found["optimiser"] == (0, 8 * n) and found["reference"] == (2 * n, 0)
     assert found["KV cache"][0] == 1.5 * kv * 16 * (64 + 8 * 1024)
     assert found["most at once"][0] < 80e9 and found["most at once"][1] == 16 * n
-    one = memory.plan((n, together, kv, kept, vocabulary), Config(max_new_tokens=1024, rollout_prompts=16), 0, True)
+    alone = Config(max_new_tokens=1024, rollout_prompts=16, gradient_checkpointing=True)
+    one = memory.plan((n, together, kv, kept, vocabulary), alone, 0, True)
     assert one["weights"] == (4 * n, 0)  # and a copy in bf16: to sample from, or autocast's in the update
-    assert one["in passing"][0] > 2 * n + 24 * 16 * 8 * vocabulary - 1
+    assert one["in passing"] == (2 * n + 24 * 16 * 8 * vocabulary, 0)
     four = memory.plan((n, together, kv, kept, vocabulary), Config(max_new_tokens=1024), 4, True)
     assert four["optimiser"] == (2 * n, 0) and four["reference"] == (n / 2, 0)
 
