@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import rerule
+from config import Config
+from engine import run
 from engine.process import Engine
 from engine.run import Run
 
@@ -127,3 +129,9 @@ def test_a_folder_that_cannot_be_made(refused):
 def test_a_folder_without_permission(refused, tmp_path):
     (tmp_path / "run").mkdir(mode=0o500)
     assert "expected a folder" in refused()
+
+
+def test_another_tokenizer_is_another_stage_1():
+    config = Config()
+    other = dataclasses.replace(config, tokenizer="words")
+    assert run.differences(other, dataclasses.asdict(config), run.BEFORE_STAGE_2) == ["tokenizer  → words"]
