@@ -110,6 +110,10 @@ class Choices:
     replay_step: Literal["separate", "combined"] = setting(
         "An optimiser step of its own for replay, or one step on the sum of both mean losses.", "separate"
     )
+    old_logprobs: Literal["sampler", "training"] = setting(
+        "Whose log π_old ratios divide by: the sampler's own, or the training forward's at the step of sampling.",
+        "sampler",
+    )
     store_until: Literal["end", "activation"] = setting("Go on storing after replay has started, or stop.", "end")
 
 
@@ -138,7 +142,12 @@ class Data:
         "Folder of a finished run of the same seed whose models before Stage 2 are taken, not trained again.", ""
     )
     resume: bool = setting("Go on with the unfinished run in output_dir from its last saved state.", False)
-    save_every: Natural = setting("Steps between saved states (0: only at the end of each phase).", 10)
+    save_every: Natural | None = setting(
+        "Steps between saved states (0: only at the end of each phase). [50; tiny: 10]"
+    )
+    save_dtype: Literal["auto", "bfloat16", "float32"] = setting(
+        "Number type of saved models; auto: bfloat16 where a GPU computes, else float32.", "auto"
+    )
     eval_every: Natural | None = setting("Steps of Stage 2 between evaluations for the curves (0: none).", preset=True)
 
 
@@ -156,6 +165,9 @@ class Machine:
     offload: bool = setting(
         "Keep float32 weights and moments in the host's memory (FSDP2); the GPU computes with bf16 ones.", False
     )
+    lora_rank: Natural = setting("Train adapters of this rank in place of all weights (0: off); needs peft.", 0)
+    lora_alpha: Above0 | None = setting("Adapters are scaled by α over the rank. Unless given: twice the rank.")
+    lora_targets: list[str] = setting("Layers that get adapters, by peft's names.", ["all-linear"])
     dry_run: bool = setting("Print how much memory --model would take, in a table, and stop.", False)
 
 

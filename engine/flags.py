@@ -95,6 +95,8 @@ def resolve(config, benchmarks):
     for name, value in (benchmark.preset | (benchmark.tiny if config.model == "tiny" else {})).items():
         if getattr(config, name) is None:
             setattr(config, name, value)
+    if config.save_every is None:
+        config.save_every = 10 if config.model == "tiny" else 50
     for name in config.method:
         if name not in (*METHODS, *ALIASES, "retained"):
             raise InputError(f"--method {name}: expected some of {', '.join([*METHODS, *ALIASES, 'retained'])}")
