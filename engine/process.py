@@ -144,9 +144,10 @@ class Engine:
     def wait(self):
         """For the other processes."""
 
-    def plain(self, found):
-        """(a model to save, its weights where they are not its own)."""
-        return found, None
+    def plain(self, found, dtype):
+        """(a model to save in `dtype`, its weights where they are not its own). `found` is of no use afterwards: it is
+        cast in place, one weight after another, so that no second copy is needed."""
+        return found.to(dtype), None
 
     def state_of(self, found, optimizer, folder, name):
         """What a saved state keeps of both."""

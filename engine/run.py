@@ -30,7 +30,8 @@ FREE = {"resume", "save_every", "output_dir", "device", "start_from", "dry_run",
         "max_tokens", "eval_batch_size", "gradient_checkpointing"}  # fmt: skip
 BEFORE_STAGE_2 = [
     "benchmark", "crossed", "model", "tokenizer", "data_dir", "seed", "retain_log", "weight_decay", "max_grad_norm",
-    "temperature", "max_new_tokens", *(f.name for f in fields(Config) if f.name.startswith(("sft_", "tiny_"))),
+    "temperature", "max_new_tokens", "save_dtype",
+    *(f.name for f in fields(Config) if f.name.startswith(("sft_", "tiny_"))),
 ]  # fmt: skip
 
 
@@ -160,7 +161,9 @@ class Run:
         return {name.split()[0]: result for name, result in self.state["done"].items() if name.endswith(" scored")}
 
     def save_model(self, phase, model, tokenizer):
-        model, weights = self.engine.plain(model)
+        """Leave a phase's model as a Hugging Face folder, in `--save_dtype`. The model is of no use afterwards."""
+        half = self.config.save_dtype == "bfloat16" or (self.config.save_dtype == "auto" and self.engine.half)
+        model, weights = self.engine.plain(model, torch.bfloat16 if half else torch.float32)
 
         def fill(folder):
             model.save_pretrained(folder, **({"state_dict": weights} if weights else {}))

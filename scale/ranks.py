@@ -195,14 +195,19 @@ class Ranks(Engine):
     def wait(self):
         self.gather(None)
 
-    def plain(self, found):
-        """(A model of the same kind that owns no memory, its weights in full on rank 0)."""
+    def plain(self, found, dtype):
+        """(A model of the same kind that owns no memory, its weights in full on rank 0), cast before they are sent."""
         if not isinstance(found, FSDPModule):
-            return found, None
-        options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = states.get_model_state_dict(found, options=options)
+            return super().plain(found, dtype)
+        parts, whole = found.state_dict(keep_vars=True), {}
+        for tensor in {id(tensor): tensor for tensor in parts.values()}.values():  # tied weights have two names
+            own = tensor.detach().to(self.device, dtype if tensor.is_floating_point() else None)
+            full = self.whole(own).cpu()
+            if self.rank == 0:
+                whole[id(tensor)] = full
+        weights = {name: whole[id(tensor)] for name, tensor in parts.items()} if self.rank == 0 else None
         with torch.device("meta"):
-            bare = found.kind(found.config)
+            bare = found.kind(found.config).to(dtype)
         bare.generation_config = found.generation_config
         return bare, weights
 

@@ -1,11 +1,13 @@
 """Processes of tests/scale: pieces of the driver, or all of it, under torchrun; a step whose memory is taken."""
 
+import json
 import os
 import re
 import signal
 import sys
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
@@ -89,10 +91,20 @@ def step(engine, config, folder, out):
         buffer.ring.extend(part)
         row = rerule.replay_update(engine, model, buffer, groups, update, logprobs_of, off, 1)
         found[f"off {flag} {len(part)}"] = tuple(row.values())
-    bare, weights = engine.plain(model)
-    found["weights"] = {name: tensor.clone() for name, tensor in (weights or bare.state_dict()).items()}
+    for name, dtype in (("weights", torch.float32), ("half", torch.bfloat16)):
+        bare, weights = engine.plain(model, dtype)
+        found[name] = {name: tensor.clone() for name, tensor in (weights or bare.state_dict()).items()}
+        found[f"{name} on disk"] = sizes_of(bare, weights) if files.RANK == 0 else None
     if files.RANK == 0:
         torch.save(found, out)
+
+
+def sizes_of(bare, weights):
+    """(bytes of the weights' file, dtype in config.json) as `Run.save_model` would leave them."""
+    with TemporaryDirectory() as folder:
+        bare.save_pretrained(folder, **({"state_dict": weights} if weights else {}))
+        size = (Path(folder) / "model.safetensors").stat().st_size
+        return size, json.loads((Path(folder) / "config.json").read_text())["dtype"]
 
 
 def with_rewards(prompts, drawn, rewards):

@@ -135,3 +135,8 @@ def test_another_tokenizer_is_another_stage_1():
     config = Config()
     other = dataclasses.replace(config, tokenizer="words")
     assert run.differences(other, dataclasses.asdict(config), run.BEFORE_STAGE_2) == ["tokenizer  → words"]
+
+
+def test_a_checkpoint_in_another_number_type_is_another_stage_1(refused, tmp_path):
+    began(tmp_path / "source")
+    assert "(save_dtype auto → bfloat16)" in refused("--start_from", tmp_path / "source", "--save_dtype", "bfloat16")

@@ -91,6 +91,19 @@ def test_draws_loss_and_gradients_are_one_processs(steps, kind, way):
     assert all(torch.allclose(one["weights"][n], other["weights"][n], atol=1e-3) for n in one["weights"])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["one", *WAYS])
+def test_weights_are_saved_in_either_type_and_tied_ones_once(steps, kind, way):
+    found, one = steps[kind, way], steps[kind, "one"]
+    assert set(found["half"]) == set(found["weights"])
+    for name, tensor in found["half"].items():
+        assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, found["weights"][name].bfloat16()), name
+    (size, dtype), (half, low) = found["weights on disk"], found["half on disk"]
+    assert (dtype, low) == ("float32", "bfloat16") and size == one["weights on disk"][0]
+    weights = sum(4 * tensor.numel() for name, tensor in one["weights"].items() if kind != "gpt2" or "head" not in name)
+    assert weights < size < weights + 4000 and abs(half - size / 2) < 4000  # names take some
+
+
 def same_gradients(ours, theirs):
     assert set(ours) == set(theirs)
     largest = max(gradient.abs().max() for gradient in ours.values())
