@@ -159,10 +159,10 @@ class Engine:
         optimizer.load_state_dict(payload["optimizer"])
 
     def forget_states(self, folder, but):
-        """Remove what several processes have written of earlier states, but what `but` names."""
-        for path in [] if RANK else folder.glob("shards*"):
+        """Remove earlier states of several processes, all but `but`, and what a killed run has left half done."""
+        for path in [] if RANK else {*folder.glob("shards*"), *folder.glob("*.tmp")}:
             if path.name != but:
-                shutil.rmtree(path)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def join(parts):

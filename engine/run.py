@@ -90,7 +90,7 @@ class Run:
                 path = self.folder / f"{name}.jsonl"
                 if not self.finished("run") and size > (path.stat().st_size if path.exists() else 0):
                     raise InputError(f"{path}: is shorter than the saved state of the run; choose another --output_dir")
-        elif self.folder.exists() and any(path.suffix != ".tmp" for path in self.folder.iterdir()):
+        elif self.folder.exists() and any(path.name != "config.json.tmp" for path in self.folder.iterdir()):
             raise InputError(f"{here}: is not empty and holds no run; choose another folder")
         if config.start_from and not self.state["done"]:
             self.check_source(Path(config.start_from))
@@ -129,6 +129,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--output_dir {self.folder}: cannot be made ({error.strerror})") from None
+        self.engine.forget_states(self.folder, (self.state.get("payload") or {}).get("shards"))
         write_json(self.folder / "config.json", asdict(self.config))
         self.metrics = Log(self.folder / "metrics.jsonl", self.state["sizes"]["metrics"])
         self.samples = Log(self.folder / "samples.jsonl", self.state["sizes"]["samples"])
@@ -142,10 +143,10 @@ class Run:
         if model is not None:
             payload = payload | self.engine.state_of(model, optimizer, self.folder, f"shards_{phase}_{step}")
         sizes = {"metrics": self.metrics.size(), "samples": self.samples.size()}
-        self.state = {"done": self.state["done"], "phase": phase, "step": step, "payload": payload, "sizes": sizes}
+        self.state = {"done": self.state["done"], "phase": phase, "step": step, "sizes": sizes}
         if not RANK:
             with replacing(self.folder / "state.pt") as temporary, open(temporary, "wb") as file:
-                torch.save(self.state, file)
+                torch.save(self.state | {"payload": payload}, file)  # not held: a model let go of shall be free
                 file.flush()
                 os.fsync(file.fileno())  # a kill in mid-save keeps the last state
         self.engine.forget_states(self.folder, (payload or {}).get("shards"))
@@ -185,7 +186,7 @@ class Phase:
         self.run, self.name, self.model, self.optimizer, self.buffer = run, name, model, optimizer, buffer
         self.first, self.total, self.seconds, self.over = 1, 0.0, {}, False
         if run.state["phase"] == name:
-            payload, self.first = run.state["payload"], run.state["step"] + 1
+            payload, self.first = run.state.pop("payload"), run.state["step"] + 1
             if "shards" in payload:  # written by several processes
                 from scale.ranks import restore_shards
 

@@ -1,6 +1,7 @@
 """What a run leaves on disk: models in the wanted number type, at most one state beside the one being written."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import rerule
 from baselines.whp import Pair
 from engine.process import Engine
-from engine.run import Run
+from engine.run import Run, descend
+from scale.ranks import Ranks
 
 
 def saved(folder, model, *flags, half=False):
@@ -61,3 +63,71 @@ def test_both_models_of_a_pair_are_cast(tmp_path):
     pair, _ = Engine("cpu").load(folder)
     assert pair.alpha == 1.5 and pair.dtype == torch.float32
     assert torch.equal(pair.original.lm_head.weight, tiny("llama").lm_head.weight.bfloat16().float())
+
+
+# --- states ----------------------------------------------------------------------------------------------------------
+
+
+def bytes_of(*paths):
+    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    """{"most": bytes of states at once, a half-written one among them; "one": of the largest} of the runs of a test."""
+    folder, found, replace = tmp_path / "run", {"most": 0, "one": 0}, os.replace
+
+    def look():
+        states = [path for path in folder.iterdir() if path.name.startswith(("state.pt", "shards"))]
+        found["most"] = max(found["most"], bytes_of(*states))
+        found["one"] = max([found["one"], *map(bytes_of, states)])
+
+    def replaced(source, target):
+        look()  # before the old one goes
+        replace(source, target)
+        look()
+
+    monkeypatch.setattr(os, "replace", replaced)
+    return found
+
+
+def trained(folder, flags, stop=0):
+    """A run of one phase of five steps, its state saved after each; interrupted at step `stop`."""
+    config = rerule.configure([*flags, "--output_dir", str(folder), "--save_every", "1"])
+    engine = Ranks("cpu") if config.offload else Engine("cpu")
+    with engine.session():
+        run = Run(config, engine)
+        run.open()
+        model = engine.place(llama(True), config)
+
+        def loss_of(step):
+            if step == stop:
+                raise KeyboardInterrupt
+            return model(torch.tensor([[3, 4, 5]])).logits.logsumexp(-1).sum()
+
+        descend(run, "rule", 2, model, loss_of, steps=5, lr=1e-3, warmup=0)
+        run.save_model("rule", model, byte_tokenizer())
+        run.finish("rule", {})
+
+
+@pytest.mark.parametrize("flags", [[], ["--offload"]])
+def test_a_state_lies_beside_the_next_and_no_other_even_after_a_kill(flags, watched, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        trained(folder, flags, stop=4)
+    one = watched["one"]
+    assert one > 12 * 130_000 and 1.9 * one < watched["most"] < 2.1 * one
+    for name in ("state.pt.tmp", "shards.tmp/part", "shards_rule_4/part", "rule.tmp/model.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)  # what a run leaves that is killed while it writes
+        (folder / name).write_bytes(bytes(one))
+    watched.update(most=0)
+    trained(folder, [*flags, "--resume"])
+    assert 1.9 * one < watched["most"] < 2.1 * one
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["rule"] and not [*folder.glob("*.tmp")]
+
+
+def test_a_folder_of_half_written_files_that_are_not_ours_is_refused(refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tmp").write_text("years of work")
+    assert "is not empty and holds no run" in refused()
