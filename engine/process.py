@@ -118,16 +118,17 @@ class Engine:
     def total(self, value):
         return sum(self.gather(value))
 
-    def reduce(self, loss, kl, gap):
-        """What each process's `grpo.on_policy_gradient` has returned, over all of them."""
-        return self.total(loss), self.total(kl), max(self.gather(gap))
+    def reduce(self, groups, *sums):
+        """What each process's `grpo.on_policy_gradient` has returned and filled in, over all of them."""
+        self.complete(groups, "train_logprobs")
+        return [self.total(value) for value in sums]
 
     def joined(self, tensor):
         """The tensors of all processes as one."""
         return tensor
 
-    def complete(self, groups):
-        """Give every process the `ref_logprobs` that each has filled in."""
+    def complete(self, groups, name):
+        """Give every process what each has filled in of one field."""
 
     def step(self, found, optimizer, max_grad_norm):
         """Clip, step and clear. Returns the norm before clipping; where it is not finite, no step is taken."""
