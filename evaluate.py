@@ -164,7 +164,7 @@ def check_options(o):
 
 
 def watched(judge, every, step):
-    """For a run's curves: {eval_<column>: number} of every so many steps, else {}. judge() → what `evaluate` returns."""
+    """{eval_<column>: number} of every so many steps for the curves, else {}. judge() → the evaluation."""
     summary = {} if not every or step % every else judge()["summary"]
     return {f"eval_{name}": value for name, value in summary.items() if isinstance(value, (int, float))}
 
