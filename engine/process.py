@@ -21,6 +21,8 @@ from engine.files import RANK
 class Engine:
     """One process, on one device. Every method is the plain thing to do; what is shared out is here the whole."""
 
+    graphs = False  # whether `engine.graphs` is tried too
+
     def __init__(self, device, max_tokens=2048, rollout_prompts=0, tokenizer=""):
         self.device, self.max_tokens, self.rollout_prompts = torch.device(device), max_tokens, rollout_prompts
         self.tokenizer = tokenizer  # where every model's is read, if not with it
@@ -73,6 +75,8 @@ class Engine:
         """Samples of prompts first … end, some at a time, half as many once memory runs out. What is drawn for a
         response depends on its number alone."""
         way, size = fast.choose(found, "sample", self.ways), self.rollout_prompts or len(prompts)
+        if self.graphs and way is fast.packed_sample:
+            way = fast.choose(found, "sample, recorded", self.ways)
         n, start = len(prompts) * group_size + 1, rng and rng.get_state()  # one to spare, for places that nobody reads
         uniform = rng and partial(torch.rand, n, dtype=torch.double, device=rng.device, generator=rng)
         while first < end:
