@@ -89,9 +89,7 @@ class Forced:
 
     def __call__(self, **inputs):
         out, wanted = self.model(**inputs), self.tokens[..., len(self.logprobs)]  # (N, G)
-        shape = (
-            out.logits.shape
-        )  # (N·G, 1, V); packed (N, 1, V) after the prompt, whose first tokens are one, (N, G, V)
+        shape = out.logits.shape  # (N·G, 1, V), or packed: (N, 1, V) after the prompt, then (N, G, V)
         logits = out.logits.reshape(len(wanted), -1, shape[-1]).expand(*wanted.shape, -1)  # (N, G, V)
         self.logprobs.append(F.log_softmax(logits.float(), -1).gather(-1, wanted[..., None])[..., 0])
         said = F.one_hot(wanted, shape[-1]).to(logits.dtype)

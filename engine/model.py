@@ -42,7 +42,7 @@ def read_model(path, flag, dtype, tokenizer="", weights=True):
 
 
 def grouped_sdpa(module, query, key, value, attention_mask, **how):
-    """transformers' "sdpa" for a few query tokens (N, H, W, D) of which g heads share keys (N, H/g, L, D), uncopied: the
+    """ "sdpa" for a few query tokens (N, H, W, D) of which g heads share keys (N, H/g, L, D), uncopied: the
     g heads stand beside each other as g·W tokens of one. With a mask it would else repeat all keys g times a token."""
     (n, heads, width, _), shared = query.shape, key.shape[1]
     few = attention_mask is not None and attention_mask.shape[1] == 1 and 4 * width <= key.shape[2]

@@ -1,4 +1,4 @@
-"""Decoding in steps of fixed shape, as CUDA graphs need it: the plain sampler's draws, recorded anew where keys move."""
+"""Decoding in steps of fixed shape, as CUDA graphs need it: they draw what plain ones draw."""
 
 import pytest
 import torch
