@@ -1,7 +1,8 @@
-"""How much memory a run takes, from a model's configuration alone: `--dry_run` prints it and stops.
+"""How much memory and disk a run takes, from a model's configuration alone: `--dry_run` prints it and stops.
 
-What is kept for each parameter is counted. Keys, values and activations are seen on the model itself, which runs on
-tensors that have shapes and no memory (torch's FakeTensorMode), so any architecture is counted as it is.
+What is kept for each parameter is counted. Keys, values, activations and what passes are seen on the model itself: a
+step of the sampler and a micro-batch of the update run on tensors that have shapes and no memory (torch's
+FakeTensorMode), so any architecture is counted as it is, with the attention that it has and with adapters.
 
 Deviations
 - Lengths are the longest that a run may meet: every response at its limit, prompts as the benchmark says.
@@ -9,68 +10,218 @@ Deviations
 """
 
 import os
+import shutil
+import sys
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 import benchmarks
 from config import InputError
 from engine import fast
 from engine.files import RANK
+from engine.model import quicken
+from grpo import Batch
 
-GB, ROOM = 1e9, 80
+GB, ROOMS = 1e9, (24, 40, 80)
 ROWS = ["weights", "gradients", "optimiser", "reference", "KV cache", "activations", "in passing"]
+FITS = [  # flags that make a run fit, those first that cost least
+    {},
+    {"gradient_checkpointing": True},
+    {"gradient_checkpointing": True, "offload": True},
+    {"gradient_checkpointing": True, "offload": False, "lora_rank": 16},
+    {"gradient_checkpointing": True, "offload": False, "lora_rank": 16, "max_tokens": 1},  # a group at a time
+]
+aten = torch.ops.aten
 
 
-def count(model_config, dtype, tokens):
-    """Seen on a model without memory.
+class Counted(NamedTuple):
+    """What is known of a model's memory."""
 
-    Returns: parameters; the most of them that FSDP2 moves together; bytes of keys and values for a token; bytes that
-        one row of `tokens` keeps for its backward pass, {without checkpointing, with it}; size of the vocabulary.
-    """
-    try:
-        with FakeTensorMode():
-            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype).eval()
-            blocks = fast.blocks(model)
-            sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
-            n = sum(p.numel() for p in model.parameters())
-            ids, mask = torch.zeros(1, tokens, dtype=torch.long), torch.zeros(1, 1, tokens, tokens, dtype=dtype)
-            how = {"input_ids": ids, "position_ids": ids, "attention_mask": mask, "logits_to_keep": 1}
-            with torch.no_grad():
-                cache = model(use_cache=True, **how).past_key_values
-            held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-            weights = {p.untyped_storage()._cdata for p in model.parameters()}
-            kept = {}
+    parameters: int
+    layer: int  # those of the largest
+    kv: float  # bytes of a token's keys and values
+    rest: int  # parameters in no layer, which FSDP2 moves together
+    at: Callable  # (config, fsdp) → `Lengths`
 
-            def keep(tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in weights:
-                    kept[storage._cdata] = storage  # held, so that no other takes its place
-                return tensor
 
-            def saved():
-                kept.clear()
-                with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                    model(use_cache=False, output_hidden_states=True, **how)
-                return sum(storage.nbytes() for storage in kept.values())
+class Lengths(NamedTuple):
+    """What is seen of a model at a run's lengths. In bytes, but the first."""
 
-            every = saved()
-            fast.checkpoint_layers(model)
-            with fast.checkpointing(model):
-                inputs = saved()
-            own = {False: every, True: inputs + (every - inputs) / max(1, len(blocks))}  # computed again one at a time
-    except Exception as error:  # whatever an architecture answers to shapes without memory
-        raise InputError(f"--dry_run: this architecture cannot be run without memory ({error!r:.100})") from None
-    return n, max([n - sum(sizes), *sizes]), held / tokens, own, model.get_input_embeddings().num_embeddings
+    adapters: int  # weights of adapters; 0 where all weights are trained
+    cache: float  # keys and values of a prompt and its responses, and the room made ahead for them
+    sampling: float  # passing, for each prompt, while a step samples from the full cache
+    kept: int  # for the backward pass of the longest micro-batch
+    most: int  # at once in its update, `kept` with what passes
+
+
+class Meter(TorchDispatchMode):
+    """Bytes of the tensors that exist, `now` and at `most`, of a computation in which masks select all there is."""
+
+    def __init__(self, *but):
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = {tensor.untyped_storage()._cdata for tensor in but}
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        if f is aten._local_scalar_dense.default:
+            return 2**40  # as many responses are open
+        if f is aten.index.Tensor and args[1][0] is not None and args[1][0].dtype == torch.bool:
+            out = args[0].flatten(0, args[1][0].dim() - 1).clone()
+        elif f is aten._index_put_impl_.default:  # the way back
+            out = args[0]
+        elif f is aten.masked_scatter_backward.default:
+            out = args[0].new_empty(args[2])
+        else:
+            out = f(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.seen:
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        if f is aten.cumsum.default:  # copies what it converts
+            self.most = max(self.most, self.now + out.nbytes)
+        return out
+
+    def forget(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
 
 
 def seen(model_config, config, on_gpu):
-    """`count` at the longest micro-batch of the update that `config` allows."""
-    group = benchmarks.ALL[config.benchmark].prompt_tokens + config.group_size * config.max_new_tokens
-    tokens = max(group, config.max_tokens // group * group)
-    return count(model_config, torch.bfloat16 if on_gpu else torch.float32, tokens)
+    """`Counted` of a model, whose `Lengths` are looked at when they are asked for. Raises: InputError."""
+    half, looked = torch.bfloat16 if on_gpu else torch.float32, {}
+
+    def built():
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(model_config, dtype=half).eval()
+
+    def at(config, fsdp):
+        prompt, rank = benchmarks.ALL[config.benchmark].prompt_tokens, config.lora_rank
+        groups = max(1, config.max_tokens // (prompt + config.group_size * config.max_new_tokens))
+        sizes = prompt, config.group_size, config.max_new_tokens, min(groups, config.prompts_per_step)
+        key = fsdp, config.gradient_checkpointing, rank, *config.lora_targets, *sizes
+        if key not in looked:
+            model = built()
+            if rank:
+                from engine import lora
+
+                lora.adapt(model, replace(config, lora_alpha=1.0))
+            if config.gradient_checkpointing:
+                fast.checkpoint_layers(model)
+            if not on_gpu:
+                quicken(model, "cpu")
+            looked[key] = told(look, model, kv, on_gpu, fsdp, bool(rank), *sizes)
+        return looked[key]
+
+    model = built()
+    blocks = [sum(p.numel() for p in block.parameters()) for block in fast.blocks(model)]
+    n, ids = sum(p.numel() for p in model.parameters()), torch.zeros(1, 8, dtype=torch.long, device="meta")
+    with torch.no_grad(), Meter():
+        layers = told(lambda: model(input_ids=ids, use_cache=True).past_key_values.layers)
+    kv = sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values)) / 8
+    return Counted(n, max(blocks, default=0), kv, n - sum(blocks), at)
+
+
+def told(look, *args):
+    """look(*args); an InputError for whatever an architecture answers to shapes without memory."""
+    try:
+        return look(*args)
+    except Exception as error:
+        raise InputError(f"--dry_run: this architecture cannot be run without memory ({error!r:.100})") from None
+
+
+def look(model, kv, on_gpu, fsdp, adapted, prompt, group_size, longest, groups):
+    """`Lengths` of a model on the meta device. On a GPU bf16 computes: by autocast, or FSDP2's own low weights."""
+    half = torch.bfloat16 if on_gpu else torch.float32
+    exact = half if fsdp else torch.float32  # of what is trained, as layers see it
+    low = torch.autocast("cpu", torch.bfloat16, enabled=on_gpu and not fsdp, cache_enabled=False)
+    with FakeTensorMode(allow_non_fake_inputs=True), low:
+        fill(model, half, exact if adapted else half)
+        sampler = first_that_runs("sample", look_at_sampling, model, kv, prompt, group_size, longest)
+        fill(model, half, exact)
+        what = "logprobs, layers computed twice" if getattr(model, "checkpoints", False) else "logprobs"
+        update = first_that_runs(what, look_at_update, model, prompt, group_size, longest, groups)
+    return Lengths(sum(p.numel() for p in model.parameters() if p.requires_grad) * adapted, *sampler, *update)
+
+
+def fill(model, frozen, trained):
+    """Put weights that have shapes alone in place of a model's, in these number types; tied ones stay tied."""
+    made = {}
+    for held in [held for module in model.modules() for held in (module._parameters, module._buffers)]:
+        for name, old in held.items():
+            if old is not None and id(old) not in made:
+                if isinstance(old, torch.nn.Parameter):
+                    new = torch.empty_like(old, dtype=trained if old.requires_grad else frozen, device="cpu")
+                    made[id(old)] = old, torch.nn.Parameter(new, old.requires_grad)
+                else:
+                    made[id(old)] = old, torch.empty_like(old, device="cpu")
+            held[name] = made[id(old)][1] if old is not None else None
+
+
+def first_that_runs(what, look_at, *args):
+    """look_at(way, …) of the fast way, or of the plain one where an architecture cannot take that; which is told."""
+    way, plain, _ = fast.WAYS[what]
+    try:
+        return look_at(way, *args)
+    except Exception as error:
+        print(f"--dry_run: counted with {plain.__name__}: {way.__name__} fails ({error!r:.80})", file=sys.stderr)
+        return look_at(plain, *args)
+
+
+def look_at_sampling(way, model, kv, prompt, group_size, longest):
+    """(bytes of one prompt's and its responses' keys and values with the room made ahead, bytes that pass beside them)
+    at the last token."""
+    packed = way is fast.packed_sample
+    before = prompt + max(0, longest - 2) * (group_size if packed else 1)  # all but two tokens stand in the prompt
+    meter, drawn = Meter(*model.parameters(), *model.buffers()), []
+
+    def draw():
+        if not drawn:  # the prompt is read
+            meter.most = meter.now
+        drawn.append(0)
+        return torch.zeros(group_size + 1, dtype=torch.double)
+
+    def columns(prompt, steps):
+        layer = DynamicLayer()
+        layer.keys = layer.values = torch.empty(1, 1, prompt, 0)
+        room = fast.RoomAhead(layer)
+        for _ in range(steps):
+            room.advance(group_size)
+        return room.keys.shape[2] if packed else (prompt + steps) * group_size
+
+    with meter:
+        way(model, [[0] * before], group_size, 3, [], 1.0, draw)
+    return kv * columns(prompt, longest - 1), meter.most - kv * columns(before, 2)
+
+
+def look_at_update(way, model, prompt, group_size, longest, groups):
+    """(bytes kept for the backward pass, bytes at most in it) beside weights and gradients."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    rows = groups * group_size
+    ids, real = torch.zeros(groups, prompt, dtype=torch.long), torch.ones(groups, prompt, dtype=torch.bool)
+    response = torch.zeros(rows, longest, dtype=torch.long), torch.ones(rows, longest, dtype=torch.bool)
+    old = torch.zeros(rows, longest)
+    with Meter(
+        *model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)
+    ) as meter:
+        with fast.checkpointing(model):
+            logprobs = way(model, Batch([], ids, real, *response, old, old, None, old), 1.0)
+        kept = meter.now
+        (logprobs * old).sum().backward()
+    return kept, meter.most
 
 
 def plan(counted, config, ranks, on_gpu):
@@ -78,28 +229,25 @@ def plan(counted, config, ranks, on_gpu):
 
     counted: of `seen`; ranks: processes of torchrun, 0 without it.
     """
-    n, together, kv, kept, vocabulary = counted
-    fsdp, w, half = bool(ranks) or config.offload, max(ranks, 1), 2 if on_gpu else 4
-    prompt = benchmarks.ALL[config.benchmark].prompt_tokens
+    n, fsdp, w, half = counted.parameters, bool(ranks) or config.offload, max(ranks, 1), 2 if on_gpu else 4
+    at = counted.at(config, fsdp)
+    trained = at.adapters or n
     prompts = -(-config.prompts_per_step // w)
     prompts = min(config.rollout_prompts or prompts, prompts)
-    rows = prompts * config.group_size
     found = dict.fromkeys(ROWS, (0, 0))
     if config.offload:  # on each GPU all weights in bf16 and gradients in fp32; on the host one of each in fp32
         found |= {"weights": (half * n, 4 * n), "gradients": (4 * n, 4 * n), "optimiser": (0, 8 * n)}
-    else:  # FSDP has all weights in place in bf16 to sample, beside this rank's own
-        extra = half * n if fsdp else 0
-        found |= {"weights": (4 * n / w + extra, 0), "gradients": (4 * n / w, 0), "optimiser": (8 * n / w, 0)}
-    found["reference"] = (half * n / w, 0)
-    found["KV cache"] = (1.5 * kv * (prompts * prompt + rows * config.max_new_tokens), 0)  # room is made ahead
-    found["activations"] = (kept[config.gradient_checkpointing], 0)
-    sampling = 24 * rows * vocabulary  # logits, their log-softmax, its exponential and its sum in double
-    update = 14 * fast.CHUNK * vocabulary + ((4 + half) * together if fsdp else 0)
-    if not config.gradient_checkpointing:  # the prompt's and the responses' pass have a gradient each until the end
-        update += (half if fsdp else 4) * n
-    if on_gpu and not fsdp:  # a copy in bf16 to sample from; in the update autocast's last as activations do
-        sampling += half * n
-        update += half * (together if config.gradient_checkpointing else n)
+    else:  # what is frozen is in bf16 on one GPU
+        weights = 4 * (n + at.adapters) / w if fsdp or not at.adapters else half * n + 4 * at.adapters
+        found |= {"weights": (weights, 0), "gradients": (4 * trained / w, 0), "optimiser": (8 * trained / w, 0)}
+    found["reference"] = (0 if at.adapters else half * n / w, 0)  # without its adapters a model is the reference
+    found["KV cache"], found["activations"] = (prompts * at.cache, 0), (at.kept, 0)
+    sampling, update = prompts * at.sampling, at.most - at.kept
+    if on_gpu and not config.offload and (fsdp or not at.adapters):
+        sampling += half * n  # a copy in bf16; FSDP has all weights in place
+    if fsdp:  # gradients are sent in fp32, a layer's as it is done, the rest's once activations are gone
+        update = max(update + 4 * counted.layer, 4 * counted.rest - at.kept)
+        update += 0 if config.offload else half * (counted.rest + 2 * counted.layer)  # the next layer's come meanwhile
     found["in passing"] = (max(sampling, update), 0)
     rollout = found["KV cache"][0] + sampling
     backward = found["gradients"][0] + found["activations"][0] + update
@@ -108,18 +256,36 @@ def plan(counted, config, ranks, on_gpu):
     return found if on_gpu else {name: (0, gpu + host) for name, (gpu, host) in found.items()}
 
 
-def advice(counted, config, ranks):
-    """The least flags more with which a GPU of 80 GB is enough, and what is taken there and on the host, as text."""
+def disk(counted, config, on_gpu):
+    """Bytes on disk: {"models": all that the run leaves, "state": one, "most at once": with the next being written}."""
+    adapters = counted.at(config, False).adapters
+    model = counted.parameters * (2 if {"auto": on_gpu, "bfloat16": True}.get(config.save_dtype) else 4) + 4 * adapters
+    models = [model * (2 if name == "whp" else 1) for name in config.method]
+    state = 12 * (adapters or counted.parameters) if config.save_every else 0  # weights and two moments
+    most = max(sum(models[:i]) + max(2 * state, state + models[i]) for i in range(len(models)))
+    return {"models": sum(models), "state": state, "most at once": max(most, sum(models))}
+
+
+def fitting(counted, config, ranks, room):
+    """The least flags more with which GPUs of `room` bytes are enough, a twentieth kept free.
+
+    Returns: the config with them; them as text; bytes on each GPU and on the host. None where no flag is enough.
+    """
     n = config.prompts_per_step
-    for flags in ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "offload": True}):
-        for prompts in dict.fromkeys((config.rollout_prompts, n // 2, n // 4, n // 8)):
-            wanted = replace(config, **flags, rollout_prompts=prompts)
+    for flags in FITS:
+        flags = flags | ({"lora_rank": config.lora_rank} if config.lora_rank else {})
+        wanted = replace(config, **flags)
+        floor = counted._replace(at=lambda *_, rank=wanted.lora_rank: Lengths(min(rank, 1), 0, 0, 0, 0))
+        if (wanted.lora_rank and wanted.offload) or plan(floor, wanted, ranks, True)["most at once"][0] > 0.95 * room:
+            continue  # to look at lengths takes seconds
+        for prompts in dict.fromkeys((config.rollout_prompts, *(n >> i for i in range(1, n.bit_length())))):
+            wanted = replace(wanted, rollout_prompts=prompts)
             gpu, host = plan(counted, wanted, ranks, True)["most at once"]
-            if gpu <= 0.95 * ROOM * GB:
+            if gpu <= 0.95 * room:
                 new = (flags | {"rollout_prompts": prompts}).items()
                 more = " ".join(f"--{k} {v}" for k, v in new if v != getattr(config, k)) or "as it is"
-                return f"{more}: {gpu / GB:.1f} GB{f', {host / GB:.1f} GB of the host' if host else ''}"
-    return "whatever the flags, it does not fit"
+                return wanted, more, gpu, host
+    return None
 
 
 def show(config):
@@ -139,5 +305,14 @@ def show(config):
     print(f"{'':14}{'each GPU':>10}{'host':>10}")
     for name, sizes in plan(counted, config, ranks, on_gpu).items():
         print(f"{name:14}" + "".join(f"{size / GB:10.1f}" if size else f"{'–':>10}" for size in sizes))
-    if on_gpu:
-        print(f"\nIn {ROOM} GB a GPU: {advice(counted, config, ranks)}")
+    folder = Path(config.output_dir).absolute()
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    taken = disk(counted, config, on_gpu)
+    print(f"\nDisk: {', '.join(f'{name} {size / GB:.1f}' for name, size in taken.items())}; free {free / GB:.1f}")
+    if taken["most at once"] > free:
+        print(f"It does not fit the disk of --output_dir {config.output_dir}.")
+    own = [torch.cuda.get_device_properties(0).total_memory / GB] if torch.cuda.is_available() else []
+    for room in [*own, *ROOMS] if on_gpu else []:
+        _, more, gpu, host = fitting(counted, config, ranks, room * GB) or (None, "no flags are enough", 0, 0)
+        sizes = f": {gpu / GB:.1f} GB{f', {host / GB:.1f} GB of the host' if host else ''}" if gpu else ""
+        print(f"In {room:.0f} GB a GPU: {more}{sizes}")

@@ -5,6 +5,8 @@ import os
 import re
 import signal
 import sys
+from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -138,26 +140,24 @@ def drive(kill, *argv):
         files.Log.write = write
 
 
-def measure(checkpointing, hidden=768, layers=6, vocabulary=2000):
+def measure(checkpointing, hidden=768, layers=6, vocabulary=2000, longest=8, prompts=2, max_tokens=128):
     """Print the plan for a step on the CPU, and how far the step itself raises the process's memory. In bytes."""
     torch.set_num_threads(1)
-    hidden, checkpointing = int(hidden), checkpointing == "True"
-    architecture = LlamaConfig(
-        vocab_size=int(vocabulary), hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=int(layers),
-        num_attention_heads=8, max_position_embeddings=512,
-    )  # fmt: skip
-    config = Config(prompts_per_step=2, group_size=4, max_new_tokens=8, max_tokens=128, lr=2e-6)
-    config.gradient_checkpointing = checkpointing
+    hidden, layers, vocabulary, longest, prompts = map(int, (hidden, layers, vocabulary, longest, prompts))
+    config = Config(prompts_per_step=prompts, group_size=4, max_new_tokens=longest, max_tokens=int(max_tokens), lr=2e-6)
+    config.gradient_checkpointing, architecture = checkpointing == "True", small(hidden, layers, vocabulary)
     planned = memory.plan(memory.seen(architecture, config, on_gpu=False), config, 0, False)["most at once"][1]
-    sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=40)
-    warm = [LlamaForCausalLM(LlamaConfig(**sizes)).eval() for _ in range(2)]
-    update(warm[0], warm[1].requires_grad_(False), config)  # now all code is loaded
+    stage2_step(small(16, 1, 40), replace(config, max_new_tokens=8))  # now all code is loaded
     before = memory_of("VmRSS")
-    model, reference = LlamaForCausalLM(architecture).eval(), LlamaForCausalLM(architecture).eval()
-    if checkpointing:
-        fast.checkpoint_layers(model)
-    update(model, reference.requires_grad_(False), config)
+    stage2_step(architecture, config)
     print(planned, memory_of("VmHWM") - before)  # getrusage's peak is inherited from the process that started this one
+
+
+def small(hidden, layers, vocabulary):
+    return LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=4096,
+    )  # fmt: skip
 
 
 def memory_of(name):
@@ -165,17 +165,21 @@ def memory_of(name):
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def update(model, reference, config):
-    """A step of Stage 2 without a tokenizer, twice."""
-    engine = Engine("cpu", config.max_tokens)
+def stage2_step(architecture, config, meter=lambda what, part: part()):
+    """A step of Stage 2 without a tokenizer, twice; meter(what, part) runs each of its parts."""
+    engine, model = Engine("cpu", config.max_tokens), LlamaForCausalLM(architecture)
+    reference = engine.place(deepcopy(model)).requires_grad_(False)
+    model = engine.place(model, config)
     logprobs_of, optimizer = engine.logprobs(1.0), optimizer_for(model, config.lr, 0.0)
-    prompts = [torch.randint(model.config.vocab_size, (64,)).tolist() for _ in range(config.prompts_per_step)]
+    prompts = [torch.randint(architecture.vocab_size, (64,)).tolist() for _ in range(config.prompts_per_step)]
+    how = (prompts, config.group_size, config.max_new_tokens, [], 1.0)
+    rewards = torch.tensor([0.0, 1.0]).repeat(len(prompts), config.group_size // 2)
     for _ in range(2):
-        drawn = engine.sample(model, prompts, config.group_size, config.max_new_tokens, [], 1.0, torch.Generator())
-        rewards = torch.tensor([0.0, 1.0]).repeat(len(prompts), config.group_size // 2)
+        drawn = meter("sampling", lambda: engine.sample(model, *how, torch.Generator()))
         groups = with_rewards(prompts, drawn, rewards)
         grpo.add_reference(reference, engine.batches(reference, groups), logprobs_of)
-        grpo.on_policy_gradient(model, engine.batches(model, groups), config.kl_coef, logprobs_of)
+        batches = engine.batches(model, groups)
+        meter("update", lambda: grpo.on_policy_gradient(model, batches, config.kl_coef, logprobs_of))  # noqa: B023
         engine.step(model, optimizer, 1.0)
 
 
