@@ -91,14 +91,14 @@ def test_loss_and_gradient_of_one_batch_are_trls(tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
-    model, reference = speed.build_model(16, 2), speed.build_model(16, 2)
+    engine = Engine("cpu")
+    model, reference = speed.place(engine, Config(), lambda: speed.build_model(16, 2))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.05)
     model.save_pretrained(tmp_path)
     peer = LlamaForCausalLM.from_pretrained(tmp_path)  # its trainer loads it from there once more
     prompts, rng = [[5, 6, 7], [8, 9, 10, 11, 12]], torch.Generator().manual_seed(0)
-    engine = Engine("cpu")
     ids, mask, old = engine.sample(model, prompts, 4, 9, list(range(2, 90)), 1.0, rng)
     assert len(mask.sum(-1).unique()) > 2
     rewards = torch.rand(2, 4, generator=rng)
