@@ -108,18 +108,30 @@ def plan(counted, config, ranks, on_gpu):
     return found if on_gpu else {name: (0, gpu + host) for name, (gpu, host) in found.items()}
 
 
-def advice(counted, config, ranks):
-    """The least flags more with which a GPU of 80 GB is enough, and what is taken there and on the host, as text."""
+def fitting(counted, config, ranks, room=ROOM * GB):
+    """The least flags more with which GPUs of `room` bytes are enough, a twentieth kept free.
+
+    Returns: the config with them; them as text; bytes on each GPU and on the host. None where no flag is enough.
+    """
     n = config.prompts_per_step
     for flags in ({}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "offload": True}):
         for prompts in dict.fromkeys((config.rollout_prompts, n // 2, n // 4, n // 8)):
             wanted = replace(config, **flags, rollout_prompts=prompts)
             gpu, host = plan(counted, wanted, ranks, True)["most at once"]
-            if gpu <= 0.95 * ROOM * GB:
+            if gpu <= 0.95 * room:
                 new = (flags | {"rollout_prompts": prompts}).items()
                 more = " ".join(f"--{k} {v}" for k, v in new if v != getattr(config, k)) or "as it is"
-                return f"{more}: {gpu / GB:.1f} GB{f', {host / GB:.1f} GB of the host' if host else ''}"
-    return "whatever the flags, it does not fit"
+                return wanted, more, gpu, host
+    return None
+
+
+def advice(counted, config, ranks):
+    """The flags of `fitting` in 80 GB, and what is taken there and on the host, as text."""
+    found = fitting(counted, config, ranks)
+    if not found:
+        return "whatever the flags, it does not fit"
+    _, more, gpu, host = found
+    return f"{more}: {gpu / GB:.1f} GB{f', {host / GB:.1f} GB of the host' if host else ''}"
 
 
 def show(config):

@@ -10,7 +10,7 @@ One JSON line on stdout, medians over the steps after the warm-up:
     replay_skipped                          share of drawn groups with all rewards equal, which cost nothing
     tokens_per_step tokens_per_s            sampled tokens, and the same over step_s ↑
     peak_rss_mb, on a GPU peak_gpu_mb       most memory that the process, the GPU's tensors, ever held ↓
-    flop_floor_multiple                     gen_s + ref_s + update_s over the seconds that `step_operations` take at
+    flop_floor_multiple                     gen_s + ref_s + update_s over the seconds that their `operations` take at
         the rate of matrix products timed in the same run ↓
     matmul_peak_share                       one over that ↑
 
@@ -119,9 +119,11 @@ def place(engine, config, build):
     """
     if config.lora_rank:
         raise InputError(f"--lora_rank {config.lora_rank}: adapters are not built yet; expected 0")
-    where, dtype = "cpu" if config.offload else engine.device, torch.bfloat16 if engine.half else torch.float32
-    model = engine.place(build().to(where, torch.float32), config)
-    return model, engine.place(build().to(engine.device, dtype)).requires_grad_(False)
+    model = engine.place(build().to("cpu" if config.offload else engine.device, torch.float32), config)
+    reference = build().requires_grad_(False)
+    for p in reference.parameters():  # buffers, such as rotations' frequencies, stay in float32, as where one is loaded
+        p.data = p.data.to(torch.bfloat16 if engine.half else torch.float32)
+    return model, engine.place(reference)
 
 
 def time_stage2(run, method, models, tokenizer, prompts, reward, each):
@@ -134,8 +136,7 @@ def time_stage2(run, method, models, tokenizer, prompts, reward, each):
         row |= {name: row.get(f"seconds_{phase}", 0.0) for name, phase in PARTS.items()}
         each(row | {"step_s": sum(row[name] for name in PARTS)})  # without the log's own columns: the peer has none
 
-    for name, method_of_log in (("metrics", write), ("samples", lambda row: None)):
-        setattr(run, name, SimpleNamespace(write=method_of_log, size=lambda: 0))
+    run.metrics, run.samples = (SimpleNamespace(write=w, size=lambda: 0) for w in (write, lambda row: None))
     queries = [Query(Prompt(None, text), text, "boundary") for text in prompts]
     with contextlib.redirect_stdout(sys.stderr):
         rerule.stage2(run, method, *models, tokenizer, Training([], queries), reward)
@@ -162,28 +163,20 @@ def matmul_rate(device="cpu", dtype=torch.float32):
     return best_rate(2 * n**3, lambda: a @ a, device)
 
 
-def forward_operations(model, prompt_tokens, responses, tokens):
-    """The arithmetic that one pass over so many responses of `tokens` tokens in all cannot do without: a product and a
-    sum for each weight of a matrix and each position that meets it.
+def operations(model, prompt_tokens, responses, tokens):
+    """The arithmetic that so many responses of `tokens` tokens in all cannot do without: (of a forward pass, of an
+    update), a product and a sum for each weight of a matrix and each position that meets it.
 
     Layers meet `prompt_tokens`, a group's prompt once, and all tokens but each response's last, which nothing follows;
-    the head meets a position a token. A tied head multiplies as any other, a look-up of embeddings does not. Left out:
-    attention's products of positions with positions, norms, softmax.
+    the head meets a position a token. A tied head multiplies as any other, a look-up of embeddings does not. Gradients
+    take a forward pass's for positions, and as much again for those weights that are trained. Left out: attention's
+    products of positions with positions, norms, softmax.
     """
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    body = sum(p.numel() for p in model.parameters() if p.dim() > 1 and p is not head and p is not embedding)
-    return 2 * (body * (prompt_tokens + tokens - responses) + head.numel() * tokens)
-
-
-def update_passes(model):
-    """An update's arithmetic in forward passes: one, one for the gradients of positions, one for those of weights."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return 2 + trained / sum(p.numel() for p in model.parameters())
-
-
-def step_operations(model, *sizes):
-    """The arithmetic of an on-policy step: sampling and π_ref take a forward pass each. `sizes` as above."""
-    return (1 + 1 + update_passes(model)) * forward_operations(model, *sizes)
+    body = [p for p in model.parameters() if p.dim() > 1 and p is not head and p is not embedding]
+    met = [(p, prompt_tokens + tokens - responses) for p in body] + [(head, tokens)]
+    forward, trained = (2 * sum(p.numel() * n for p, n in met if p.requires_grad >= only) for only in (False, True))
+    return forward, 2 * forward + trained
 
 
 def trl_process(pipe, o, folder, quick):
@@ -290,20 +283,21 @@ def main(o):
     with contextlib.ExitStack() as stack:
         for name, theirs in peers.items():
             turns.append(stack.enter_context(trl_beside(o, models[0], theirs, name == "peer_quick")))
-        stack.enter_context(torch.autocast(engine.device.type, dtype, enabled=engine.half, cache_enabled=False))
+        stack.enter_context(
+            torch.autocast(engine.device.type, torch.bfloat16, enabled=engine.half, cache_enabled=False)
+        )
         time_stage2(run, "rerule" if o.replay else "rule", models, build_tokenizer(o.vocab),
                     build_prompts(prompt, o.vocab), lambda query, text: earned(text), each)  # fmt: skip
     rate, rows = max(rate, matmul_rate(engine.device, dtype)), rows[o.warmup :]
-    result = {
-        name: getattr(o, name) for name in ("shape", "hidden", "layers", "vocab", "threads", "steps", "max_tokens")
-    }
+    shown = ("shape", "hidden", "layers", "vocab", "threads", "steps", "max_tokens")
+    result = {name: getattr(o, name) for name in shown}
     result |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "dtype": str(dtype).split(".")[1]}
     for row in rows:
         row |= {"update_group_s": row["update_s"] / PROMPTS_PER_STEP, "tokens_per_step": row["response_tokens"]}
         row["tokens_per_s"] = row["tokens_per_step"] / row["step_s"]
         sizes = (PROMPTS_PER_STEP * prompt, PROMPTS_PER_STEP * GROUP, row["tokens_per_step"])
-        floor = step_operations(models[0], *sizes) / rate  # seconds
-        row["flop_floor_multiple"] = (row["gen_s"] + row["ref_s"] + row["update_s"]) / floor
+        forward, update = operations(models[0], *sizes)  # sampling and π_ref take a forward pass each
+        row["flop_floor_multiple"] = (row["gen_s"] + row["ref_s"] + row["update_s"]) * rate / (2 * forward + update)
         row["matmul_peak_share"] = 1 / row["flop_floor_multiple"]
         if "replay_groups" in row:
             row["replay_group_s"] = row["replay_s"] / max(1, row["replay_groups"] - row["replay_skipped"])

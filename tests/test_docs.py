@@ -25,6 +25,7 @@ COMMANDS = {
     "reproduce.attacks": "reproduce.attacks.Options",
     "baselines.grid": "baselines.grid.Options",
     "scale.speed": "scale.speed.Options",
+    "scale.check": "scale.check.Options",
 }
 FOREIGN = {"index-url", "nproc-per-node", "help"}  # pip's, torchrun's, every command's
 

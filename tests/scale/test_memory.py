@@ -40,6 +40,16 @@ def test_the_plan_by_hand():
     assert four["optimiser"] == (2 * n, 0) and four["reference"] == (n / 2, 0)
 
 
+def test_the_least_flags_for_a_gpu_of_any_size():
+    counted = memory.seen(LlamaConfig(**EIGHT), config := Config(max_new_tokens=1024), True)
+    found = {room: memory.fitting(counted, config, 0, room * 1e9) for room in (300, 80, 20)}
+    assert found[300][0] == config and found[300][1] == "as it is" and found[20] is None
+    wanted, more, gpu, host = found[80]
+    assert more == "--gradient_checkpointing True --offload True --rollout_prompts 16" and wanted.rollout_prompts == 16
+    assert gpu <= 0.95 * 80e9 and (gpu, host) == memory.plan(counted, wanted, 0, True)["most at once"]
+    assert memory.advice(counted, config, 0) == f"{more}: {gpu / 1e9:.1f} GB, {host / 1e9:.1f} GB of the host"
+
+
 def test_the_plan_counts_prompts_as_long_as_the_benchmark_has_them():
     counted = (1e9, 1e8, 1000, {False: 1e9, True: 1e8}, 128256)
     for name, prompt in (("builtin", 64), ("rwku", 64), ("tofu", 64), ("muse", 512)):
