@@ -148,6 +148,22 @@ def test_bytes_of_decoding_by_hand():
     assert check.decode_bytes(1000, 7, config, 120) == 20 * 1000 + 7 * 4 * (64 * 10 + 3 * 50)
 
 
+def test_shares_by_hand():
+    """The first row warms up. 256 responses of 10 tokens in 2 s; a token meets 5e8 weights of 2 bytes on a GPU."""
+    config = Config(benchmark="rwku", max_new_tokens=10)
+    warm = dict.fromkeys(("step_s", "gen_s", "sample_s", "ref_s", "update_s", "replay_s", "forward", "updated"), 99.0)
+    row = {"step_s": 10.0, "gen_s": 3.0, "sample_s": 2.0, "ref_s": 1.0, "update_s": 4.0, "replay_s": 2.0, "ess": 0.5,
+           "response_tokens": 2560, "forward": 1e14, "updated": 3e14}  # fmt: skip
+    rates = {"products": 5e14, "copy": 2e12, "nominal": 1e15}
+    told = check.told_steps([warm, row, row], config, 0, rates, {"read": 5 * 10**8}, True)
+    told = {what: [found, *rest] for what, found, *rest in told}
+    assert told["steps timed"][0] == 2 and told["sample_s"][0] == 2.0
+    assert told["tokens a second, sampling"] == [1280.0, None, "256 in the step"]
+    assert told["sampling's share of copies' rate"] == [10 * 1e9 / 2e12 / 2, None, "10 GB read"]
+    assert told["update's share of products' rate"] == [0.15, None, "0.075 of the nominal"]
+    assert told["flop_floor_multiple"] == [8 / 1] and told["ess"] == [0.5] and told["fresh_ess"] == [None]
+
+
 def test_offloaded_weights_are_checked_as_they_are_run(tmp_path):
     """FSDP2's own kinds of weights, in a group of one process."""
     config = Config(
