@@ -55,7 +55,6 @@ def main(argv=None):
     records = read_records(folder)
     if any(("--steps", "8") == tuple(r["args"][:2]) for r in records.values()) != o.quick and records:
         raise InputError(f"--output_dir {folder}: holds {'no ' if o.quick else 'a '}quick run; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         run_all(o, folder, records)
     except KeyboardInterrupt:

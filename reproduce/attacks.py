@@ -120,7 +120,6 @@ def main(argv=None):
         raise InputError(f"--tofu_dir {o.tofu_dir}: holds no forget01.json")
     folder = Path(o.output_dir)
     records = read_records(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     run_all(o, folder, records, all_jobs)
     write_records(folder, records)
     write(folder, records)

@@ -123,7 +123,7 @@ def planned(o, records):
 def run_all(o, folder, records, jobs_of=planned):
     """Run what is missing of the jobs, longest chains first, and put every record into `records`."""
     runs, source = folder / "runs", about()
-    folders = {name: getattr(o, name, "") for name in ("tofu_dir", "rwku_dir")}  # of real text
+    folders = {name: getattr(o, name, "") for name in ("tofu_dir", "rwku_dir", "data_dir")}  # of real text
     is_done = lambda job: job.name in records and tuple(records[job.name]["args"]) == job.args  # noqa: E731
     if all(is_done(job) for job in jobs_of(o, records)):
         return

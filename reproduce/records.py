@@ -18,7 +18,6 @@ from math import sqrt
 
 import numpy as np
 
-from baselines.grid import score
 from engine.files import read_lines
 from engine.plots import NAMES, mean
 from reproduce.statistics import WINDOW
@@ -187,6 +186,12 @@ def outcome(record, method, base):
     return found
 
 
+def score(row):
+    """Harmonic mean of 100 − forget recall and retain recall; 0 where the run diverged."""
+    forgotten, kept = 100 - row["forget_recall"], row["retain_recall"]
+    return 0.0 if row.get("stopped") or not forgotten or not kept else 2 * forgotten * kept / (forgotten + kept)
+
+
 class Results:
     """The records of a report, by family of runs and seed, and what tables compare of them.
 
@@ -254,7 +259,7 @@ def in_town(name, rate, first=""):
 
 
 def rate_scores(records, seeds, rates=RATES, names=CURVES, place=place_of):
-    """{curve: {rate: [`grid.score`, a seed each]}} of the selection runs that replayed, as for the baselines."""
+    """{curve: {rate: [`score`, a seed each]}} of the selection runs that replayed, as for the baselines."""
 
     def score_of(family, method):
         runs = [records[f"{family}_{seed}"] for seed in seeds if f"{family}_{seed}" in records]
