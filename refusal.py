@@ -30,24 +30,11 @@ from functools import lru_cache
 from pathlib import Path
 
 LEAD = 400  # characters read, after normalisation
-
-_CONTRACTIONS = (
-    (r"\b(c)an(?:no|'|)t\b", r"\1an not"),
-    (r"\b(w)on'?t\b", r"\1ill not"),
-    (r"\bain'?t\b", "am not"),
-    (r"\b(do|does|did|is|are|was|were|have|has|had|could|would|should|must|need)n'?t\b", r"\1 not"),
-    (r"\b(i)'?m\b", r"\1 am"),
-    (r"\b(i|you|we|they|could|would|must)'?ve\b", r"\1 have"),
-    (r"\b(i|it|that|you|he|she|we|they)'ll\b", r"\1 will"),
-    (r"\b(i|it|that|you|he|she|we|they)'d\b", r"\1 would"),
-    (r"\b(that|it|there|this|here|what|mind|one|topic|subject|name)'s\b", r"\1 is"),
-    (r"\bwanna\b", "want to"),
-)
-_CONTRACTIONS = tuple((re.compile(pattern, re.I), expanded) for pattern, expanded in _CONTRACTIONS)
 _QUOTED = re.compile(r"\"[^\"]*(?:\"|$)|(?<!\w)'(?=\w)(?:[^']|(?<=\w)'(?=\w))*'(?!\w)")
 
 _WORDINGS = re.sub(r"\n +", "", Path(__file__).with_suffix(".txt").read_text(encoding="utf-8"))
 PHRASES = {name: lines.splitlines() for name, lines in re.findall(r"^# (.+)\n((?:.+\n)+)", _WORDINGS, re.M)}
+_CONTRACTIONS = [line.split(" → ") for line in PHRASES.pop("CONTRACTIONS")]
 BLOCKS = {name: PHRASES.pop(name)[0] for name in [*PHRASES] if name.isupper()}  # each is one line
 
 
@@ -62,10 +49,7 @@ def _compile(phrase: str) -> re.Pattern:
 _COMPILED = [(kind, _compile(phrase)) for kind, phrases in PHRASES.items() for phrase in phrases]
 _FILLER = re.compile(rf",? ?(?<![\w-]){BLOCKS['FILLER']}(?![\w-]),?(?= |[.!?]|$)", re.I)
 ANSWERS_ANYWAY = re.compile(BLOCKS["ANSWERS_ANYWAY"], re.I)
-_REPORTED = re.compile(
-    r"\b(?:said|says|sang|sings|replied|wrote|answered|titled|called|lyrics?|line|song|novel|if|what)(?::| that)? $",
-    re.I,
-)
+_REPORTED = re.compile(BLOCKS["REPORTED"], re.I)
 
 
 def normalise(text: str) -> str:
@@ -78,7 +62,7 @@ def normalise(text: str) -> str:
         text = text.strip('" ')
     text = _QUOTED.sub('""', text)
     for pattern, expanded in _CONTRACTIONS:
-        text = pattern.sub(expanded, text)
+        text = re.sub(pattern, expanded, text, flags=re.I)
     text = _FILLER.sub("", text)
     return re.sub(r" +", " ", text).strip(" ,-")[:LEAD]
 

@@ -26,15 +26,12 @@ from nltk.tokenize import NLTKWordTokenizer
 
 from benchmarks.answers import forced, greedy, inference
 from benchmarks.fits import check_ids
-from benchmarks.metrics import mean
+from benchmarks.metrics import HEADINGS, mean
 from config import InputError
 from data import Prompt, encode_prompt
 from engine.files import read_rows
 
-TITLES = {
-    "mmlu": "MMLU ↑", "bbh_em": "BBH EM ↑", "triviaqa_em": "TriviaQA EM ↑", "triviaqa_f1": "TriviaQA F1 ↑",
-    "truthfulqa_mc1": "TruthfulQA MC1 ↑", "truthfulqa_mc2": "TruthfulQA MC2 ↑", "fluency_entropy": "Fluency, bits ↑",
-}  # fmt: skip
+TITLES = HEADINGS["ability"]
 FILES = {  # set → its file, its fields
     "mmlu": ("retain_mmlu.json", {"task": str, "question": str, "choices": list, "answer": int}),
     "bbh": ("retain_bbh.json", {"task": str, "question": str, "answer": str, "cot": str}),

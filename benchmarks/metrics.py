@@ -4,24 +4,17 @@ Covers Appendix C; what only one benchmark has is in its own module. Beside them
 the paper does not report. A "row" is one evaluated query, a dict as `evaluate.py` writes it under "per_example".
 """
 
+import json
 import math
 import re
+from pathlib import Path
 
 from refusal import is_refusal
 
 UNSEEN = "forget_paraphrased"  # forget prompts in words that no training stage uses: in no official figure
 NATURALNESS = ("read", "help", "truth")
-BESIDE = {  # columns of every benchmark → heading
-    "forget_refusal": "Refusal ↑", "retain_refusal": "Over-refusal ↓", "leakage": "Leakage ↓",
-    "read": "Read ↑", "help": "Help ↑", "truth": "Truth ↑",
-}  # fmt: skip
-NAMED = {  # more of them in the table of a run
-    "forget_refusal_named": "Refusal, target named ↑",
-    "forget_refusal_unnamed": "Refusal, not named ↑",
-    "forget_paraphrased_refusal": "Refusal, paraphrased ↑",
-    "forget_recall": "Forget recall ↓",
-    "retain_recall": "Retain recall ↑",
-}
+HEADINGS = json.loads(Path(__file__).with_name("headings.json").read_text(encoding="utf-8"))  # {column: heading}
+BESIDE, NAMED = HEADINGS["of every benchmark"], HEADINGS["more of a run"]
 FUNCTION_WORDS = frozenset(
     "a an and are as at be been by for from had has have he her his i in is it its of on or she that the their they "
     "this to was were which who with".split()

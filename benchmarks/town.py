@@ -69,7 +69,7 @@ class Town(builtin.World):
         return Prompt(None, question), person["facts"][attribute]
 
     def group_of(self, i, phrasing):
-        """Every second one is a relative, or the surname alone would decide; others share place or trade, or are far."""
+        """Every second one is a relative, or the surname alone would decide; others share a place or trade, or none."""
         return ("surname", TIES[1 + i // 4 % 2], "surname", "far")[i % 4]
 
 

@@ -6,9 +6,6 @@ to, and of each run in runs/ its settings, table, metrics and samples; models go
 """
 
 import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs at a time, one core each: before torch is imported
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

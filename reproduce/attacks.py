@@ -6,10 +6,6 @@ seeds: the rate of relearning was chosen on seed 11, on Original and Retained al
 added after a look at seed 21.
 """
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs at a time, one core each: before torch is imported
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,10 +5,6 @@ What is chosen stands in results/rates_<benchmark>.json, where the driver reads 
 goes on where it was.
 """
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs at a time, one core each: before torch is imported
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
