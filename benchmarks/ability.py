@@ -245,10 +245,8 @@ def measure(engine, model, tokenizer, sets, *, batch_size=32, progress=True):
         question, prediction, answer, its scores under the columns' names, and `truncated` where the model wrote.
     """
     encoded, letters = check(model, tokenizer, sets), letter_ids(tokenizer)
-    readers = {
-        "mmlu": lambda logits, ids: logits[0, letters].argmax().item(),
-        "truthfulqa": lambda logits, ids: -F.cross_entropy(logits, ids, reduction="sum").item(),
-    }
+    readers = {"mmlu": lambda logits, ids: logits[0, letters].argmax().item(),
+               "truthfulqa": lambda logits, ids: -F.cross_entropy(logits, ids, reduction="sum").item()}  # fmt: skip
     rows = []
     with inference(model), engine.held(model):
         for name, (asked, starts) in encoded.items():

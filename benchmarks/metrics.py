@@ -79,14 +79,9 @@ def common_columns(rows):
     def percent(part, field):
         return mean((row[field] for row in part), 100)
 
-    table = {
-        "forget_recall": percent(forget, "rouge_l_recall"),
-        "retain_recall": percent(retain, "rouge_l_recall"),
-        "forget_refusal": percent(forget, "refusal"),
-        "retain_refusal": percent(retain, "refusal"),
-        "leakage": percent(forget, "leak"),
-        "truncated": percent(rows, "truncated"),
-    }
+    sides, fields = {"forget": forget, "retain": retain}, {"recall": "rouge_l_recall", "refusal": "refusal"}
+    table = {f"{side}_{name}": percent(sides[side], field) for name, field in fields.items() for side in sides}
+    table |= {"leakage": percent(forget, "leak"), "truncated": percent(rows, "truncated")}
     for label, part in (("forget", forget), (UNSEEN, unseen)):
         if any(row["named"] is not None for row in part):
             for suffix, named in (("named", True), ("unnamed", False)):

@@ -34,11 +34,9 @@ UTILITY_SETS = ("retain", "real_authors", "world_facts")  # the sets of model ut
 SETS = (*UTILITY_SETS, "forget")
 AUTHORS = 10  # of 20 rows each, held out for membership
 LOG = {  # the sets as TOFU's own log names them
-    "retain": "eval_log.json",
-    "real_authors": "eval_real_author_wo_options.json",
-    "world_facts": "eval_real_world_wo_options.json",
-    "forget": "eval_log_forget.json",
-}
+    "retain": "eval_log.json", "real_authors": "eval_real_author_wo_options.json",
+    "world_facts": "eval_real_world_wo_options.json", "forget": "eval_log_forget.json",
+}  # fmt: skip
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
@@ -188,11 +186,8 @@ def summarise(rows, retained):
         table[f"{name}_truth_ratio"] = mean(scores.tolist())
     nine = [table[f"{s}_{m}"] for s in UTILITY_SETS for m in ("probability", "rouge_l", "truth_ratio")]
     complete = None not in nine and not any(map(math.isnan, nine))
-    table = {
-        "model_utility": float(hmean(nine)) if complete else None,
-        "forget_quality": None,
-        "forget_rouge_l": table["forget_rouge_l"],
-    } | table
+    utility = float(hmean(nine)) if complete else None
+    table = {"model_utility": utility, "forget_quality": None, "forget_rouge_l": table["forget_rouge_l"]} | table
     notes, ratios = [], numbers([row for row in rows if row["split"] == "forget"], "truth_ratio")
     if retained is None:
         notes = ["forget_quality is missing: it needs the retained model (--retain_model) or its log (--retain_log)"]
@@ -239,11 +234,9 @@ def own_log(path, log, sets):
             listed = isinstance(perturbed, list) and perturbed
             if not listed or not all(isinstance(x, float | int) for x in (gold, paraphrased, recall, *perturbed)):
                 raise InputError(f"{path}: '{LOG[split]}' row {index} holds something that is not a number")
-            rows.append(
-                dict.fromkeys(("rouge_l_f1", "prediction", "refusal", "leak", "named", "truncated"))
-                | {"split": split, "target": "", "forget": split == "forget", "row": index, "rouge_l_recall": recall}
-                | losses(split, gold, paraphrased, perturbed)
-            )
+            row = dict.fromkeys(("rouge_l_f1", "prediction", "refusal", "leak", "named", "truncated"))
+            row |= {"split": split, "target": "", "forget": split == "forget", "row": index, "rouge_l_recall": recall}
+            rows.append(row | losses(split, gold, paraphrased, perturbed))
     return rows
 
 

@@ -45,10 +45,9 @@ class Town(builtin.World):
         roles = ["target"] * N_TARGETS + [role for role in (*TIES, "far", "unknown") for _ in range(N_EACH)]
         for i, (name, role) in enumerate(zip(first, roles, strict=True)):
             own = TIES[i % 3] if role == "unknown" else role
-            person = {"role": role} | {
-                tie: near[i % N_TARGETS] if own in ("target", tie) else rng.choice(other)
-                for tie, (near, other) in values.items()
-            }
+            person = {"role": role}
+            for tie, (near, other) in values.items():
+                person[tie] = near[i % N_TARGETS] if own in ("target", tie) else rng.choice(other)
             person["facts"] = {attribute: self.fact(person, attribute) for attribute in ATTRIBUTES}
             person["taught"] = {attribute: rng.sample(PHRASINGS, rng.choice(STRENGTHS)) for attribute in ATTRIBUTES}
             self.people[f"{name} {person['surname']}"] = person

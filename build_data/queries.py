@@ -165,9 +165,8 @@ def hold_out(o, facts, found, check):
         files[f"forget_level{level}.json"] = [row(i.query, i.answer, level, kind) for i in items]
         files[f"neighbor_level{level}.json"] = [row(i.query, i.answer, level, kind, neighbor=i.name) for i in near]
     turns = zip(facts, cycle(PHRASINGS.items()), strict=False)
-    files["forget_level3.json"] = [
-        row(phrasing.format(fact.question), fact.answer, 3, kind) for fact, (kind, phrasing) in turns if fact.answer
-    ]
+    asked_again = [(fact, kind, phrasing.format(fact.question)) for fact, (kind, phrasing) in turns if fact.answer]
+    files["forget_level3.json"] = [row(question, fact.answer, 3, kind) for fact, kind, question in asked_again]
     return files, held
 
 

@@ -117,11 +117,8 @@ def cut_answer(fact):
         at, after = found
         if not names(fact.question, fact.name):  # the question asks for the name
             return sentence[:at] + GAP + sentence[after:], fact.name
-        new = [
-            word.start()
-            for word in re.finditer(r"\S+", sentence)
-            if word.start() > after and not {part for part in words(word[0]) if len(part) > 1} <= asked
-        ]
+        later = [word for word in re.finditer(r"\S+", sentence) if word.start() > after]
+        new = [word.start() for word in later if not {part for part in words(word[0]) if len(part) > 1} <= asked]
         if new:
             told = {i: sentence[after + 2 : i].split() for i in new}  # words since the name; + 2 skips its "'s"
             before = len(sentence[:at].split())

@@ -41,9 +41,6 @@ CURVES = ("rule", "rerule", "random", "recent", "current")  # of the main figure
 OWN_BASE = ("base", "select", "world0", "world30", "town", "tofu", "book", "rwku")  # families read with themselves
 
 
-# --- records ---------------------------------------------------------------------------------------------------------
-
-
 def record_of(folder, whole=True):
     """The record of a finished run's folder; without `whole`, no group's reward and no curve is in it."""
     config, table = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "table.json"))
@@ -71,11 +68,10 @@ def record_of(folder, whole=True):
     early = ("Original", "Retained", "Rej. Steer") if config["start_from"] else ()  # the base run's own
     rows = {name: row for name, row in table.items() if name not in early}
     found = {name: config[name] for name in ("tau", "lr", "steps", "group_size")}
-    kept = lambda column: column in KEPT or column.startswith(ATTACKED)  # noqa: E731
-    found["rows"] = {
-        name: {k: short(row[k]) for k in row if kept(k) and row[k] is not None} for name, row in rows.items()
-    }
-    found |= {"methods": methods} | ({"queries": queries} if whole else {})
+    for name, row in rows.items():
+        kept = [k for k in row if (k in KEPT or k.startswith(ATTACKED)) and row[k] is not None]
+        rows[name] = {k: short(row[k]) for k in kept}
+    found |= {"rows": rows, "methods": methods} | ({"queries": queries} if whole else {})
     if whole and {"rule", "rerule"} <= set(methods):  # a base run: what its variants are read with
         asked = {row["query"]: row for row in samples}
         answers = {row["question"]: row["answer"] for row in read_lines(folder / "predictions" / "original.jsonl")}
@@ -146,11 +142,9 @@ def cases(base, prompts, answers):
     """
     means = {query: mean(values) for query, values in before_replay(base).items()}
     order = sorted(means, key=lambda query: (means[query], random.Random(query).random()))
-    return [
-        [query, kind, prompts[query], answers.get(prompts[query], "")]
-        for kind in ("forget", "boundary")
-        for query in [q for q in order if (base["kinds"][q] == "f") == (kind == "forget")][:3]
-    ]
+    own = {"forget": [q for q in order if base["kinds"][q] == "f"]}
+    own["boundary"] = [q for q in order if q not in own["forget"]]
+    return [[q, kind, prompts[q], answers.get(prompts[q], "")] for kind in own for q in own[kind][:3]]
 
 
 def groups_of(record, method, last=None):

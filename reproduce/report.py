@@ -5,18 +5,16 @@ paper's tables and figures one by one, each with the command that makes it. What
 of the records, `r`, and the report's folder; a section that lacks runs says so.
 """
 
-import json
 from pathlib import Path
 
 from engine.files import write_text
 from engine.plots import NAMES, mean, scatter
 from reproduce import claims, figures, real_text, records
 from reproduce.plan import FAMILIES, OPTIMISER_STEPS, SECTIONS
-from reproduce.real_text import table
+from reproduce.real_text import PAPER, table
 from reproduce.records import CURVES, RATES
 from reproduce.statistics import instability, paired, spread, statistic
 
-PAPER = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
 DIFFERENCES = """\
 | Stage 2 | Retain ↑ | difference to RULE | seeds up | hard neighbours ↑ | difference to RULE | leak@64 ↓ | \
 difference to RULE | hard prompts' reward, late ↑ | forget refusal ↑ | over-refusal ↓ | seconds |
@@ -70,9 +68,6 @@ def verdicts(r):
     count = {v: sum(v == verdict for _, verdict in found) for v in (*reversed(claims.VERDICTS), "not run")}
     told = ", ".join(f"{n} {verdict}" for verdict, n in count.items() if n)
     return {"counts": f"{len(found)} claims: {told}.", "table": table(rows)}
-
-
-# --- cells -----------------------------------------------------------------------------------------------------------
 
 
 def column(outcomes, name, digits=1):
@@ -252,14 +247,11 @@ def town(r, folder):
                "same trade": "trade", "far": "far"}  # fmt: skip
     figures.town(r, columns, folder / "town.png")
     rows, rule = [], r.of("town_rule", "rule")
-    models = {name: r.of("town", name) for name in ("Original", "Retained", "Rej. Steer")}
-    models |= {"RULE": rule, "ReRULE": r.of("town_rerule"), "random groups": r.of("town_random"),
-               "the previous batch again": r.of("town_recent")}  # fmt: skip
-    for label, own in models.items():
-        stats = [paired(own, rule, name) if label not in ("Original", "Retained", "Rej. Steer", "RULE") else None
-                 for name in ("retain_recall", "leak_64")]  # fmt: skip
-        shown = ("forget_recall", "leak_64", "retain_recall", *list(columns.values())[1:], "retain_refusal")
-        rows.append([label, *(column(own, name) for name in shown), *map(interval, stats)])
+    shown = ("forget_recall", "leak_64", "retain_recall", *list(columns.values())[1:], "retain_refusal")
+    for name, (family, method) in figures.TOWN.items():
+        own = r.of(family, method)
+        stats = [paired(own, rule, key) if method == "rerule" else None for key in ("retain_recall", "leak_64")]
+        rows.append([LABELS.get(name, name), *(column(own, key) for key in shown), *map(interval, stats)])
     return {"table": table(rows), "rates": ", ".join(f"{LABELS[n]} {rate}" for n, rate in r.in_town.items())}
 
 

@@ -12,10 +12,7 @@ from benchmarks.attacks.weights import quantize, relearn
 from config import InputError
 from engine.files import write_json
 
-ATTACKS = {
-    "leak": leak, "extract": extract, "membership": membership, "prefix": prefix, "quantize": quantize,
-    "relearn": relearn,
-}  # fmt: skip
+ATTACKS = {attack.__name__: attack for attack in (leak, extract, membership, prefix, quantize, relearn)}
 TITLES = metrics.HEADINGS["attacks"]  # of the columns shown in tables; JSON has more
 
 
