@@ -21,9 +21,7 @@ class Options:
     tokenizer: str = setting("Where the tokenizer of all models is, if not with each.", "")
     data_dir: str = setting("The benchmark's folder; for RWKU one target's folder or a folder of them.", "")
     from_log: str = setting("Score a stored log, ours or TOFU's own, in place of a model.", "")
-    attack: list[str] = setting(
-        "Attack the model too, by some of: leak extract membership prefix quantize relearn (docs/attacks.md).", []
-    )
+    attack: list[str] = setting("Attack the model by some of: leak extract membership prefix quantize relearn.", [])
     attack_samples: Count = setting("Answers sampled to each forget prompt, for leak@k up to this k.", 64)
     relearn_lr: Above0 | None = setting("Learning rate of relearning. Unless given: by the model's size.")
     original_model: str = setting("The model before unlearning, to be attacked beside it.", "")

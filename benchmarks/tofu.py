@@ -242,20 +242,13 @@ def own_log(path, log, sets):
 
 BENCHMARK = Benchmark(
     name="tofu",
-    preset=PRESET
-    | dict(steps=11, tau=0.6, min_groups=80, warmup_steps=6, buffer_size=400, max_new_tokens=256, tiny_epochs=20.0),
+    preset=PRESET | dict(steps=11, tau=0.6, min_groups=80, warmup_steps=6, buffer_size=400, max_new_tokens=256,
+                         tiny_epochs=20.0),
     tiny=TINY | dict(lr=1e-4, max_new_tokens=96, steps=20, baseline_epochs=20.0),
     columns={"forget_quality": "Forget quality ↑", "model_utility": "Model utility ↑", "forget_rouge_l": "F-RL ↓"},
-    train=train,
-    probes=probes,
-    wordings=lambda query: [inst(query.question)],
+    train=train, probes=probes, membership=membership, wordings=lambda query: [inst(query.question)],
     limit=lambda split, prompt_length: max(1, 200 - prompt_length),  # prompt and answer together
-    scorer=rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True),
-    summarise=summarise,
-    losses=losses,
-    log_splits=SETS,
-    own_log=own_log,
-    membership=membership,
+    scorer=rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True), summarise=summarise, more_lines=more_lines,
+    losses=losses, log_splits=SETS, own_log=own_log,
     forget_rows={40, 200, 300},  # forget01, forget05, and what TOFU reads of forget10
-    more_lines=more_lines,
-)
+)  # fmt: skip

@@ -99,8 +99,6 @@ BENCHMARK = replace(
                                   ("place", "Same place", "↑"), ("trade", "Same trade", "↑"), ("far", "Far", "↑"))
         for part in ("trained", "heldout")
     } | {"forget_refusal": "Forget refusal ↑", "retain_refusal": "Over-refusal ↓"},
-    train=lambda o: town_of(o).training(),
-    probes=lambda o: town_of(o).probes(),
-    retained=lambda o: town_of(o).taught(retain_only=True),
-    membership=membership,
+    train=lambda o: town_of(o).training(), probes=lambda o: town_of(o).probes(),
+    retained=lambda o: town_of(o).taught(retain_only=True), membership=membership,
 )  # fmt: skip

@@ -87,6 +87,3 @@ def table(names, models):
             lines.append([title, *("–" if value is None else f"{value:.{digits}f}" for value in values)])
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
-
-
-__all__ = ["ATTACKS", "Case", "attack", "attacked", "prepare", "run_columns", "table"]
