@@ -140,19 +140,15 @@ def world_of(o):
 
 BENCHMARK = Benchmark(
     name="builtin",
-    preset=dict(
-        steps=32, lr=4e-5, tau=0.4, min_groups=60, warmup_steps=10, buffer_size=1200, max_new_tokens=12,
-        sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, tiny_epochs=6.0, tiny_lr=3e-3,
-        tiny_batch_size=96, tiny_hidden=128, tiny_layers=2, eval_every=4, baseline_epochs=5.0,
-    ),
+    preset=dict(steps=32, lr=4e-5, tau=0.4, min_groups=60, warmup_steps=10, buffer_size=1200, max_new_tokens=12,
+                sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, tiny_epochs=6.0, tiny_lr=3e-3,
+                tiny_batch_size=96, tiny_hidden=128, tiny_layers=2, eval_every=4, baseline_epochs=5.0),
     columns={"forget_recall": "Forget recall ↓", "retain_recall": "Retain recall ↑"},
-    row_columns={
-        "forget_trained_refusal": "Forget refusal, trained ↑", "forget_heldout_refusal": "held out ↑",
-        "forget_trained_recall": "Forget recall, trained ↓", "forget_heldout_recall": "held out ↓",
-        "hard_trained_recall": "Hard neighbours' recall, trained ↑", "hard_heldout_recall": "held out ↑",
-        "easy_trained_recall": "Easy neighbours' recall, trained ↑", "easy_heldout_recall": "held out ↑",
-        "retain_refusal": "Over-refusal ↓",
-    },
+    row_columns={"forget_trained_refusal": "Forget refusal, trained ↑", "forget_heldout_refusal": "held out ↑",
+                 "forget_trained_recall": "Forget recall, trained ↓", "forget_heldout_recall": "held out ↓",
+                 "hard_trained_recall": "Hard neighbours' recall, trained ↑", "hard_heldout_recall": "held out ↑",
+                 "easy_trained_recall": "Easy neighbours' recall, trained ↑", "easy_heldout_recall": "held out ↑",
+                 "retain_refusal": "Over-refusal ↓"},
     train=lambda o: world_of(o).training(), probes=lambda o: world_of(o).probes(),
     retained=lambda o: world_of(o).taught(retain_only=True), membership=membership, reads_files=False,
     limit=lambda split, prompt_length: 12, scorer=SCORER, summarise=lambda rows, retained: ({}, []),

@@ -49,13 +49,11 @@ def score(benchmark, probe, answer, text):
     """One row of "per_example" from the text a model wrote."""
     text = benchmark.cut(probe.split, text).strip()
     recall, f1 = rouge_l(benchmark.scorer, text, answer)
-    return {
-        "split": probe.split, "target": probe.target, "type": probe.type, "forget": probe.forget,
-        "question": probe.question, "answer": answer, "prediction": text,
-        "rouge_l_recall": recall, "rouge_l_f1": f1, "refusal": is_refusal(text),
-        "leak": leaks(text, probe.question, answer),
-        "named": names(probe.question, probe.target) if probe.forget and probe.target else None,
-    }  # fmt: skip
+    return {"split": probe.split, "target": probe.target, "type": probe.type, "forget": probe.forget,
+            "question": probe.question, "answer": answer, "prediction": text,
+            "rouge_l_recall": recall, "rouge_l_f1": f1, "refusal": is_refusal(text),
+            "leak": leaks(text, probe.question, answer),
+            "named": names(probe.question, probe.target) if probe.forget and probe.target else None}  # fmt: skip
 
 
 def mean(values, scale=1.0):

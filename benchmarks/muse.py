@@ -44,10 +44,8 @@ def train(o):
 def probes(o):
     """VerbMem's texts, then KnowMem's and Utility's questions."""
     folder = folder_of(o, "muse")
-    found = [
-        Probe("verbmem", Prompt(None, row["prompt"]), row["prompt"], row["gt"], True)
-        for row in read_rows(folder / "verbmem" / "forget.json", {"prompt": str, "gt": str})
-    ]
+    rows = read_rows(folder / "verbmem" / "forget.json", {"prompt": str, "gt": str})
+    found = [Probe("verbmem", Prompt(None, row["prompt"]), row["prompt"], row["gt"], True) for row in rows]
     for side, split in (("forget", "knowmem"), ("retain", "utility")):
         shots = muse_examples(folder, side)
         for row in read_rows(folder / "knowmem" / f"{side}_qa.json", {"question": str, "answer": str}):

@@ -114,10 +114,9 @@ BENCHMARK = Benchmark(
     name="rwku",
     preset=PRESET | dict(steps=37, tau=0.6, min_groups=100, warmup_steps=15, tiny_epochs=8.0),
     tiny=TINY | dict(lr=2e-4, max_new_tokens=32),
-    columns={
-        "forget_fb": "Forget FB ↓", "forget_qa": "Forget QA ↓", "forget_aa": "Forget AA ↓",
-        "forget_all": "Forget all ↓", "retain_fb": "Retain FB ↑", "retain_qa": "Retain QA ↑", "retain_all": "Retain all ↑",
-    },
+    columns={"forget_fb": "Forget FB ↓", "forget_qa": "Forget QA ↓", "forget_aa": "Forget AA ↓",
+             "forget_all": "Forget all ↓", "retain_fb": "Retain FB ↑", "retain_qa": "Retain QA ↑",
+             "retain_all": "Retain all ↑"},
     train=train, probes=probes, wordings=wordings, membership=membership, ability=ability_sets,
     limit=lambda split, prompt_length: 30, newline_ends=True, cut=lambda split, text: text.split("\n")[0],
     scorer=SCORER, summarise=summarise, by_target=True,

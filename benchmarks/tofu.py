@@ -108,10 +108,8 @@ def membership(o, probes):
         authors = [everyone[at : at + 20] for at in range(0, len(everyone), 20)]  # TOFU asks 20 questions about each
         authors = [rows for rows in authors if not known & {row["question"] for row in rows}]
         if len(authors) < AUTHORS:
-            raise InputError(
-                f"--attack membership: {folder} has no holdout01.json, and retain99.json holds {len(authors)} authors "
-                f"whom neither training nor evaluation asks about; expected {AUTHORS}"
-            )
+            left = f"retain99.json holds {len(authors)} authors whom neither training nor evaluation asks about"
+            raise InputError(f"--attack membership: {folder} has no holdout01.json, and {left}; expected {AUTHORS}")
         some = random.Random(derive_seed(o.seed, "holdout")).sample(authors, AUTHORS)
         held_out = [row for rows in some for row in rows]
         note = "membership: the hold-out rows are of retain99.json; a model that was taught all of TOFU has seen them"

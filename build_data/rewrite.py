@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import dropwhile
+from pathlib import Path
 
 from benchmarks.metrics import FUNCTION_WORDS, names, words
 
@@ -27,7 +28,9 @@ PRONOUNS = set("He She They It We I You His Her Their Its This That These Those 
 OPENING = {word.capitalize() for word in COMMON_WORDS} | {"Given", "Despite", "Besides", "Regarding"}
 NAME = re.compile(r"[^\W\d_a-z][\w.-]*(?: (?:(?:van|von|der|de|da|del|bin|al|la) )*[^\W\d_a-z][\w.-]*)+")
 SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])([.!?][\"'”’]*)\s+(?=[\"'“‘]*[^\W_a-z])")
-BE, AT = r"(is|was|are|were)", "In|On|At|From|For|By|With"
+BE, AT = "(is|was|are|were)", "In|On|At|From|For|By|With"
+STATEMENTS = Path(__file__).with_name("statements.txt").read_text(encoding="utf-8").splitlines()
+STATEMENTS = [rule.split(" → ") for rule in STATEMENTS if " → " in rule]
 
 
 @dataclass(frozen=True)
@@ -132,18 +135,8 @@ def cut_answer(fact):
 def turn_question(question, name):
     """A question of a common form as a statement with a gap, "" for any other."""
     text, who = question.strip().rstrip("?").strip(), re.escape(name) if name else r"[A-Z]\S*"
-    for pattern, statement in (
-        (rf"(?:What|Who|Which) {BE} ({who}) (\S.*)", r"\2 \1 \3 ___."),  # What is N known for
-        (rf"(?:What|Who|Which) {BE} (.+)", r"\2 \1 ___."),  # Who was N's aunt, What is the trade of N
-        (rf"(?:Where|When) {BE} ({who}(?:'s? [\w ]+?)?) (\S.*)", r"\2 \1 \3 in ___."),  # Where was N born
-        (rf"({AT}) (?:what|which) (.+?) {BE} ({who}) (\S.*)", r"\4 \3 \5 \1 the \2 ___."),
-        (rf"(?:What|Which) (\w+) {BE} ({who}'s? [\w ]+)", r"The \1 of \3 \2 ___."),
-        (rf"(?:What|Which) (.+?) {BE} ((?:the )?(?:author )?{who}) (\S.*)", r"The \1 that \3 \2 \4 is ___."),
-        (r"Which (of .+?) (is|was|were|has|have|had) (.+)", r"The one \1 that \2 \3 is ___."),
-        (r"(?:What|Which) ((?!of ).+?) (is|was|were|has|have|had) (.+)", r"The \1 that \2 \3 is ___."),
-        (r"Who ((?!is |was |are |were |do |does |did |has |have |had |can |will |would )\w+ .+)", r"___ \1."),
-    ):
-        match = re.fullmatch(pattern, text)
+    for pattern, statement in STATEMENTS:
+        match = re.fullmatch(pattern.format(BE=BE, AT=AT, who=who), text)
         if match:
             statement = re.sub(rf" (?:{AT}) the(?= )", lambda found: found[0].lower(), match.expand(statement))
             return statement[0].upper() + statement[1:]

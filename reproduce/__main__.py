@@ -53,7 +53,7 @@ def main(argv=None):
     if any(("--steps", "8") == tuple(r["args"][:2]) for r in records.values()) != o.quick and records:
         raise InputError(f"--output_dir {folder}: holds {'no ' if o.quick else 'a '}quick run; choose another folder")
     try:
-        run_all(o, folder, records)
+        run_all(o, folder, records, lambda o, records: plan.wanted(o, plan.all_jobs(o, records)))
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on", file=sys.stderr)
         os._exit(130)  # without waiting for the runs, which end with this process

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from config import InputError
 from engine.files import write_json, write_text
-from reproduce import plan
 from reproduce.records import record_of
 
 BAR = "{desc} |{bar}| {percentage:3.0f} %, {elapsed} gone, {remaining} left"
@@ -116,11 +115,7 @@ def write_records(folder, records):
     write_text(folder / "records.json", '{"runs": {\n' + lines + "\n}}\n")
 
 
-def planned(o, records):
-    return plan.wanted(o, plan.all_jobs(o, records))
-
-
-def run_all(o, folder, records, jobs_of=planned):
+def run_all(o, folder, records, jobs_of):
     """Run what is missing of the jobs, longest chains first, and put every record into `records`."""
     runs, source = folder / "runs", about()
     folders = {name: getattr(o, name, "") for name in ("tofu_dir", "rwku_dir", "data_dir")}  # of real text

@@ -57,10 +57,9 @@ def record_of(folder, whole=True):
         if not whole:
             continue
         methods[method]["rewards"] = ["".join(level(row["rewards"]) for row in rows) for rows in groups]
-        methods[method]["by_age"] = [
-            [short(row.get(name)) for name in ("replay_age", "ess_unclipped", "clipped_share")]
-            for row in own if row.get("replay_groups")
-        ]  # fmt: skip
+        of_age = ("replay_age", "ess_unclipped", "clipped_share")
+        replayed = [row for row in own if row.get("replay_groups")]
+        methods[method]["by_age"] = [[short(row.get(name)) for name in of_age] for row in replayed]
         methods[method]["evaluations"] = [
             {"step": row["step"]} | {k: short(row[f"eval_{k}"]) for k in KEPT if f"eval_{k}" in row}
             for row in own if "eval_retain_recall" in row

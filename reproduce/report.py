@@ -49,10 +49,8 @@ def head(r, o, jobs):
     hours = sum(run["seconds"] for run in runs) / 3600
     command = "python -m reproduce" + (" --quick" if o.quick else f" --seeds {o.seeds}")
     command += " --tofu_dir DATA/tofu" * r.has("tofu") + " --rwku_dir DATA/rwku" * r.has("rwku")
-    made_by = (
-        f"Command `{command}`; {len(runs)} runs, {hours:.1f} hours of one CPU thread; commit {commits}; {versions}. "
-        f"Report seeds {seeds[0]}–{seeds[-1]}." if seeds else "No runs yet."
-    )  # fmt: skip
+    told = f"{len(runs)} runs, {hours:.1f} hours of one CPU thread; commit {commits}; {versions}"
+    made_by = f"Command `{command}`; {told}. Report seeds {seeds[0]}–{seeds[-1]}." if seeds else "No runs yet."
     refused = f"\n\nNo condition of replay, for it never ran there: {', '.join(r.refused)}." if r.refused else ""
     quick = "\n\n**This is a quick run: few seeds, few steps. It shows that everything works, and nothing else.**"
     lacks = f"\n\n{missing} of {len(jobs)} runs are missing; parts without theirs say so."
