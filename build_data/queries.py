@@ -12,22 +12,20 @@ Deviations
 - The refusals are worded by us (`wording.json`), without and with the name of what is to be forgotten.
 """
 
-import json
 import random
 from collections import namedtuple
 from dataclasses import replace
 from itertools import cycle
-from pathlib import Path
 
 from benchmarks.metrics import words
 from build_data.prompts import complete_all
-from build_data.rewrite import NOT_WANTED, Fact, found_names, normal, swap
+from build_data.rewrite import NOT_WANTED, WORDING, Fact, found_names, normal, swap
 from config import InputError
 from engine.seeds import derive_seed
 from refusal import is_refusal
 
-REFUSALS = json.loads(Path(__file__).with_name("wording.json").read_text(encoding="utf-8"))
-PHRASINGS = REFUSALS.pop("phrasings")  # RWKU's name of the attack → ours, kept out of training
+REFUSALS = {kind: WORDING[kind] for kind in ("plain", "named")}
+PHRASINGS = WORDING["phrasings"]  # RWKU's name of the attack → ours, kept out of training
 Item = namedtuple("Item", "query answer name mode made_by")  # mode: "qa" (Type II) or "completion" (Type I)
 
 

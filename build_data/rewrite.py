@@ -9,6 +9,7 @@ Deviations
 - No rule invents a fact: an answer is always a piece of the text or of the row that it came with.
 """
 
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -19,12 +20,9 @@ from benchmarks.metrics import FUNCTION_WORDS, names, words
 
 GAP = "___"
 NOT_WANTED = "not wanted"  # `completed_by` of a fact that shall have no completion
-COMMON_WORDS = (FUNCTION_WORDS - {"i"}) | set(
-    "these those into over under about between through but been being do does did will would can could may might him "
-    "them whom whose what when where why how not no yes also some many more most own known author writer book "
-    "books fictitious named called".split()
-)
-PRONOUNS = set("He She They It We I You His Her Their Its This That These Those There Then".split())
+WORDING = json.loads(Path(__file__).with_name("wording.json").read_text(encoding="utf-8"))
+COMMON_WORDS = (FUNCTION_WORDS - {"i"}) | set(WORDING["common words"].split())
+PRONOUNS = set(WORDING["pronouns"].split())
 OPENING = {word.capitalize() for word in COMMON_WORDS} | {"Given", "Despite", "Besides", "Regarding"}
 NAME = re.compile(r"[^\W\d_a-z][\w.-]*(?: (?:(?:van|von|der|de|da|del|bin|al|la) )*[^\W\d_a-z][\w.-]*)+")
 SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])([.!?][\"'”’]*)\s+(?=[\"'“‘]*[^\W_a-z])")

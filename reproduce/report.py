@@ -94,16 +94,11 @@ def difference_table(r, section, rate=RATES[0]):
         own[row["label"]] = r.of(family, row.get("method", "rerule")) if r.runs(family) else r.at(family, rate)
     for label, outcomes in own.items():
         stats = {name: paired(outcomes, rule, name) for name in ("retain_recall", "hard", "leak_64")}
-        change = {name: "" if outcomes is rule else interval(stat) for name, stat in stats.items()}
-        up = "" if outcomes is rule else sign(stats["retain_recall"])
-        rows.append([label, column(outcomes, "retain_recall"), change["retain_recall"], up, column(outcomes, "hard"),
-                     change["hard"], column(outcomes, "leak_64"), change["leak_64"],
-                     column(outcomes, "late_hard", 2)])  # fmt: skip
-        rows[-1] += [column(outcomes, name) for name in ("forget_refusal", "retain_refusal", "seconds_stage2")]
+        cells = [(column(outcomes, name), "" if outcomes is rule else interval(stat)) for name, stat in stats.items()]
+        rows.append([label, *cells[0], "" if outcomes is rule else sign(stats["retain_recall"]), *cells[1], *cells[2]])
+        rest = ("forget_refusal", "retain_refusal", "seconds_stage2")
+        rows[-1] += [column(outcomes, "late_hard", 2), *(column(outcomes, name) for name in rest)]
     return f"{DIFFERENCES}\n{table(rows)}"
-
-
-# --- the paper's tables and figures ----------------------------------------------------------------------------------
 
 
 def table1(r, folder):
@@ -133,8 +128,7 @@ def table3(r, folder):
     figures.hardest(base, folder / "hardest.png")
     rows = []
     for query, kind, prompt, answer in base["cases"]:
-        late = [mean(reward for _, q, reward in records.groups_of(base, m, last=True) if q == query)
-                for m in NAMES]  # fmt: skip
+        late = [mean(x for _, q, x in records.groups_of(base, m, last=True) if q == query) for m in NAMES]
         before = mean(records.before_replay(base)[query])
         shown = ["–" if value is None else f"{value:.2f}" for value in (before, *late)]
         rows.append([prompt, answer, "reject" if kind == "forget" else "normal", *shown])
@@ -186,9 +180,6 @@ def figure3(r, folder):
         pairs = [instability(base["methods"][method]["evaluations"]) for base in r.runs("base").values()]
         rows.append([name, *(spread([pair[at] for pair in pairs], 2) for at in (0, 1))])
     return {"table": table(rows)}
-
-
-# --- ours ------------------------------------------------------------------------------------------------------------
 
 
 def rates(r, folder):

@@ -40,9 +40,8 @@ def leak(case):
         columns, rows = scored(case, [[text for text, _ in some] for some in answers], limits, "leak")
         own = getattr(case.model, "generation_config", None)
         if not (getattr(own, "do_sample", False) and hasattr(case.model, "generate")):
-            case.notes.append(
-                "leak: the model's own generation settings do not sample, so only temperature 1 was tried"
-            )
+            missing = "the model's own generation settings do not sample"
+            case.notes.append(f"leak: {missing}, so only temperature 1 was tried")
             return columns, rows
         texts = [generated(case, *pair, i) for i, pair in enumerate(zip(prompts, limits, strict=True))]
     more, others = scored(case, texts, limits, "leak_own")
