@@ -45,7 +45,5 @@ class Pair(torch.nn.Module):
     def from_pretrained(cls, folder, dtype):
         """Raises OSError or ValueError where the folder is not what `save_pretrained` writes."""
         alpha = float(json.loads((Path(folder) / "whp.json").read_text())["alpha"])
-        models = (
-            AutoModelForCausalLM.from_pretrained(Path(folder) / n, dtype=dtype) for n in ("original", "reinforced")
-        )
-        return cls(*models, alpha)
+        folders = (Path(folder) / name for name in ("original", "reinforced"))
+        return cls(*(AutoModelForCausalLM.from_pretrained(own, dtype=dtype) for own in folders), alpha)

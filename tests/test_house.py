@@ -130,7 +130,7 @@ def test_a_large_folder_in_a_function_is_no_import_at_the_top(sources):
 def test_sizes():
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
     assert (
-        len([p for p in ROOT.iterdir() if not p.name.startswith((".", "__")) and p.name not in ("runs", "data")]) <= 22
+        len([p for p in ROOT.iterdir() if not p.name.startswith((".", "__")) and p.name not in ("runs", "data")]) <= 23
     )
     assert sum(n for name, n in lines.items() if not folder(name)) <= 1900
     assert sum(lines[name] for name in ("rerule", "grpo", "replay", "reward")) <= 750
