@@ -29,6 +29,7 @@ class Options:
     steps: Count = setting("Steps timed, after one that is not.", 2)
     prompts_per_step: Count | None = setting("Prompts in a step, 8 responses each. [16; tiny: 4]")
     max_new_tokens: Count | None = setting("Longest response in tokens. [1024; tiny: 16]")
+    cuda_graphs: bool = setting("Record decoding steps as CUDA graphs, taken where that proves faster.", False)
     minutes: Above0 = setting("No part begins after so many, and no step that would end later.", 9.0)
     output_dir: str = setting("Folder for check.json and check.md.", "runs/check")
 
@@ -173,7 +174,7 @@ def check_steps(o, device, rates, deadline, size, lora_rank):
     config = resolve(Config(
         benchmark="rwku", model=f"random {size}", method=["rerule"], steps=1 + o.steps, prompts_per_step=n, tau=1.0,
         max_new_tokens=longest, min_groups=1, warmup_steps=1, eval_every=0, replay_groups=n, save_every=0,
-        device=device.type, lora_rank=lora_rank,
+        device=device.type, lora_rank=lora_rank, cuda_graphs=o.cuda_graphs,
     ), benchmarks.ALL)  # fmt: skip
     how = {"tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 8192}
     architecture = LlamaConfig(**dict(zip(SHAPE, shape, strict=True)), **how)
@@ -242,7 +243,8 @@ def main(o):
     for flag, known in (("sizes", SIZES), ("parts", PARTS)):
         for name in set(getattr(o, flag)) - set(known):
             raise InputError(f"--{flag} {name}: expected some of {' '.join(known)}")
-    device, folder, rows = start(Config(device=o.device)).device, Path(o.output_dir), []
+    device = start(Config(device=o.device, cuda_graphs=o.cuda_graphs)).device
+    folder, rows = Path(o.output_dir), []
     if not is_writable(folder):
         raise InputError(f"--output_dir {folder}: expected a folder that can be made or written to")
     folder.mkdir(parents=True, exist_ok=True)

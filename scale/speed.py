@@ -42,6 +42,7 @@ class Options:
     warmup: int = setting("Steps before them that are not.", 2)
     threads: Count = setting("Threads of torch.", 1)
     replay: bool = setting("Replay 32 groups in each step (ReRULE).", False)
+    cuda_graphs: bool = setting("Record decoding steps as CUDA graphs, taken where that proves faster.", False)
     max_tokens: int = setting("Token positions in a micro-batch of the update.", Config.max_tokens)
     peer: Literal["", "trl"] = setting("Time this library beside it on the CPU, if it is installed: trl.", "")
     peer_micro_batch: int = setting("Responses in the peer's micro-batch.", 64)
@@ -262,7 +263,7 @@ def main(o):
     config = resolve(Config(
         steps=o.warmup + o.steps, prompts_per_step=PROMPTS_PER_STEP, group_size=GROUP, lr=LR, weight_decay=0.0, tau=0.6,
         min_groups=1, warmup_steps=min(1, o.warmup), max_new_tokens=longest, max_tokens=o.max_tokens, eval_every=0,
-        save_every=0, device=o.device, lora_rank=o.lora_rank,
+        save_every=0, device=o.device, lora_rank=o.lora_rank, cuda_graphs=o.cuda_graphs,
     ), benchmarks.ALL)  # fmt: skip
     engine = start(config)
     on_gpu = engine.device.type == "cuda"
@@ -298,14 +299,14 @@ def main(o):
         sizes = (PROMPTS_PER_STEP * prompt, PROMPTS_PER_STEP * GROUP, row["tokens_per_step"])
         forward, update = operations(models[0], *sizes)  # sampling and π_ref take a forward pass each
         row["flop_floor_multiple"] = (row["gen_s"] + row["ref_s"] + row["update_s"]) * rate / (2 * forward + update)
-        row["matmul_peak_share"] = 1 / row["flop_floor_multiple"]
         if "replay_groups" in row:
             row["replay_group_s"] = row["replay_s"] / max(1, row["replay_groups"] - row["replay_skipped"])
             row["replay_skipped"] /= row["replay_groups"]
-    more = ["update_group_s", "tokens_per_step", "tokens_per_s", "flop_floor_multiple", "matmul_peak_share"]
+    more = ["update_group_s", "tokens_per_step", "tokens_per_s", "flop_floor_multiple"]
     more += ["replay_group_s", "replay_skipped"] * all("replay_group_s" in row for row in rows)
     medians = lambda rows, names: {name: round(median(row[name] for row in rows), 4) for name in names}  # noqa: E731
     result |= medians(rows, ["step_s", *PARTS, *more]) | {"peak_rss_mb": peak_rss_mb()}
+    result["matmul_peak_share"] = round(1 / result["flop_floor_multiple"], 4)
     result |= {"peak_gpu_mb": round(torch.cuda.max_memory_allocated() / 2**20)} if on_gpu else {}
     for name, theirs in peers.items():
         result[name] = medians(theirs[o.warmup :], theirs[0])

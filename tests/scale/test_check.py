@@ -94,7 +94,7 @@ def test_nothing_begins_after_the_minutes(tmp_path, monkeypatch):
 
 
 def test_no_step_begins_that_would_end_after_the_minutes(tmp_path):
-    o = SimpleNamespace(prompts_per_step=2, max_new_tokens=4, steps=5, output_dir=tmp_path)
+    o = SimpleNamespace(prompts_per_step=2, max_new_tokens=4, steps=5, cuda_graphs=False, output_dir=tmp_path)
     rates = {"products": 1e11, "copy": 1e10, "nominal": None}
     rows = list(check.check_steps(o, torch.device("cpu"), rates, time.monotonic(), "tiny", 0))
     (timed,) = [row for row in rows if row[0] == "steps timed"]
@@ -102,7 +102,9 @@ def test_no_step_begins_that_would_end_after_the_minutes(tmp_path):
     assert [row[1] for row in rows if row[0].startswith("saved")] == [None, None]
 
 
-@pytest.mark.parametrize("flags", [["--sizes", "70b"], ["--parts", "ways"], ["--minutes", "0"], ["--steps", "0"]])
+@pytest.mark.parametrize(
+    "flags", [["--sizes", "70b"], ["--parts", "ways"], ["--minutes", "0"], ["--steps", "0"], ["--cuda_graphs"]]
+)
 def test_mistakes(tmp_path, flags):
     with pytest.raises(InputError, match=flags[0]):
         rows_of(tmp_path, *flags)
@@ -120,7 +122,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 def test_the_flags_are_those_that_the_gpu_needs(monkeypatch, memory_of_gpu, flags):
     """8 B without a GPU: what comes before the model is drawn."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, memory_of_gpu))
-    o = SimpleNamespace(prompts_per_step=None, max_new_tokens=None, steps=2)
+    o = SimpleNamespace(prompts_per_step=None, max_new_tokens=None, steps=2, cuda_graphs=False)
     part = check.check_steps(o, torch.device("cuda"), {}, 0, "8b", 0)
     if flags is None:
         with pytest.raises(MemoryError, match="does not fit this GPU"):
