@@ -111,6 +111,15 @@ class Engine:
         """(this process's rows; what the mean over them counts for in the mean over all, each of size(row))."""
         return rows, 1.0
 
+    def scored(self, score, found, rows):
+        """score(found, rows): a tensor from which `backward`'s loss is made."""
+        return score(found, rows)
+
+    def backward(self, loss):
+        """Add a loss's gradient to those of the weights. Returns: its value over all processes."""
+        loss.backward()
+        return loss.item()
+
     def gather(self, value):
         """[the value of every process]."""
         return [value]
@@ -139,6 +148,10 @@ class Engine:
 
     def whole(self, tensor):
         """A tensor of which each process may hold a part, in full."""
+        return tensor
+
+    def own(self, tensor):
+        """What this process holds of a weight."""
         return tensor
 
     def wait(self):
@@ -174,11 +187,17 @@ def join(parts):
 
 def micro_batches(groups, max_tokens):
     """Split groups, sorted by length, so that a part computes at most `max_tokens` positions (one group at least)."""
+    groups = sorted(groups, key=lambda g: (len(g.prompt_ids), g.mask.shape[1]))
+    return side_by_side(groups, lambda g: len(g.prompt_ids) + g.mask.numel(), max_tokens)  # P + G·T
+
+
+def side_by_side(items, cost_of, max_tokens):
+    """Split items, in order, so that a part padded to its longest costs at most `max_tokens` (one item at least)."""
     parts, width, size = [], 0, 0
-    for group in sorted(groups, key=lambda g: (len(g.prompt_ids), g.mask.shape[1])):
-        cost = len(group.prompt_ids) + group.mask.numel()  # P + G·T
+    for item in items:
+        cost = cost_of(item)
         if not parts or (size + 1) * max(width, cost) > max_tokens:
             parts, width, size = [*parts, []], 0, 0
-        parts[-1].append(group)
+        parts[-1].append(item)
         width, size = max(width, cost), size + 1
     return parts
