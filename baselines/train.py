@@ -185,7 +185,7 @@ def train(run, method, model, original, tokenizer, training):
         lr=learning_rate(config, method), warmup=0, stop=perplexity,
     )  # fmt: skip
     if method == "task_vector":
-        for theta, start in zip(model.parameters(), original.parameters(), strict=True):
-            theta, start = engine.own(theta.detach()), engine.own(start)
+        for both in zip(model.parameters(), original.parameters(), strict=True):  # of each rank its part
+            theta, start = (getattr(p.detach(), "to_local", p.detach)() for p in both)
             theta.copy_(task_vector(start.to(theta.device), theta, config.alpha))
     return (Pair(original, model, config.alpha) if method == "whp" else model), seconds, stopped

@@ -150,10 +150,6 @@ class Engine:
         """A tensor of which each process may hold a part, in full."""
         return tensor
 
-    def own(self, tensor):
-        """What this process holds of a weight."""
-        return tensor
-
     def wait(self):
         """For the other processes."""
 
@@ -187,17 +183,11 @@ def join(parts):
 
 def micro_batches(groups, max_tokens):
     """Split groups, sorted by length, so that a part computes at most `max_tokens` positions (one group at least)."""
-    groups = sorted(groups, key=lambda g: (len(g.prompt_ids), g.mask.shape[1]))
-    return side_by_side(groups, lambda g: len(g.prompt_ids) + g.mask.numel(), max_tokens)  # P + G·T
-
-
-def side_by_side(items, cost_of, max_tokens):
-    """Split items, in order, so that a part padded to its longest costs at most `max_tokens` (one item at least)."""
     parts, width, size = [], 0, 0
-    for item in items:
-        cost = cost_of(item)
+    for group in sorted(groups, key=lambda g: (len(g.prompt_ids), g.mask.shape[1])):
+        cost = len(group.prompt_ids) + group.mask.numel()  # P + G·T
         if not parts or (size + 1) * max(width, cost) > max_tokens:
             parts, width, size = [*parts, []], 0, 0
-        parts[-1].append(item)
+        parts[-1].append(group)
         width, size = max(width, cost), size + 1
     return parts

@@ -9,14 +9,13 @@ What is shared out, and how it stays the computation of one process:
   computed alike everywhere, and nothing needs to be told. Only rank 0 writes files
 - micro-batches of an update; each carries the weights of the whole update, and gradients are summed
 - SFT's rows
-- the rows of a baseline's step. Some losses are no sums over rows, so every rank is given all log-probabilities and
-  computes the whole loss; its gradient by them then flows back through each part's own computation (`scored`)
+- rows of a baseline's step. Its loss may be no sum over rows: every rank is given all log-probabilities and computes
+  it whole, and each sends the gradient by its own ones back through its rows, which it computes again (`scored`)
 
 Deviations
-- A baseline's rows are computed twice, the second time with a graph: any loss is exact, and `--max_tokens` bounds it.
-- With `--offload` weights go up at most once between two steps, and stay: a rollout's serve the update that follows.
-  Gradients stay in fp32 on the GPU until an update's last micro-batch.
 - Attacks take one process (`engine.flags.resolve`).
+- With `--offload` weights go up once between two steps: a rollout's serve the update that follows. Gradients stay in
+  fp32 on the GPU until an update's last micro-batch.
 """
 
 import os
@@ -40,7 +39,7 @@ from baselines.whp import Pair
 from config import InputError
 from engine import fast
 from engine.model import quicken, read_model
-from engine.process import Engine, join, micro_batches, side_by_side
+from engine.process import Engine, join, micro_batches
 from grpo import collate
 
 LEAST = 2**25  # bytes from which on memory has pages of its own
@@ -173,13 +172,15 @@ class Ranks(Engine):
             batch = collate(parts[at], self.device, loss_norm, of or groups)
             if not counts:
                 batch.weights.zero_()
-            send_gradients(found, turn == len(turns))
+            if getattr(found, "offloaded", False):
+                found.set_requires_gradient_sync(turn == len(turns))
             yield batch
         drop(found)
 
     def scored(self, score, found, rows):
         """Some rows at a time, shared out, without a graph; all are given the whole, and `backward` its gradient."""
-        parts = side_by_side(rows, lambda row: len(row[0]) + len(row[1]), self.max_tokens)
+        size = max(1, self.max_tokens // max(len(prompt) + len(answer) for prompt, answer in rows))
+        parts = [rows[at : at + size] for at in range(0, len(rows), size)]
         seed, made = torch.initial_seed(), {}
 
         def score_part(at):
@@ -206,7 +207,8 @@ class Ranks(Engine):
             return self.total(loss.item())
         jobs, self.pending = [(*job, *turn) for job in self.pending for turn in self.turns(len(job[2]))], ()
         for n, (found, score_part, made, at, counts) in enumerate(jobs, 1):
-            send_gradients(found, n == len(jobs))
+            if getattr(found, "offloaded", False):
+                found.set_requires_gradient_sync(n == len(jobs))
             score_part(at).backward(made[at].grad * counts)
         return loss.item()
 
@@ -236,9 +238,6 @@ class Ranks(Engine):
 
     def whole(self, tensor):
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-    def own(self, tensor):
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
     def wait(self):
         self.gather(None)
@@ -318,8 +317,7 @@ def layers_of(found):
 
 
 def keep(found, until_dropped):
-    """Whether forward and backward leave weights in place; a forward always leaves what is in no layer, for
-    `fast.head_logprobs` runs the head by itself."""
+    """Whether forward and backward leave weights in place. `fast.head_logprobs` runs the head by itself: it stays."""
     for module in layers_of(found):
         module.set_reshard_after_forward(not until_dropped and not hasattr(module, "kind"), recurse=False)
         module.set_reshard_after_backward(not until_dropped, recurse=False)
@@ -329,12 +327,6 @@ def drop(found):
     """Free the weights in place; the kept parts are the model's parameters again."""
     for module in layers_of(found):
         module.reshard()
-
-
-def send_gradients(found, now):
-    """Whether the next backward sends gradients to the host, or leaves them on the GPU for a later one to send."""
-    if getattr(found, "offloaded", False):
-        found.set_requires_gradient_sync(now)
 
 
 def lock(model):

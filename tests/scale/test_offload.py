@@ -11,10 +11,13 @@ import torch
 from conftest import tiny
 from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
 
+from baselines.losses import cross_entropy
+from baselines.train import score
 from engine.files import Log
 from engine.model import optimizer_for
+from engine.process import Engine
 from scale import ranks
-from scale.ranks import Ranks, layers_of, lock, shard
+from scale.ranks import Ranks, drop, layers_of, lock, shard
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +104,21 @@ def test_sampling_sees_a_step_s_new_weights(model):
             before = ours
         kept = dict(engine.plain(model)[1])
         assert not in_place() and all(torch.allclose(kept[n], p, atol=1e-3) for n, p in plain.named_parameters())
+
+
+def test_rows_that_are_computed_twice_meet_the_same_dropout():
+    rows, gradients = [([3, 4], [5, 6]), ([7], [8, 9, 3]), ([4, 4], [2])], []
+    for engine in (Engine("cpu"), Ranks("cpu", 100)):
+        model = tiny("gpt2").train()
+        assert model.config.resid_pdrop > 0
+        with engine.session():
+            if isinstance(engine, Ranks):
+                shard(model, engine.device, engine.world, offload=True)
+            torch.manual_seed(7)
+            engine.backward(cross_entropy(*score(engine, model, rows)))
+            drop(model)
+            gradients.append({name: engine.whole(p.grad) for name, p in model.named_parameters()})
+    assert all(torch.allclose(gradients[1][name], p, atol=1e-6) for name, p in gradients[0].items())
 
 
 def test_memory_is_locked_where_it_is_and_unlocked_with_the_model(capsys, monkeypatch):
