@@ -249,7 +249,6 @@ class Ranks(Engine):
             return Pair(*pair, found.alpha), weights
         if not isinstance(found, FSDPModule):
             return found, None
-        drop(found)
         options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = states.get_model_state_dict(found, options=options)
         with torch.device("meta"):
@@ -264,7 +263,6 @@ class Ranks(Engine):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
         self.wait()
-        drop(found)
         dcp.save(parts_of(found, optimizer), checkpoint_id=temporary)
         if self.rank == 0:
             shutil.rmtree(folder / name, ignore_errors=True)

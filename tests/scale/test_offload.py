@@ -17,7 +17,7 @@ from engine.files import Log
 from engine.model import optimizer_for
 from engine.process import Engine
 from scale import ranks
-from scale.ranks import Ranks, drop, layers_of, lock, shard
+from scale.ranks import Ranks, drop, layers_of, lock, restore_shards, shard
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_baseline_s_many_parts_share_an_upload_and_send_gradients_once(moved):
         assert (up, down) == (1 + ("retain_perplexity" in row), 1)
 
 
-def test_sampling_sees_a_step_s_new_weights(model):
+def test_sampling_sees_a_step_s_new_weights(model, tmp_path):
     engine, plain = Ranks("cpu", 40), tiny("llama")
     how = ([[3, 4], [5, 6, 7]], 4, 6, [2], 1.0)
 
@@ -102,7 +102,16 @@ def test_sampling_sees_a_step_s_new_weights(model):
             assert torch.equal(ours[0], theirs[0]) and torch.allclose(ours[2], theirs[2], atol=1e-5)
             assert not torch.equal(ours[0], before[0])
             before = ours
+        payload = engine.state_of(model, optimizers[0], tmp_path, "shards")  # whatever is in place
+        restored = tiny("llama")
+        optimizers.append(optimizer_for(restored, 0.05, 0.0))
+        restore_shards(payload, tmp_path, restored, optimizers[2])
+        sampled(model)
         kept = dict(engine.plain(model)[1])
+        assert all(torch.equal(kept[n], p) for n, p in restored.named_parameters())
+        states = [list(optimizers[i].state.values()) for i in (0, 2)]
+        assert len(states[0]) == len(states[1]) == len(kept)
+        assert all(torch.equal(engine.whole(a["exp_avg"]), b["exp_avg"]) for a, b in zip(*states, strict=True))
         assert not in_place() and all(torch.allclose(kept[n], p, atol=1e-3) for n, p in plain.named_parameters())
 
 
