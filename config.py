@@ -156,7 +156,9 @@ class Machine:
     _argument_group_name = "machine"
 
     device: Literal["auto", "cpu", "cuda"] = setting("Where to run.", "auto")
-    max_tokens: Count = setting("Token positions in a micro-batch of the update.", 2048)
+    max_tokens: Count = setting(
+        "Token positions in a micro-batch of the update; under torchrun and --offload of a baseline's too.", 2048
+    )
     rollout_prompts: Natural = setting(
         "Prompts of a step that one process samples side by side (0: all its own); bounds the cache of keys.", 0
     )

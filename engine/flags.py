@@ -133,10 +133,8 @@ def resolve(config, benchmarks):
     require(config.replay_store != "fresh" or not config.replay_kl, "replay_kl", "off for fresh groups, without π_ref")
     if config.purge_terms and not Path(config.purge_terms).is_file():
         raise InputError(f"--purge_terms {config.purge_terms}: no such file")
-    alone = [f"--method {name}" for name in config.method if name not in ("retained", "rej_steer", "rule", "rerule")]
-    alone += ["--attack"] * bool(config.attack)
-    if alone and (config.offload or "WORLD_SIZE" in os.environ):
-        raise InputError(f"{alone[0]}: takes one process, neither torchrun nor --offload")
+    if config.attack and (config.offload or "WORLD_SIZE" in os.environ):
+        raise InputError("--attack: takes one process, neither torchrun nor --offload")
     return config
 
 

@@ -115,6 +115,15 @@ class Engine:
         """(this process's rows; what the mean over them counts for in the mean over all, each of size(row))."""
         return rows, 1.0
 
+    def scored(self, score, found, rows):
+        """score(found, rows): a tensor from which `backward`'s loss is made."""
+        return score(found, rows)
+
+    def backward(self, loss):
+        """Add a loss's gradient to those of the weights. Returns: its value over all processes."""
+        loss.backward()
+        return loss.item()
+
     def gather(self, value):
         """[the value of every process]."""
         return [value]

@@ -235,9 +235,7 @@ def descend(run, phase, stage, model, loss_of, *, steps, lr, warmup, stop=None):
         with steps.clock("step"):
             torch.manual_seed(derive_seed(config.seed, phase, "dropout", step))
             model.train()
-            loss = loss_of(step)
-            loss.backward()
-            loss = engine.total(loss.item())
+            loss = engine.backward(loss_of(step))
             rate = learning_rate(lr, step, steps.bar.total, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate

@@ -1,37 +1,48 @@
 """Processes of tests/scale: pieces of the driver, or all of it, under torchrun; a step whose memory is taken."""
 
+import gc
 import os
 import re
 import signal
 import sys
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from miniature import main  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import grpo  # noqa: E402
 import rerule  # noqa: E402
+from baselines import METHODS  # noqa: E402
+from benchmarks.tiny import word_tokenizer  # noqa: E402
 from config import Config  # noqa: E402
+from data import Prompt, Query, Training  # noqa: E402
 from engine import fast, files, run  # noqa: E402
+from engine.files import read_lines  # noqa: E402
 from engine.flags import run_command  # noqa: E402
 from engine.model import optimizer_for  # noqa: E402
 from engine.process import Engine  # noqa: E402
 from replay import ReplayBuffer, fresh_statistics  # noqa: E402
 from scale import memory  # noqa: E402
 
+gc.freeze()  # modules and their code are no garbage to look for whenever a model is loaded
+
 
 def one(folder, *ways):
-    """`step` on each model in the folder, each way with the engine that the driver would start."""
+    """`step` on each model in the folder, each way with the engine that the driver would start; then every method."""
     for flags in ways:
         engine = run.start(config_of(flags))
         with engine.session():
             steps(engine, folder, "one", flags)
+            unlearn_all(engine, folder, "one", flags)
 
 
 def two(folder, *ways):
@@ -40,6 +51,7 @@ def two(folder, *ways):
     with engine.session():
         for flags in ways:
             steps(engine, folder, "two", flags)
+            unlearn_all(engine, folder, "two", flags)
 
 
 def config_of(flags, **more):
@@ -94,6 +106,66 @@ def step(engine, config, folder, out):
     found["weights"] = {name: tensor.clone() for name, tensor in (weights or bare.state_dict()).items()}
     if files.RANK == 0:
         torch.save(found, out)
+
+
+def unlearn_all(engine, folder, name, flags):
+    """Every method that starts from the original model, by plain descent, in which equal gradients make equal steps;
+    offloaded, one of them is interrupted and gone on with.
+
+    File all.NAME.FLAGS.pt: {method: (losses and norms of its steps, weights as they are saved, greedy answers)}.
+    """
+    if flags not in ("", "checkpoint offload"):
+        return
+    folder, tokenizer, training, found = Path(folder), word_tokenizer(WORDS), asked(), {}
+    config = config_of(
+        flags, output_dir=str(folder / f"run.{name}.{flags}"), baseline_lr=0.05, baseline_epochs=3, save_every=2,
+        baseline_batch_size=3, sft_lr=0.05, sft_epochs=3, sft_batch_size=4, steps=3, prompts_per_step=4, group_size=4,
+        lr=0.05, max_new_tokens=4, min_groups=9, warmup_steps=9, tau=1, beta=0.5, resume=True,
+    )  # fmt: skip
+
+    def unlearn(method):
+        here = run.Run(config, engine)
+        here.open()
+        return here, rerule.unlearn(here, method, folder / "words", tokenizer, training, None)[0]
+
+    with patch.object(run, "optimizer_for", descent), patch.object(rerule, "optimizer_for", descent):
+        for method in METHODS[: METHODS.index("rule")]:
+            if method == "npo_klr" and flags:
+                with pytest.raises(KeyboardInterrupt), patch.object(files.Log, "write", interrupted):
+                    unlearn(method)
+            here, model = unlearn(method)
+            here.save_model(method, model, tokenizer)
+            here.finish(method, {})
+            model, _ = engine.load(here.folder / method)
+            answers = engine.sample(model, [[1, 3, 4], [1, 5]], 1, 5, [], 0.0)[0]
+            rows = [row for row in read_lines(here.folder / "metrics.jsonl") if row["method"] == method]
+            weights = [load_file(path) for path in sorted((here.folder / method).rglob("*.safetensors"))]
+            found[method] = [(row["loss"], row["grad_norm"]) for row in rows], weights, answers
+    if files.RANK == 0:
+        torch.save(found, folder / f"all.{name}.{flags}.pt")
+
+
+def descent(model, lr, weight_decay):
+    return torch.optim.SGD(model.parameters(), lr)
+
+
+def interrupted(log, row, write=files.Log.write):
+    if row["step"] == 3:
+        raise KeyboardInterrupt
+    write(log, row)
+
+
+WORDS = ["where is a who d c b e f g I don't know that."]
+
+
+def asked():
+    """Five forget prompts, one of them unanswered, and four others, in words of `WORDS`; of many lengths."""
+    forget = {"where is a": ("b c d",), "who is a": (), "a": ("b",), "who is a b c": ("g g g g",), "is a b": ("d",)}
+    others = {"where is d": ("e",), "who is d": ("f f f",), "c": ("g",), "who c": ("e e",)}
+    rows = [(*row, kind) for kind, some in (("forget", forget), ("boundary", others)) for row in some.items()]
+    queries = [Query(Prompt(None, text), text, kind, answers) for text, answers, kind in rows]
+    refusals = [(query.prompt, "I don't know that.") for query in queries[:4]]
+    return Training(refusals, queries)
 
 
 def with_rewards(prompts, drawn, rewards):
