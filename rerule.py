@@ -176,7 +176,7 @@ def replay_update(engine, model, buffer, groups, update, logprobs_of, config, st
         row |= ratio_statistics(engine.joined(ratios), *clip)
     if not drawn:  # `--replay_store none`: momentum and weight decay alone
         for p in model.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad = torch.zeros_like(p) if p.requires_grad and p.grad is None else p.grad
     if config.replay_step == "combined":
         row["grad_norm"] = update()
     elif used or not drawn:
@@ -252,14 +252,13 @@ def unlearn_all(run, benchmark, training, probes, retained, texts):
 def unlearn(run, method, original, tokenizer, training, judge):
     """Train one method from where it starts. Returns: (model, seconds, why it stopped before its time or None)."""
     config, engine = run.config, run.engine
+    source = run.folder / "rej_steer" if method in ("rule", "rerule") else original  # both from the same checkpoint
+    model, _ = engine.load(source, training=config)
     if method == "rej_steer":
-        model, _ = engine.load(original, training=config)
         return model, *stage1(run, model, tokenizer, training)
+    reference = engine.reference(model, source) if train.needs_reference(method) else None
     if method in losses.RECIPES:
-        frozen = engine.load(original)[0].requires_grad_(False) if train.needs_original(method) else None
-        return train.train(run, method, engine.load(original, training=config)[0], frozen, tokenizer, training)
-    source = original if method == "purge" else run.folder / "rej_steer"  # RULE and ReRULE: the same checkpoint
-    model, reference = engine.load(source, training=config)[0], engine.load(source)[0].requires_grad_(False)
+        return train.train(run, method, model, reference, tokenizer, training)
     reward = partial(query_reward, name_target=config.forget_reward == "target")
     if method == "purge":
         training, reward = purge.prepare(training, engine, model, tokenizer, config)

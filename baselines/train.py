@@ -151,15 +151,16 @@ def loss_at(model, original, rows, step, config, method):
     return objective(method, s, config)
 
 
-def needs_original(method):
-    forget, retain = RECIPES[method]
+def needs_reference(method):
+    """Whether a method asks what it starts from, too; all of Stage 2 do."""
+    forget, retain = RECIPES.get(method, (None, "klr"))
     return forget in ("dpo", "npo", "reinforce") or retain == "klr"
 
 
 def train(run, method, model, original, tokenizer, training):
     """Unlearn with one method of `RECIPES`, from the original model. Returns: (model, seconds, why it stopped or None).
 
-    model: a copy of the original one, to be trained; original: another copy, where `needs_original`.
+    model: a copy of the original one, to be trained; original: another copy, where `needs_reference`.
     """
     config = run.config
     rows = rows_of(method, run.engine, model, tokenizer, training, config)
