@@ -40,10 +40,13 @@ def adapt(model, config):
     how = LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, task_type="CAUSAL_LM",
         target_modules="all-linear" if "all-linear" in config.lora_targets else config.lora_targets,
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
         base_model_name_or_path=model.name_or_path,
     )  # fmt: skip
     torch.manual_seed(derive_seed(config.seed, "adapters"))
     inject_adapter_in_model(how, model)
+    for p in model.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data  # peft gives A and B the type of W
     how.target_modules = sorted(how.target_modules)  # of a set, whose order differs from process to process
     model.__class__ = type(type(model).__name__, (Adapted, type(model)), {"lora": how})
 
