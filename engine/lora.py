@@ -74,9 +74,7 @@ def added(model, weights):
         a, b, w = weights[name + A], weights[name + B], plain[f"{name}.weight"]
         with torch.autocast(w.device.type, enabled=False):
             delta = model.lora.lora_alpha / model.lora.r * (b.float() @ a.float())  # (out, in)
-        layer = model.get_submodule(name)
-        delta = delta.T if isinstance(getattr(layer, "base_layer", layer), Conv1D) else delta
-        plain[f"{name}.weight"] = (w.float() + delta).to(w.dtype)
+        plain[f"{name}.weight"] = (w.float() + (delta.T if model.lora.fan_in_fan_out else delta)).to(w.dtype)
     return plain
 
 
@@ -100,9 +98,12 @@ class Off:
         for layer in self.layers:
             layer._disable_adapters = off  # peft's own method also freezes A and B, which FSDP would then keep frozen
 
-    def state_dict(self):
+    def parameters(self):
         """The model's, with B = 0."""
-        return {n: torch.zeros_like(w) if n.endswith(B) else w for n, w in self.model.state_dict().items()}
+        return (torch.zeros_like(p) if name.endswith(B) else p for name, p in self.model.named_parameters())
 
-    def save_pretrained(self, folder):
-        super(Adapted, self.model).save_pretrained(folder, state_dict=added(self.model, self.state_dict()))
+    def state_dict(self):
+        return {name: torch.zeros_like(w) if name.endswith(B) else w for name, w in self.model.state_dict().items()}
+
+    def save_pretrained(self, folder, state_dict=None):
+        self.model.save_pretrained(folder, state_dict=state_dict or self.state_dict())
