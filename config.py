@@ -161,6 +161,7 @@ class Machine:
     rollout_prompts: Natural = setting(
         "Prompts of a step that one process samples side by side (0: all its own); bounds the cache of keys.", 0
     )
+    cuda_graphs: bool = setting("Record decoding steps as CUDA graphs, taken where that proves faster.", False)
     eval_batch_size: Count = setting("Prompts in a batch of the evaluation.", 256)
     gradient_checkpointing: bool = setting("Keep one activation per layer, and compute the rest twice.", False)
     offload: bool = setting(

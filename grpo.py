@@ -39,6 +39,7 @@ class RolloutGroup:
     advantages: torch.Tensor | None = None  # (G,)
     texts: list[str] = field(default_factory=list)  # the G responses in words
     kind: str = ""  # of x: "forget" or "boundary"
+    train_logprobs: torch.Tensor | None = None  # (G, T) log π_θ of step 4's forward, until its ratios are told
 
     def all_equal(self):
         """All rewards the same: Â = 0, no policy gradient."""
@@ -111,25 +112,24 @@ def token_weights(mask, loss_norm, n_responses, n_tokens):
 
 
 def on_policy_gradient(model, batches, kl_coef, logprobs_of):
-    """Step 4: add to the gradients those of Eq. 3 and of β KL.
+    """Step 4: add to the gradients those of Eq. 3 and of β KL; fill in `train_logprobs` of the groups.
 
     Args: batches: `Batch`es of fresh groups; logprobs_of(model, batch) → (B, T).
-    Returns, over these batches: the loss; the sum of k3 over tokens; the largest |log π_θ − log π_old|.
+    Returns, over these batches: the loss; the sum of k3 over tokens.
     """
-    kl, gap = [], []
+    kl = []
 
     def token_loss(batch, logprobs):
-        counted = batch.weights > 0  # (B, T)
-        gap.append(torch.where(counted, logprobs.detach() - batch.old_logprobs, 0.0).abs().max())
+        fill(batch, "train_logprobs", logprobs.detach())
         loss = policy_gradient_loss(logprobs, batch.advantages)  # Eq. 3
         if kl_coef and batch.ref_logprobs is not None:
             divergence = k3(logprobs, batch.ref_logprobs)
-            kl.append(divergence.detach()[counted].sum())
+            kl.append(divergence.detach()[batch.weights > 0].sum())
             loss = loss + kl_coef * divergence  # Eq. 2
         return loss
 
     loss = accumulate_gradient(model, batches, token_loss, logprobs_of)
-    return loss, torch.stack(kl).sum().item() if kl else 0.0, torch.stack(gap).max().item() if gap else 0.0
+    return loss, torch.stack(kl).sum().item() if kl else 0.0
 
 
 def accumulate_gradient(model, batches, token_loss, logprobs_of):
@@ -150,9 +150,13 @@ def accumulate_gradient(model, batches, token_loss, logprobs_of):
 def add_reference(reference, batches, logprobs_of):
     """Step 3: fill in log π_ref of fresh groups with the frozen reference model."""
     for batch in batches:
-        logprobs = logprobs_of(reference, batch).cpu()  # (B, T)
-        for group, rows in zip(batch.groups, logprobs.split(len(batch.groups[0].mask)), strict=True):
-            group.ref_logprobs = rows[:, : group.mask.shape[1]].clone()  # (G, T of this group)
+        fill(batch, "ref_logprobs", logprobs_of(reference, batch))
+
+
+def fill(batch, name, logprobs):
+    """Hand the rows of logprobs (B, T) to the groups that they belong to."""
+    for group, rows in zip(batch.groups, logprobs.cpu().split(len(batch.groups[0].mask)), strict=True):
+        setattr(group, name, rows[:, : group.mask.shape[1]].clone())  # (G, T of this group)
 
 
 # --- the model, plainly ----------------------------------------------------------------------------------------------

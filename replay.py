@@ -143,6 +143,23 @@ def one_each(ratio, batch, level):
     return ratio[counted] if level == "token" else ratio[counted.any(-1), 0]
 
 
+def fresh_statistics(groups, config):
+    """What ratios are at age 0, where π_old is π_θ: off 1 by what separates the sampler from the training forward.
+
+    With `old_logprobs` "training" the forward's log-probabilities take the place of the sampler's, as TRL has it.
+    """
+    gap, ratios = [], []
+    for group in groups:
+        own, group.train_logprobs = group.train_logprobs, None  # (G, T)
+        gap.append(((own - group.old_logprobs) * group.mask).abs().max().item())
+        ratio = importance_ratio(own, group.old_logprobs, group.mask, config.ratio_level)
+        ratios.append(ratio[group.mask] if config.ratio_level == "token" else ratio[:, 0])
+        if config.old_logprobs == "training":
+            group.old_logprobs = own
+    told = ratio_statistics(torch.cat(ratios), config.epsilon_low, config.epsilon_high)
+    return {"logprob_gap": max(gap), **{f"fresh_{name}": told[name] for name in ("ratio_mean", "clipped_share", "ess")}}
+
+
 def effective_sample_size(weights):
     """κ = (Σ w)² / (n Σ w²) ∈ (0, 1] over the n weights of one replay update (Appendix E, 29)."""
     return (weights.sum() ** 2 / (len(weights) * (weights**2).sum())).item()
@@ -152,10 +169,7 @@ def ratio_statistics(ratios, epsilon_low, epsilon_high):
     """What a replay update's ratios were, unclipped unless said so; `ratios` (n,) of the groups not skipped."""
     clipped = clip_ratio(ratios, epsilon_low, epsilon_high)
     return {
-        "ratio_mean": ratios.mean().item(),
-        "ratio_min": ratios.min().item(),
-        "ratio_max": ratios.max().item(),
-        "clipped_share": (clipped != ratios).float().mean().item(),
-        "ess": effective_sample_size(clipped),
+        "ratio_mean": ratios.mean().item(), "ratio_min": ratios.min().item(), "ratio_max": ratios.max().item(),
+        "clipped_share": (clipped != ratios).float().mean().item(), "ess": effective_sample_size(clipped),
         "ess_unclipped": effective_sample_size(ratios),
-    }
+    }  # fmt: skip

@@ -49,7 +49,7 @@ import torch
 from tqdm import tqdm
 
 from baselines import losses, purge, train
-from baselines.controls import buffer_for, least_stored, refill
+from baselines.controls import buffer_for, least_stored, refill, zero_gradient
 from benchmarks.attacks import attacked, prepare, run_columns
 from benchmarks.fits import check_model
 from benchmarks.logs import read_retained
@@ -59,10 +59,10 @@ from engine import report
 from engine.model import optimizer_for
 from engine.run import Phase, Run, fit, start
 from engine.seeds import batch_at, generator
-from evaluate import evaluate
+from evaluate import evaluate, watched
 from grpo import RolloutGroup, add_reference, counts, group_advantages, on_policy_gradient
 from refusal import is_refusal
-from replay import clip_ratio, is_active, off_policy_gradient, ratio_statistics, ratios_of
+from replay import clip_ratio, fresh_statistics, is_active, off_policy_gradient, ratio_statistics, ratios_of
 from reward import query_reward
 
 
@@ -115,11 +115,11 @@ def stage2(run, method, model, reference, tokenizer, training, reward, watch=lam
         with phase.clock("reference"):
             if config.kl_coef:
                 add_reference(reference, engine.batches(reference, groups), logprobs_of)  # 3  log π_ref
-                engine.complete(groups)
+                engine.complete(groups, "ref_logprobs")
         with phase.clock("update"):
-            batches = engine.batches(model, groups, config.loss_norm)
-            loss, kl, gap = engine.reduce(*on_policy_gradient(model, batches, config.kl_coef, logprobs_of))  # 4  Eq. 3
-            row = {"loss": loss, "kl": kl / counts(groups)[1], "logprob_gap": gap, "redrawn": redrawn}
+            fresh = engine.batches(model, groups, config.loss_norm)
+            loss, kl = engine.reduce(groups, *on_policy_gradient(model, fresh, config.kl_coef, logprobs_of))  # 4  Eq. 3
+            row = {"loss": loss, "kl": kl / counts(groups)[1], "redrawn": redrawn, **fresh_statistics(groups, config)}
             active = is_active(len(buffer), least_stored(config, step), step, config.warmup_steps)
             if not (active and config.replay_step == "combined"):
                 row["grad_norm"] = update()
@@ -175,8 +175,7 @@ def replay_update(engine, model, buffer, groups, update, logprobs_of, config, st
         ratios = off_policy_gradient(model, batches, config, logprobs_of, mean_weight)  # Eq. 5
         row |= ratio_statistics(engine.joined(ratios), *clip)
     if not drawn:  # `--replay_store none`: momentum and weight decay alone
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p) if p.requires_grad and p.grad is None else p.grad
+        zero_gradient(model)
     if config.replay_step == "combined":
         row["grad_norm"] = update()
     elif used or not drawn:
@@ -262,13 +261,7 @@ def unlearn(run, method, original, tokenizer, training, judge):
     reward = partial(query_reward, name_target=config.forget_reward == "target")
     if method == "purge":
         training, reward = purge.prepare(training, engine, model, tokenizer, config)
-
-    def watch(step):
-        if not config.eval_every or step % config.eval_every:
-            return {}
-        summary = judge(model, tokenizer, progress=False)["summary"]
-        return {f"eval_{name}": value for name, value in summary.items() if isinstance(value, (int, float))}
-
+    watch = partial(watched, partial(judge, model, tokenizer, progress=False), config.eval_every)
     return model, *stage2(run, method, model, reference, tokenizer, training, reward, watch)
 
 

@@ -76,3 +76,10 @@ def refill(groups, n_queries, collect, config):
         fresh += [group for group in collect(numbers, groups[0].step, f"redraw {k}") if not group.all_equal()]
         more += len(numbers)
     return [fresh.pop(0) if fresh and group.all_equal() else group for group in groups], more
+
+
+def zero_gradient(model):
+    """A gradient of 0 wherever there is none, for a step by momentum and weight decay alone."""
+    for p in model.parameters():
+        if p.requires_grad and p.grad is None:
+            p.grad = torch.zeros_like(p)

@@ -6,6 +6,7 @@ the numbers differ or the try fails, and says which was taken and why. Symbols a
 """
 
 import sys
+import time
 import warnings
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +24,7 @@ from grpo import Batch, left_pad, next_token, positions
 
 CHUNK = 256  # tokens whose logits are held at a time
 NO_LOGITS = torch.tensor([], dtype=torch.long)  # where models make logits of their own: `head_logprobs` does it
+TIMES = {}  # {what and architecture: how many times as fast the fast way is}, where it is timed
 CHOSEN = WeakKeyDictionary()  # model → {what: way}, as `choose` has found it
 
 
@@ -36,10 +38,14 @@ def choose(model, what, told):
     chosen = CHOSEN.setdefault(model, {})
     if what not in chosen:
         fast, plain, attempt = WAYS[what]
-        wrong = compare(model, fast, plain, attempt)
-        chosen[what] = plain if wrong else fast
         key = f"{what}, {type(model).__name__.removeprefix('FSDP')}"
-        line = f"{chosen[what].__name__}{f': {fast.__name__} {wrong}' if wrong else ': gives the plain numbers'}"
+        wrong, right = compare(model, fast, plain, attempt), "gives the plain numbers"
+        if not wrong and attempt is attempt_sample and is_timed(model):
+            times = TIMES[key] = TIMES.get(key) or speedup(model, fast, plain)
+            right += f", {times:.1f} times as fast as {plain.__name__}"
+            wrong = f"takes {1 / times:.1f} times as long" if times < 1 else ""
+        chosen[what] = plain if wrong else fast
+        line = f"{chosen[what].__name__}: {f'{fast.__name__} {wrong}' if wrong else right}"
         if told.get(key) != line:
             told[key] = line
             if not RANK:
@@ -59,14 +65,49 @@ def compare(model, fast, plain, attempt):
     return "" if difference < bound else f"differs by {difference:.2g} nats a token"
 
 
+def is_timed(model):
+    """Not on a CPU, where the same command gives the same bits: a clock must not choose between two roundings."""
+    return model.device.type == "cuda"
+
+
+def speedup(model, fast, plain):
+    """How many times as fast as the plain way a fast one decodes, each once warm."""
+    prompts, seconds = random_tokens(model, *[(64,)] * 8), {}
+    for way in (plain, fast) * 2:
+        start = time.perf_counter()
+        way(model, prompts, 8, 32, [], 0.0)  # comes back once its tokens are on the CPU
+        seconds[way] = time.perf_counter() - start
+    return seconds[plain] / seconds[fast]
+
+
+class Forced:
+    """A model made to say given tokens (N, G, T), which notes how likely it found them: so two ways of sampling are
+    compared to the last token. Left to draw, rounding tips one of them, and from there the texts differ."""
+
+    def __init__(self, model, tokens):
+        self.model, self.tokens, self.device, self.dtype, self.logprobs = model, tokens, model.device, model.dtype, []
+
+    def __call__(self, **inputs):
+        out, wanted = self.model(**inputs), self.tokens[..., len(self.logprobs)]  # (N, G)
+        shape = out.logits.shape  # (N·G, 1, V), or packed: (N, 1, V) after the prompt, then (N, G, V)
+        logits = out.logits.reshape(len(wanted), -1, shape[-1]).expand(*wanted.shape, -1)  # (N, G, V)
+        self.logprobs.append(F.log_softmax(logits.float(), -1).gather(-1, wanted[..., None])[..., 0])
+        said = F.one_hot(wanted, shape[-1]).to(logits.dtype)
+        out.logits = (said if shape.numel() == said.numel() else said[:, :1]).reshape(shape)
+        return out
+
+
 def attempt_sample(model, fast, plain):
-    """Mean difference of log π_old over what both draw alike from the same numbers."""
-    how = (random_tokens(model, (3,), (7,)), 2, 5, [], 1.0)
-    generators = [torch.Generator(model.device).manual_seed(0) for _ in range(2)]
-    draws = [partial(torch.rand, 5, dtype=torch.double, device=model.device, generator=rng) for rng in generators]
-    (ours, _, logprobs), (theirs, _, others) = fast(model, *how, draws[0]), plain(model, *how, draws[1])
-    same = (ours == theirs).cumprod(-1).bool()  # rounding may tip a draw; from there texts differ
-    return (logprobs[same] - others[same]).abs().mean().item() if same.float().mean() > 0.5 else float("inf")
+    """Mean difference of the log-probabilities of one forced text."""
+    tokens, found = torch.tensor(random_tokens(model, (2, 4, 9))[0], device=model.device), []  # (N, G, T)
+    tokens[..., 0] = tokens[:, :1, 0]
+    for way in (fast, plain):
+        forced = Forced(model, tokens)
+        ids, _, _ = way(forced, random_tokens(model, (3,), (7,)), 4, 9, [], 0.0)
+        if not torch.equal(ids, tokens.cpu()):
+            return float("inf")
+        found.append(torch.stack(forced.logprobs, -1))
+    return (found[0] - found[1]).abs().mean().item()
 
 
 def attempt_logprobs(model, fast, plain):
@@ -84,8 +125,14 @@ def random_tokens(model, *shapes):
     return [torch.randint(vocabulary, shape, generator=rng).tolist() for shape in shapes]
 
 
+def plain_decoder(run, cache):
+    return lambda **inputs: run(past_key_values=cache, **inputs).logits
+
+
 @torch.no_grad()
-def packed_sample(model, prompts, group_size, max_new_tokens, stop_ids, temperature, draw=None):
+def packed_sample(
+    model, prompts, group_size, max_new_tokens, stop_ids, temperature, draw=None, decoder=plain_decoder, room=None
+):
     """`grpo.sample` with one row of the cache for a whole group. A step feeds a row the next token of its W open
     responses and writes their keys beside each other: the prompt's keys exist once, attention is a matrix product.
 
@@ -100,7 +147,8 @@ def packed_sample(model, prompts, group_size, max_new_tokens, stop_ids, temperat
     run, (ids, prompt_mask) = partial(model, use_cache=True), left_pad(prompts, device)
     out = run(input_ids=ids, attention_mask=prompt_mask.long(), position_ids=positions(prompt_mask), logits_to_keep=1)
     logits, cache = out.logits.expand(-1, group_size, -1), out.past_key_values  # (N, W, V)
-    cache.layers = [RoomAhead(layer) for layer in cache.layers]
+    cache.layers = [(room or RoomAhead)(layer) for layer in cache.layers]
+    decode = decoder(run, cache)
     owner = torch.arange(spare, device=device).view(-1, group_size)  # (N, W)
     position = prompt_mask.sum(-1, keepdim=True)  # (N, 1)
     hidden = torch.zeros(prompt_mask.shape, dtype=model.dtype, device=device).masked_fill(~prompt_mask, -torch.inf)
@@ -128,7 +176,7 @@ def packed_sample(model, prompts, group_size, max_new_tokens, stop_ids, temperat
         others = torch.full((width, width), -torch.inf, dtype=model.dtype, device=device).fill_diagonal_(0)
         bias = [hidden[:, None, None].expand(-1, 1, width, -1), others.repeat(1, t + 1).expand(len(owner), 1, -1, -1)]
         bias, place = torch.cat(bias, -1), (position + t).expand_as(token)
-        logits = run(input_ids=token, attention_mask=bias, position_ids=place, past_key_values=cache).logits
+        logits = decode(input_ids=token, attention_mask=bias, position_ids=place)
     parts = (response[:-1, : t + 1], mask[:-1, : t + 1], logprobs[:-1, : t + 1])
     return tuple(part.unflatten(0, (len(prompts), group_size)).cpu() for part in parts)  # (B, T) → (N, G, T)
 
@@ -146,13 +194,18 @@ class RoomAhead(DynamicLayer):
         self.keys, self.values, self.length = layer.keys, layer.values, layer.keys.shape[2]
         self.is_initialized = True
 
-    def update(self, keys, values, *args, **kwargs):
-        start, self.length = self.length, self.length + keys.shape[2]
-        if self.length > self.keys.shape[2]:  # room is not written to before its step: untouched, it takes no memory
-            room = self.length + max(32 * keys.shape[2], self.length // 2)
+    def advance(self, width, blank=torch.Tensor.new_empty):
+        """Make room for so many columns more. It is not written to before its step: untouched, it takes no memory."""
+        start, self.length = self.length, self.length + width
+        if self.length > self.keys.shape[2]:
+            room = self.length + max(32 * width, self.length // 2)
             for name, held in (("keys", self.keys), ("values", self.values)):
-                setattr(self, name, held.new_empty(*held.shape[:2], room, held.shape[3]))
+                setattr(self, name, blank(held, (*held.shape[:2], room, held.shape[3])))
                 getattr(self, name)[:, :, :start] = held[:, :, :start]
+        return start
+
+    def update(self, keys, values, *args, **kwargs):
+        start = self.advance(keys.shape[2])
         self.keys[:, :, start : self.length], self.values[:, :, start : self.length] = keys, values
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 

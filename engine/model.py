@@ -1,10 +1,12 @@
-"""Loading a model and its tokenizer, fast matrix products on a CPU, and the optimiser."""
+"""Loading a model and its tokenizer, attention that copies no keys, fast products on a CPU, and the optimiser."""
 
 from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+import torch.nn.functional as F
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging
 
 from baselines.whp import Pair
@@ -37,6 +39,21 @@ def read_model(path, flag, dtype, tokenizer="", weights=True):
     if found["missing_keys"]:
         raise InputError(f"{here}: its files lack weights of the model ({min(found['missing_keys'])})")
     return model, tokenizer
+
+
+def grouped_sdpa(module, query, key, value, attention_mask, **how):
+    """ "sdpa" for a few query tokens (N, H, W, D) of which g heads share keys (N, H/g, L, D), uncopied: the
+    g heads stand beside each other as g·W tokens of one. With a mask it would else repeat all keys g times a token."""
+    (n, heads, width, _), shared = query.shape, key.shape[1]
+    few = attention_mask is not None and attention_mask.shape[1] == 1 and 4 * width <= key.shape[2]
+    if heads == shared or not few or how.get("position_bias") is not None or torch.is_grad_enabled():
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
+    query, mask = query.reshape(n, shared, -1, query.shape[3]), attention_mask.repeat(1, 1, heads // shared, 1)
+    out = F.scaled_dot_product_attention(query, key, value, mask, scale=how.get("scaling"))  # (N, H/g, g·W, D)
+    return out.reshape(n, heads, width, -1).transpose(1, 2).contiguous(), None  # (N, W, H, D)
+
+
+AttentionInterface.register("sdpa", grouped_sdpa)
 
 
 @cache

@@ -22,6 +22,7 @@ class Engine:
     """One process, on one device. Every method is the plain thing to do; what is shared out is here the whole."""
 
     uniform = False  # whether frozen weights need the number type of trained ones
+    graphs = False  # whether `engine.graphs` is tried too
 
     def __init__(self, device, max_tokens=2048, rollout_prompts=0, tokenizer=""):
         self.device, self.max_tokens, self.rollout_prompts = torch.device(device), max_tokens, rollout_prompts
@@ -78,6 +79,8 @@ class Engine:
         """Samples of prompts first … end, some at a time, half as many once memory runs out. What is drawn for a
         response depends on its number alone."""
         way, size = fast.choose(found, "sample", self.ways), self.rollout_prompts or len(prompts)
+        if self.graphs and way is fast.packed_sample:
+            way = fast.choose(found, "sample, recorded", self.ways)
         n, start = len(prompts) * group_size + 1, rng and rng.get_state()  # one to spare, for places that nobody reads
         uniform = rng and partial(torch.rand, n, dtype=torch.double, device=rng.device, generator=rng)
         while first < end:
@@ -123,16 +126,17 @@ class Engine:
     def total(self, value):
         return sum(self.gather(value))
 
-    def reduce(self, loss, kl, gap):
-        """What each process's `grpo.on_policy_gradient` has returned, over all of them."""
-        return self.total(loss), self.total(kl), max(self.gather(gap))
+    def reduce(self, groups, *sums):
+        """What each process's `grpo.on_policy_gradient` has returned and filled in, over all of them."""
+        self.complete(groups, "train_logprobs")
+        return [self.total(value) for value in sums]
 
     def joined(self, tensor):
         """The tensors of all processes as one."""
         return tensor
 
-    def complete(self, groups):
-        """Give every process the `ref_logprobs` that each has filled in."""
+    def complete(self, groups, name):
+        """Give every process what each has filled in of one field."""
 
     def step(self, found, optimizer, max_grad_norm):
         """Clip, step and clear. Returns the norm before clipping; where it is not finite, no step is taken."""

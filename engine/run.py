@@ -4,6 +4,7 @@ Each phase saves its state every few steps together with the lengths of both log
 those lengths and goes on. A phase is over once its model's folder is in place.
 """
 
+import importlib
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from sft import learning_rate, sft_loss_of
 EARLY = ("original", "retained", "rej_steer")  # phases before Stage 2, which `--start_from` takes over
 # what a run may be gone on with
 FREE = {"resume", "save_every", "output_dir", "device", "start_from", "dry_run", "offload", "rollout_prompts",
-        "max_tokens", "eval_batch_size", "gradient_checkpointing"}  # fmt: skip
+        "max_tokens", "eval_batch_size", "gradient_checkpointing", "cuda_graphs"}  # fmt: skip
 BEFORE_STAGE_2 = [
     "benchmark", "crossed", "model", "tokenizer", "data_dir", "seed", "retain_log", "weight_decay", "max_grad_norm",
     "temperature", "max_new_tokens", *(f.name for f in fields(Config) if f.name.startswith(("sft_", "tiny_", "lora_"))),
@@ -58,15 +59,19 @@ def start(config):
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no GPU is available")
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if config.cuda_graphs and device == "cpu":
+        raise InputError("--cuda_graphs: no GPU is available")
     if config.lora_rank:
         from engine import lora
 
         lora.check(config)
+    kind = Engine
     if config.offload or "WORLD_SIZE" in os.environ:
-        from scale.ranks import Ranks
-
-        return Ranks(device, config.max_tokens, config.rollout_prompts, config.tokenizer)
-    return Engine(device, config.max_tokens, config.rollout_prompts, config.tokenizer)
+        from scale.ranks import Ranks as kind
+    engine = kind(device, config.max_tokens, config.rollout_prompts, config.tokenizer)
+    if config.cuda_graphs:
+        engine.graphs = bool(importlib.import_module("engine.graphs"))  # it adds its way to `fast.WAYS`
+    return engine
 
 
 class Run:

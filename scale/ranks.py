@@ -181,10 +181,10 @@ class Ranks(Engine):
     def joined(self, tensor):
         return torch.cat(self.gather(tensor.cpu())) if self.world > 1 else tensor
 
-    def complete(self, groups):
-        everyones = self.gather([group.ref_logprobs for group in groups])
+    def complete(self, groups, name):
+        everyones = self.gather([getattr(group, name) for group in groups])
         for group, each in zip(groups, zip(*everyones, strict=True), strict=True):
-            group.ref_logprobs = next(logprobs for logprobs in each if logprobs is not None)
+            setattr(group, name, next(tensor for tensor in each if tensor is not None))
 
     def whole(self, tensor):
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -22,7 +22,7 @@ from engine import fast, files, run  # noqa: E402
 from engine.flags import run_command  # noqa: E402
 from engine.model import optimizer_for  # noqa: E402
 from engine.process import Engine  # noqa: E402
-from replay import ReplayBuffer  # noqa: E402
+from replay import ReplayBuffer, fresh_statistics  # noqa: E402
 from scale import memory  # noqa: E402
 
 
@@ -68,7 +68,7 @@ def step(engine, config, folder, out):
     _fsdp_param_group.foreach_all_gather = gather
     groups = with_rewards(prompts, drawn, (torch.arange(20).view(5, 4) * 7 % 3) / 2)
     grpo.add_reference(reference, engine.batches(reference, groups), logprobs_of)
-    engine.complete(groups)
+    engine.complete(groups, "ref_logprobs")
     found = {
         "gathers": len(gathers),
         "blocks": len(fast.blocks(model)),
@@ -80,9 +80,10 @@ def step(engine, config, folder, out):
     for name, part in (("one group", groups[:1]), ("gradients", groups)):  # five micro-batches, or one for all ranks
         model.zero_grad()
         batches = engine.batches(model, part)
-        loss, kl, gap = engine.reduce(*grpo.on_policy_gradient(model, batches, config.kl_coef, logprobs_of))
+        loss, kl = engine.reduce(part, *grpo.on_policy_gradient(model, batches, config.kl_coef, logprobs_of))
         found[name] = {name: engine.whole(p.grad).clone() for name, p in model.named_parameters() if p.requires_grad}
-    found["on"] = loss, kl / grpo.counts(groups)[1], gap
+    told = fresh_statistics(groups, config)  # of every group, whoever has computed it
+    found["on"] = loss, kl / grpo.counts(groups)[1], *told.values()
     optimizer = optimizer_for(model, 2e-3, 0.01)
     update = partial(engine.step, model, optimizer, 0.1)  # small: clipping acts
     found["norm"] = update()
@@ -94,7 +95,7 @@ def step(engine, config, folder, out):
     for group in groups:
         group.ref_logprobs = None
     grpo.add_reference(reference, engine.batches(reference, groups), logprobs_of)
-    engine.complete(groups)
+    engine.complete(groups, "ref_logprobs")
     found["ref, once the policy has moved"] = [group.ref_logprobs for group in groups]
     bare, weights = engine.plain(model)
     found["weights"] = {name: tensor.clone() for name, tensor in (weights or bare.state_dict()).items()}

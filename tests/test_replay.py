@@ -235,3 +235,24 @@ def test_rerules_buffer_takes_every_hard_group_and_is_replayed_from_the_next_ste
     rows = rows_of_stage2("rerule", words)
     assert [row["buffer_size"] for row in rows] == [4, 8, 12]
     assert [row.get("replay_groups") for row in rows] == [None, 3, 3]
+
+
+@pytest.mark.parametrize("level", ["sequence", "token"])
+@pytest.mark.parametrize("whose", ["sampler", "training"])
+def test_ratios_of_fresh_groups_are_what_separates_the_sampler_from_training(model, level, whose):
+    groups, config = make_groups(model), Config(ratio_level=level, old_logprobs=whose)
+    sampled = [each.old_logprobs - 0.25 * each.mask for each in groups]  # the sampler's arithmetic was another
+    for each, old in zip(groups, sampled, strict=True):
+        each.train_logprobs, each.old_logprobs = each.old_logprobs.masked_fill(~each.mask, -9.0), old
+    lengths = torch.cat([each.mask.sum(-1) for each in groups])  # (B,)
+    expected = (0.25 * (lengths if level == "sequence" else torch.ones(int(lengths.sum())))).exp()
+    found = replay.fresh_statistics(groups, config)
+    clipped = expected.clamp(0.8, 1.3)
+    assert found["logprob_gap"] == pytest.approx(0.25, abs=1e-5)
+    assert found["fresh_ratio_mean"] == pytest.approx(expected.mean().item(), rel=1e-4)
+    assert found["fresh_clipped_share"] == (expected > 1.3).float().mean().item()
+    assert found["fresh_ess"] == pytest.approx(replay.effective_sample_size(clipped), rel=1e-4)
+    for each, old in zip(groups, sampled, strict=True):
+        assert each.train_logprobs is None  # nothing more to store with the group
+        now = old + 0.25 * each.mask if whose == "training" else old
+        assert torch.allclose(each.old_logprobs[each.mask], now[each.mask], atol=1e-6)

@@ -224,7 +224,8 @@ def test_a_way_is_tried_once_for_each_model(model, monkeypatch):
     "what, broken, why",
     [
         ("sample", lambda *_: 1 / 0, "fails (ZeroDivisionError: division by zero)"),
-        ("sample", lambda model, *how: grpo.sample(model, *how[:-1], lambda: torch.zeros(9)), "differs by inf nats"),
+        ("sample", lambda model, prompts, *how: grpo.sample(model, prompts[::-1], *how), "differs by 0."),
+        ("sample", lambda *how: [part + 1 for part in grpo.sample(*how)], "differs by inf nats"),
         ("logprobs", lambda *how: 1 / 0, "fails (ZeroDivisionError: division by zero)"),
         ("logprobs", lambda model, batch, t: grpo.response_logprobs(model, batch, t) + 0.25, "differs by 0.25 nats"),
     ],

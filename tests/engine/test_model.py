@@ -1,10 +1,13 @@
-"""Fast products on a CPU: the same numbers, and turned down where they would be rounded."""
+"""Fast products on a CPU: the same numbers, turned down where they would be rounded. Shared keys without copies."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_groups
+from conftest import make_groups, tiny
+from transformers import AttentionInterface
+from transformers.integrations import sdpa_attention
 
 import grpo
 from engine import fast
@@ -51,3 +54,27 @@ def test_products_that_would_be_rounded_are_turned_down(model, plain_products, m
     models.quicken(model, "cpu")
     assert torch.get_float32_matmul_precision() == "highest"
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("size", [8, 16])
+def test_a_few_queries_share_keys_as_if_each_head_had_its_copy(width, size, monkeypatch):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 6, width, 8), torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, size)
+    mask = torch.zeros(2, 1, width, 20).masked_fill(torch.rand(2, 1, width, 20) < 0.4, -torch.inf)
+    module = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    scores = torch.einsum("nhwd,nhld->nhwl", query, key.repeat_interleave(3, 1)) * 0.3 + mask
+    expected = torch.einsum("nhwl,nhld->nwhd", scores.softmax(-1), value.repeat_interleave(3, 1))
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda *_: 1 / 0)
+    with torch.no_grad():
+        found, _ = AttentionInterface()["sdpa"](module, query, key, value, mask, scaling=0.3, dropout=0.0)
+    assert found.shape == (2, width, 6, size) and torch.allclose(found, expected, atol=1e-5)
+
+
+def test_no_key_is_copied_while_a_model_with_grouped_queries_is_sampled_from(monkeypatch):
+    model = tiny("qwen2")
+    model.set_attn_implementation("sdpa")
+    lengths, repeat = [], sdpa_attention.repeat_kv
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda x, g: lengths.append(x.shape[2]) or repeat(x, g))
+    fast.packed_sample(model, [[3, 4, 5] * 9, [7]], 4, 6, [], 0.0)
+    assert set(lengths) <= {27}  # the prompt's own pass
