@@ -34,7 +34,7 @@ def learning_rate(config, method):
         return config.lr
     if config.baseline_lr:
         return config.baseline_lr
-    times = ADAPTED if config.lora_rank else 1
+    times = ADAPTED["baseline_lr"] if config.lora_rank else 1
     if config.model != "tiny":
         return times * 1e-5
     chosen = {}

@@ -95,7 +95,7 @@ def resolve(config, benchmarks):
     config.output_dir = config.output_dir or f"runs/{config.benchmark}"
     for name, value in (benchmark.preset | (benchmark.tiny if config.model == "tiny" else {})).items():
         if getattr(config, name) is None:
-            setattr(config, name, ADAPTED * value if config.lora_rank and name in ("lr", "sft_lr") else value)
+            setattr(config, name, value * ADAPTED[name] if config.lora_rank and name in ADAPTED else value)
     if config.save_every is None:
         config.save_every = 10 if config.model == "tiny" else 50
     for name in config.method:

@@ -140,9 +140,9 @@ def configured(*argv):
     return rerule.configure([str(word) for word in argv])
 
 
-def test_adapters_take_ten_times_the_preset_rates_and_alpha_is_twice_the_rank():
+def test_adapters_take_higher_rates_than_the_presets_and_alpha_is_twice_the_rank():
     full, ours = configured(), configured("--lora_rank", 8)
-    assert (ours.lr, ours.sft_lr) == (pytest.approx(10 * full.lr), pytest.approx(10 * full.sft_lr))
+    assert (ours.lr, ours.sft_lr) == (pytest.approx(10 * full.lr), pytest.approx(3 * full.sft_lr))
     assert (ours.lora_alpha, ours.tiny_lr, full.lora_alpha) == (16, full.tiny_lr, None)
     given = configured("--lora_rank", 8, "--lora_alpha", 3, "--lr", 1e-5, "--sft_lr", 2e-5, "--baseline_lr", 3e-5)
     assert (given.lr, given.sft_lr, given.lora_alpha) == (1e-5, 2e-5, 3)

@@ -229,8 +229,8 @@ def test_a_state_of_one_process_goes_on_with_two(whole, tmp_path):
 
 
 def test_adapters_on_ranks(tmp_path):
-    """The run of one process, also where two were killed and one, or two, went on."""
-    one, two, again = tmp_path / "one", tmp_path / "two", tmp_path / "again"
+    """The run of one process, also where two were killed and one, or two, went on, or two took over from one."""
+    one, two, again, stopped = (tmp_path / name for name in ("one", "two", "again", "stopped"))
     flags = (*FLAGS, "--lora_rank", "4")
     ranks.drive("-", "--output_dir", one, *flags)
     code, printed = torchrun(2, "drive", "1:rerule:5", "--output_dir", two, *flags)
@@ -242,7 +242,11 @@ def test_adapters_on_ranks(tmp_path):
     code, printed = torchrun(2, "drive", "-", "--output_dir", again, *flags, "--resume")
     assert code == 0, printed
     ranks.drive("-", "--output_dir", two, *flags, "--resume")
-    for folder in (two, again):
+    with pytest.raises(KeyboardInterrupt):
+        ranks.drive("stop:rerule:5", "--output_dir", stopped, *flags)
+    code, printed = torchrun(2, "drive", "-", "--output_dir", stopped, *flags, "--resume")
+    assert code == 0, printed
+    for folder in (two, again, stopped):
         same_run(folder, one)
         for row, theirs in zip(metrics(folder), metrics(one), strict=True):
             assert row["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
