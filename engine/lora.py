@@ -100,7 +100,7 @@ class Off:
 
     def parameters(self):
         """The model's, with B = 0."""
-        return (torch.zeros_like(p) if name.endswith(B) else p for name, p in self.model.named_parameters())
+        return (torch.zeros_like(p) if name.endswith(B) else p.detach() for name, p in self.model.named_parameters())
 
     def state_dict(self):
         return {name: torch.zeros_like(w) if name.endswith(B) else w for name, w in self.model.state_dict().items()}
