@@ -19,7 +19,7 @@ import torch
 
 from baselines.losses import RECIPES, cross_entropy, objective, task_vector
 from baselines.whp import Pair
-from config import Config
+from config import ADAPTED, Config
 from data import encode_answer, encode_prompt, stop_ids
 from engine.run import descend
 from engine.seeds import batch_at, derive_seed
@@ -33,13 +33,16 @@ def learning_rate(config, method):
     """Of Stage 2 for RULE and ReRULE; of a baseline or PURGE, the flag's or the one chosen for a tiny model."""
     if method in ("rule", "rerule"):
         return config.lr
-    if config.baseline_lr or config.model != "tiny":
-        return config.baseline_lr or 1e-5
+    if config.baseline_lr:
+        return config.baseline_lr
+    times = ADAPTED["baseline_lr"] if config.lora_rank else 1
+    if config.model != "tiny":
+        return times * 1e-5
     chosen = {}
     for benchmark in (Config.benchmark, config.benchmark):  # the default world has a rate for every method
         path = RATES / f"rates_{benchmark}.json"
         chosen |= json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return chosen.get(method, {"best": 1e-5})["best"]
+    return times * chosen.get(method, {"best": 1e-5})["best"]
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -156,15 +159,16 @@ def loss_at(engine, model, original, rows, step, config, method):
     return objective(method, s, config)
 
 
-def needs_original(method):
-    forget, retain = RECIPES[method]
+def needs_reference(method):
+    """Whether a method asks what it starts from, too; all of Stage 2 do."""
+    forget, retain = RECIPES.get(method, (None, "klr"))
     return forget in ("dpo", "npo", "reinforce") or retain == "klr"
 
 
 def train(run, method, model, original, tokenizer, training):
     """Unlearn with one method of `RECIPES`, from the original model. Returns: (model, seconds, why it stopped or None).
 
-    model: a copy of the original one, to be trained; original: another copy, where `needs_original`.
+    model: a copy of the original one, to be trained; original: another copy, where `needs_reference`.
     """
     config, engine = run.config, run.engine
     rows = rows_of(method, engine, model, tokenizer, training, config)

@@ -31,7 +31,7 @@ FREE = {"resume", "save_every", "output_dir", "device", "start_from", "dry_run",
         "max_tokens", "eval_batch_size", "gradient_checkpointing", "cuda_graphs"}  # fmt: skip
 BEFORE_STAGE_2 = [
     "benchmark", "crossed", "model", "tokenizer", "data_dir", "seed", "retain_log", "weight_decay", "max_grad_norm",
-    "temperature", "max_new_tokens", *(f.name for f in fields(Config) if f.name.startswith(("sft_", "tiny_"))),
+    "temperature", "max_new_tokens", *(f.name for f in fields(Config) if f.name.startswith(("sft_", "tiny_", "lora_"))),
 ]  # fmt: skip
 
 
@@ -61,6 +61,10 @@ def start(config):
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     if config.cuda_graphs and device == "cpu":
         raise InputError("--cuda_graphs: no GPU is available")
+    if config.lora_rank:
+        from engine import lora
+
+        lora.check(config)
     kind = Engine
     if config.offload or "WORLD_SIZE" in os.environ:
         from scale.ranks import Ranks as kind

@@ -39,7 +39,7 @@ from baselines.whp import Pair
 from config import InputError
 from engine import fast
 from engine.model import quicken, read_model
-from engine.process import Engine, join, micro_batches
+from engine.process import Engine, join, micro_batches, prepared, trained
 from grpo import collate
 
 LEAST = 2**25  # bytes from which on memory has pages of its own
@@ -50,6 +50,7 @@ class Ranks(Engine):
     """The ranks of torchrun; a group of one for `offload` alone."""
 
     rank, world, pending = 0, 1, ()  # pending: what `scored` has left for `backward`
+    uniform = True  # to FSDP2 of torch 2.8
 
     @contextmanager
     def session(self):
@@ -95,12 +96,8 @@ class Ranks(Engine):
         alpha = self.gather(getattr(found, "alpha", None))[0]
         if alpha is not None:
             return Pair(*(self.place(part, training) for part in getattr(found, "pair", (None, None))), alpha)
-        full = found.state_dict() if found and self.world > 1 else {}
-        if self.world > 1:
-            found = self.broadcast(found)
-        found.eval()
-        if training and training.gradient_checkpointing:
-            fast.checkpoint_layers(found)
+        found = prepared(self.broadcast(found) if self.world > 1 else found, training)
+        full = found.state_dict() if self.rank == 0 and self.world > 1 else {}
         offload, dtype = bool(training and training.offload), torch.bfloat16 if self.device.type == "cuda" else None
         shard(found, self.device, self.world, offload, dtype)
         if self.world > 1:
@@ -270,7 +267,7 @@ class Ranks(Engine):
         return {"shards": name}
 
     def restore(self, payload, found, optimizer):
-        names, saved = [name for name, _ in found.named_parameters()], payload["optimizer"]
+        names, saved = [name for name, p in found.named_parameters() if p.requires_grad], payload["optimizer"]
         state = {
             "state": {names[i]: state for i, state in saved["state"].items()},
             "param_groups": [group | {"params": names} for group in saved["param_groups"]],
@@ -353,7 +350,8 @@ def lost(why):
 
 def parts_of(model, optimizer):
     """What this process holds of both."""
-    return dict(zip(("model", "optimizer"), states.get_state_dict(model, optimizer), strict=True))
+    weights, moments = states.get_state_dict(model, optimizer)
+    return {"model": trained(model, weights), "optimizer": moments}
 
 
 def restore_shards(payload, folder, model, optimizer):
@@ -364,4 +362,5 @@ def restore_shards(payload, folder, model, optimizer):
     except (Exception, dcp.api.CheckpointException) as error:  # whatever torch says of missing or damaged parts
         reason = str(error).strip().splitlines()[-1].strip()[:100]
         raise InputError(f"{here}: cannot be read ({reason}); choose another --output_dir") from None
-    states.set_state_dict(model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
+    weights = model.state_dict() | found["model"]
+    states.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=found["optimizer"])

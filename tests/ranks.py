@@ -55,7 +55,9 @@ def two(folder, *ways):
 
 
 def config_of(flags, **more):
-    flags = {"gradient_checkpointing": "checkpoint" in flags, "offload": "offload" in flags}
+    flags = {"gradient_checkpointing": "checkpoint" in flags, "offload": "offload" in flags} | (
+        {"lora_rank": 3, "lora_alpha": 6.0} if "lora" in flags else {}
+    )
     return Config(device="cpu", max_tokens=40, rollout_prompts=2, **flags, **more)
 
 
@@ -68,8 +70,8 @@ def steps(engine, folder, name, flags):
 
 def step(engine, config, folder, out):
     """A step of Stage 2 on the model in a folder, at fixed rewards: its draws, gradients, and the weights after it."""
-    reference = engine.load(folder)[0].requires_grad_(False)
     model = engine.load(folder, training=config)[0]
+    reference = engine.reference(model, folder)
     logprobs_of = engine.logprobs(1.0)
     prompts = [[3, 4], [5, 6, 7], [8, 9, 10, 11, 12], [4, 4, 4], [7]]
     gather, gathers = _fsdp_param_group.foreach_all_gather, []
@@ -79,19 +81,19 @@ def step(engine, config, folder, out):
     groups = with_rewards(prompts, drawn, (torch.arange(20).view(5, 4) * 7 % 3) / 2)
     grpo.add_reference(reference, engine.batches(reference, groups), logprobs_of)
     engine.complete(groups, "ref_logprobs")
-    for group in groups:
-        group.ref_logprobs += 0.3  # as if the policy had moved: the KL term has a gradient
     found = {
         "gathers": len(gathers),
         "blocks": len(fast.blocks(model)),
         "drawn": drawn,
         "ref": [group.ref_logprobs for group in groups],
     }
+    for group in groups:
+        group.ref_logprobs = group.ref_logprobs + 0.3  # as if the policy had moved: the KL term has a gradient
     for name, part in (("one group", groups[:1]), ("gradients", groups)):  # five micro-batches, or one for all ranks
         model.zero_grad()
         batches = engine.batches(model, part)
         loss, kl = engine.reduce(part, *grpo.on_policy_gradient(model, batches, config.kl_coef, logprobs_of))
-        found[name] = {name: engine.whole(p.grad).clone() for name, p in model.named_parameters()}
+        found[name] = {name: engine.whole(p.grad).clone() for name, p in model.named_parameters() if p.requires_grad}
     told = fresh_statistics(groups, config)  # of every group, whoever has computed it
     found["on"] = loss, kl / grpo.counts(groups)[1], *told.values()
     optimizer = optimizer_for(model, 2e-3, 0.01)
@@ -102,6 +104,11 @@ def step(engine, config, folder, out):
         buffer.ring.extend(part)
         row = rerule.replay_update(engine, model, buffer, groups, update, logprobs_of, off, 1)
         found[f"off {flag} {len(part)}"] = tuple(row.values())
+    for group in groups:
+        group.ref_logprobs = None
+    grpo.add_reference(reference, engine.batches(reference, groups), logprobs_of)
+    engine.complete(groups, "ref_logprobs")
+    found["ref, once the policy has moved"] = [group.ref_logprobs for group in groups]
     bare, weights = engine.plain(model)
     found["weights"] = {name: tensor.clone() for name, tensor in (weights or bare.state_dict()).items()}
     if files.RANK == 0:

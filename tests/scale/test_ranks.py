@@ -16,6 +16,8 @@ import torch
 from conftest import make_groups, tiny
 from made import SMALL, published_rwku
 from miniature import driver
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 import grpo
@@ -62,8 +64,8 @@ def steps(tmp_path_factory):
         word_tokenizer(["a b c"]).save_pretrained(folder / kind)
     tiny("llama", len(word_tokenizer(ranks.WORDS))).save_pretrained(folder / "words")
     word_tokenizer(ranks.WORDS).save_pretrained(folder / "words")
-    ranks.one(folder, "", "checkpoint", "offload", "checkpoint offload")
-    code, printed = torchrun(2, "two", folder, "", "checkpoint")
+    ranks.one(folder, "", "checkpoint", "offload", "checkpoint offload", "lora")
+    code, printed = torchrun(2, "two", folder, "", "checkpoint", "lora", "checkpoint lora")
     assert code == 0, printed
     found = {}
     for path in folder.glob("*.pt"):
@@ -77,13 +79,15 @@ WAYS = ["two", "one checkpoint", "two checkpoint", "one offload", "one checkpoin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "two lora", "two checkpoint lora"])
 def test_draws_loss_and_gradients_are_one_processs(steps, kind, way):
-    one, other = steps[kind, "one"], steps[kind, way]
+    one, other = steps[kind, "one lora" if "lora" in way else "one"], steps[kind, way]
     assert all(torch.equal(a, b) for a, b in zip(one["drawn"][:2], other["drawn"][:2], strict=True))
     assert len({tuple(row) for row in one["drawn"][0].flatten(0, 1).tolist()}) > 10  # a sampler that samples
-    for a, b in zip(one["ref"], other["ref"], strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
+    for name in ("ref", "ref, once the policy has moved"):  # with adapters it is the same model without them
+        for a, b in zip(one["ref"], other[name], strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+    assert len(one["gradients"]) == len(other["gradients"]) and "lora" not in way or len(one["gradients"]) in (16, 28)
     assert one["on"][:2] == pytest.approx(other["on"][:2], abs=1e-6)
     same_gradients(one["gradients"], other["gradients"])
     assert one["norm"] == pytest.approx(other["norm"], rel=1e-5)
@@ -242,6 +246,33 @@ def test_a_state_of_one_process_goes_on_with_two(whole, tmp_path):
     assert code == 0, printed
     assert printed.count("sample, LlamaForCausalLM: packed_sample: gives") == 1  # not by each rank
     same_run(tmp_path / "run", whole)
+
+
+def test_adapters_on_ranks(tmp_path):
+    """The run of one process, also where two were killed and one, or two, went on, or two took over from one."""
+    one, two, again, stopped = (tmp_path / name for name in ("one", "two", "again", "stopped"))
+    flags = (*FLAGS, "--lora_rank", "4")
+    ranks.drive("-", "--output_dir", one, *flags)
+    code, printed = torchrun(2, "drive", "1:rerule:5", "--output_dir", two, *flags)
+    assert code != 0 and (two / "shards_rerule_4").is_dir(), printed
+    kept = FileSystemReader(two / "shards_rerule_4").read_metadata().state_dict_metadata
+    assert sum(name.startswith("model.") for name in kept) == 14
+    assert all(".lora_" in name for name in kept if not name.startswith("optimizer.param_groups"))
+    subprocess.run(["cp", "-r", two, again], check=True)
+    code, printed = torchrun(2, "drive", "-", "--output_dir", again, *flags, "--resume")
+    assert code == 0, printed
+    ranks.drive("-", "--output_dir", two, *flags, "--resume")
+    with pytest.raises(KeyboardInterrupt):
+        ranks.drive("stop:rerule:5", "--output_dir", stopped, *flags)
+    code, printed = torchrun(2, "drive", "-", "--output_dir", stopped, *flags, "--resume")
+    assert code == 0, printed
+    for folder in (two, again, stopped):
+        same_run(folder, one)
+        for row, theirs in zip(metrics(folder), metrics(one), strict=True):
+            assert row["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        for phase in ("rej_steer", "rerule"):
+            ours, others = (load_file(f / phase / "adapter" / "adapter_model.safetensors") for f in (folder, one))
+            assert set(ours) == set(others) and all(torch.allclose(ours[n], others[n], atol=1e-4) for n in ours)
 
 
 def test_a_damaged_part_of_a_state_is_one_line(tmp_path):
