@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning Op
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"  # before tqdm: torchrun's first process draws the bars
 
+ADAPTED = {"lr": 10, "sft_lr": 3, "baseline_lr": 10}  # times the rate of all weights suits adapters
 STORES = tuple("hard random easy medium priority fresh unequal boundary leaks recent current none".split())
 # Types with bounds, told in words where a value is outside them.
 Count = Annotated[int, "at least 1", lambda x: x >= 1]
@@ -156,7 +157,9 @@ class Machine:
     _argument_group_name = "machine"
 
     device: Literal["auto", "cpu", "cuda"] = setting("Where to run.", "auto")
-    max_tokens: Count = setting("Token positions in a micro-batch of the update.", 2048)
+    max_tokens: Count = setting(
+        "Token positions in a micro-batch of the update; under torchrun and --offload of a baseline's too.", 2048
+    )
     rollout_prompts: Natural = setting(
         "Prompts of a step that one process samples side by side (0: all its own); bounds the cache of keys.", 0
     )
@@ -166,7 +169,9 @@ class Machine:
     offload: bool = setting(
         "Keep float32 weights and moments in the host's memory (FSDP2); the GPU computes with bf16 ones.", False
     )
-    lora_rank: Natural = setting("Train adapters of this rank in place of all weights (0: off); needs peft.", 0)
+    lora_rank: Natural = setting(
+        "Train adapters of this rank, not all weights, at 10 times the preset rates, in Stage 1 at 3 (0: off).", 0
+    )
     lora_alpha: Above0 | None = setting("Adapters are scaled by α over the rank. Unless given: twice the rank.")
     lora_targets: list[str] = setting("Layers that get adapters, by peft's names.", ["all-linear"])
     dry_run: bool = setting("Print how much memory --model would take, in a table, and stop.", False)

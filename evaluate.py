@@ -21,9 +21,7 @@ class Options:
     tokenizer: str = setting("Where the tokenizer of all models is, if not with each.", "")
     data_dir: str = setting("The benchmark's folder; for RWKU one target's folder or a folder of them.", "")
     from_log: str = setting("Score a stored log, ours or TOFU's own, in place of a model.", "")
-    attack: list[str] = setting(
-        "Attack the model too, by some of: leak extract membership prefix quantize relearn (docs/attacks.md).", []
-    )
+    attack: list[str] = setting("Attack the model by some of: leak extract membership prefix quantize relearn.", [])
     attack_samples: Count = setting("Answers sampled to each forget prompt, for leak@k up to this k.", 64)
     relearn_lr: Above0 | None = setting("Learning rate of relearning. Unless given: by the model's size.")
     original_model: str = setting("The model before unlearning, to be attacked beside it.", "")
@@ -142,14 +140,13 @@ def check_options(o):
     check_bounds(o)
     benchmark, output = benchmarks.ALL[o.benchmark], Path(o.output)
     compares = "retain_model" if o.retain_model else "retain_log" if o.retain_log else ""
+    in_vain = compares and not benchmark.forget_rows and not (o.attack and o.retain_model)
+    told = "only --benchmark tofu compares with a retained model; --attack takes --retain_model"
     no_file = output.is_dir() or not output.absolute().parent.is_dir()
     for wrong, message in (
         (bool(o.model) == bool(o.from_log), "expected one of --model and --from_log"),
         (o.retain_model and o.retain_log, "expected one of --retain_model and --retain_log"),
-        (
-            compares and not benchmark.forget_rows and not (o.attack and o.retain_model),
-            f"--{compares}: only --benchmark tofu compares with a retained model; --attack takes --retain_model",
-        ),
+        (in_vain, f"--{compares}: {told}"),
         (o.from_log and (o.attack or o.ability), f"--{'attack' if o.attack else 'ability'}: --from_log runs no model"),
         (o.original_model and not o.attack, "--original_model: only --attack compares with it"),
         (o.ability and not benchmark.ability, f"--ability: --benchmark {o.benchmark} has no files of it"),
@@ -222,11 +219,9 @@ def main(o):
                 found, more["ability"] = ability.measure(engine, model, tokenizer, sets, batch_size=o.batch_size)
                 columns |= found
     if o.judge_url:
-        notes = judge.rate_rows(
-            [row for row in result["per_example"] if row["forget"] and row["split"] != metrics.UNSEEN],
-            url=o.judge_url, model=o.judge_model, key=os.environ.get(o.judge_key_env, ""),
-            cache=o.judge_cache or f"{o.output}.judge.jsonl", price=o.judge_price,
-        )  # fmt: skip
+        asked = [row for row in result["per_example"] if row["forget"] and row["split"] != metrics.UNSEEN]
+        key, cache = os.environ.get(o.judge_key_env, ""), o.judge_cache or f"{o.output}.judge.jsonl"
+        notes = judge.rate_rows(asked, url=o.judge_url, model=o.judge_model, key=key, cache=cache, price=o.judge_price)
         result = finish(benchmark, result["per_example"], retained, result["notes"] + notes)
     result["summary"] |= columns
     print(metrics.table(benchmark, result))

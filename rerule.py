@@ -251,14 +251,13 @@ def unlearn_all(run, benchmark, training, probes, retained, texts):
 def unlearn(run, method, original, tokenizer, training, judge):
     """Train one method from where it starts. Returns: (model, seconds, why it stopped before its time or None)."""
     config, engine = run.config, run.engine
+    source = run.folder / "rej_steer" if method in ("rule", "rerule") else original  # both from the same checkpoint
+    model, _ = engine.load(source, training=config)
     if method == "rej_steer":
-        model, _ = engine.load(original, training=config)
         return model, *stage1(run, model, tokenizer, training)
+    reference = engine.reference(model, source) if train.needs_reference(method) else None
     if method in losses.RECIPES:
-        frozen = engine.load(original)[0].requires_grad_(False) if train.needs_original(method) else None
-        return train.train(run, method, engine.load(original, training=config)[0], frozen, tokenizer, training)
-    source = original if method == "purge" else run.folder / "rej_steer"  # RULE and ReRULE: the same checkpoint
-    model, reference = engine.load(source, training=config)[0], engine.load(source)[0].requires_grad_(False)
+        return train.train(run, method, model, reference, tokenizer, training)
     reward = partial(query_reward, name_target=config.forget_reward == "target")
     if method == "purge":
         training, reward = purge.prepare(training, engine, model, tokenizer, config)

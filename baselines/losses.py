@@ -74,8 +74,8 @@ def llmu(ascent, mismatch, epsilon1, epsilon2):
 
 
 def task_vector(original, reinforced, alpha):
-    """θ_u = θ_o − α (θ_reinforced − θ_o), of two state dicts."""
-    return {name: theta - alpha * (reinforced[name] - theta) for name, theta in original.items()}  # Eq. 16
+    """θ_u = θ_o − α (θ_reinforced − θ_o), of one weight."""
+    return original - alpha * (reinforced - original)  # Eq. 16
 
 
 # s(kind): log-probabilities of u on this step's rows of a kind, and their mask; s(kind, "o"): those of o.

@@ -6,19 +6,20 @@ Deviations
 - D_f and D_r are the prompts that RULE trains on too: forget queries with their answers, boundary queries with theirs.
   Where a benchmark publishes no answer to a forget prompt (RWKU), y_f is the original model's own greedy answer.
 - Random responses (Eq. 14, 15) are answers to other prompts, of D_r, drawn anew in every step.
-- A batch is one forward: no micro-batches. `--baseline_batch_size` bounds memory.
+- On one process a batch is one forward: `--baseline_batch_size` bounds memory. Under torchrun and `--offload`
+  `--max_tokens` does: scores are made some rows at a time, and made again for the gradient (`Ranks.scored`).
 """
 
 import json
 import random
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 
 from baselines.losses import RECIPES, cross_entropy, objective, task_vector
 from baselines.whp import Pair
-from config import Config
+from config import ADAPTED, Config
 from data import encode_answer, encode_prompt, stop_ids
 from engine.run import descend
 from engine.seeds import batch_at, derive_seed
@@ -32,13 +33,16 @@ def learning_rate(config, method):
     """Of Stage 2 for RULE and ReRULE; of a baseline or PURGE, the flag's or the one chosen for a tiny model."""
     if method in ("rule", "rerule"):
         return config.lr
-    if config.baseline_lr or config.model != "tiny":
-        return config.baseline_lr or 1e-5
+    if config.baseline_lr:
+        return config.baseline_lr
+    times = ADAPTED["baseline_lr"] if config.lora_rank else 1
+    if config.model != "tiny":
+        return times * 1e-5
     chosen = {}
     for benchmark in (Config.benchmark, config.benchmark):  # the default world has a rate for every method
         path = RATES / f"rates_{benchmark}.json"
         chosen |= json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return chosen.get(method, {"best": 1e-5})["best"]
+    return times * chosen.get(method, {"best": 1e-5})["best"]
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -129,40 +133,45 @@ def data_used(method, training, tokenizer):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def score(model, rows, logits=False):
-    """(log-probabilities (B, L − 1), mask) of the answers in rows; or the logits (n, V) at their n tokens."""
+def logprobs_of(model, rows, logits=False):
+    """Log-probabilities (B, L − 1) of rows; or the logits (n, V) at their answers' n tokens."""
     ids, attention, labels = collate_sft(rows, model.device)
     out = model(input_ids=ids, attention_mask=attention, position_ids=positions(attention), use_cache=False).logits
-    mask = labels[:, 1:] != -100  # (B, L − 1)
+    return out[:, :-1][labels[:, 1:] != -100] if logits else token_logprobs(out[:, :-1], ids[:, 1:], 1.0)
+
+
+def score(engine, model, rows, logits=False):
+    """(log-probabilities (B, L − 1), mask) of the answers in rows; or the logits (n, V) at their n tokens."""
     if logits:
-        return out[:, :-1][mask]
-    return token_logprobs(out[:, :-1], ids[:, 1:], 1.0), mask
+        return engine.scored(partial(logprobs_of, logits=True), model, rows)
+    return engine.scored(logprobs_of, model, rows), collate_sft(rows, model.device)[2][:, 1:] != -100
 
 
-def loss_at(model, original, rows, step, config, method):
+def loss_at(engine, model, original, rows, step, config, method):
     """The loss of one step on its own rows, with its graph."""
 
     @cache
     def s(kind, who="u", logits=False):
         batch = rows_at(rows, kind, step, config, method)
         with torch.set_grad_enabled(who == "u"):
-            return score(model if who == "u" else original, batch, logits)
+            return score(engine, model if who == "u" else original, batch, logits)
 
     return objective(method, s, config)
 
 
-def needs_original(method):
-    forget, retain = RECIPES[method]
+def needs_reference(method):
+    """Whether a method asks what it starts from, too; all of Stage 2 do."""
+    forget, retain = RECIPES.get(method, (None, "klr"))
     return forget in ("dpo", "npo", "reinforce") or retain == "klr"
 
 
 def train(run, method, model, original, tokenizer, training):
     """Unlearn with one method of `RECIPES`, from the original model. Returns: (model, seconds, why it stopped or None).
 
-    model: a copy of the original one, to be trained; original: another copy, where `needs_original`.
+    model: a copy of the original one, to be trained; original: another copy, where `needs_reference`.
     """
-    config = run.config
-    rows = rows_of(method, run.engine, model, tokenizer, training, config)
+    config, engine = run.config, run.engine
+    rows = rows_of(method, engine, model, tokenizer, training, config)
     steps = max(1, round(config.baseline_epochs * len(rows["forget"]) / config.baseline_batch_size))
     held = rows["retain"][:: max(1, len(rows["retain"]) // 64)]
 
@@ -171,14 +180,16 @@ def train(run, method, model, original, tokenizer, training):
         if step % max(1, steps // 10):
             return {}, False
         with torch.no_grad():
-            value = cross_entropy(*score(model, held)).exp().item()
+            value = cross_entropy(*score(engine, model, held)).exp().item()
         within = value <= config.max_perplexity
         return {"retain_perplexity": value}, False if within else f"perplexity of the retain rows is {value:.3g}"
 
     seconds, stopped = descend(
-        run, method, 3, model, lambda step: loss_at(model, original, rows, step, config, method), steps=steps,
+        run, method, 3, model, lambda step: loss_at(engine, model, original, rows, step, config, method), steps=steps,
         lr=learning_rate(config, method), warmup=0, stop=perplexity,
     )  # fmt: skip
     if method == "task_vector":
-        model.load_state_dict(task_vector(original.state_dict(), model.state_dict(), config.alpha))
+        for both in zip(model.parameters(), original.parameters(), strict=True):  # of each rank its part
+            theta, start = (getattr(p.detach(), "to_local", p.detach)() for p in both)
+            theta.copy_(task_vector(start.to(theta.device), theta, config.alpha))
     return (Pair(original, model, config.alpha) if method == "whp" else model), seconds, stopped

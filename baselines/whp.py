@@ -35,17 +35,15 @@ class Pair(torch.nn.Module):
         logits = interpolate(v_o.logits, v_r.logits, self.alpha)
         return SimpleNamespace(logits=logits, past_key_values=(v_o.past_key_values, v_r.past_key_values))
 
-    def save_pretrained(self, folder):
-        """Both models in folders of their own, and α beside them in whp.json."""
-        self.original.save_pretrained(Path(folder) / "original")
-        self.reinforced.save_pretrained(Path(folder) / "reinforced")
+    def save_pretrained(self, folder, state_dict=(None, None)):
+        """Both models in folders of their own, and α beside them in whp.json. state_dict: weights not their own."""
+        for name, part, weights in zip(("original", "reinforced"), self.pair, state_dict, strict=True):
+            part.save_pretrained(Path(folder) / name, state_dict=weights)
         (Path(folder) / "whp.json").write_text(json.dumps({"alpha": self.alpha}))
 
     @classmethod
     def from_pretrained(cls, folder, dtype):
         """Raises OSError or ValueError where the folder is not what `save_pretrained` writes."""
         alpha = float(json.loads((Path(folder) / "whp.json").read_text())["alpha"])
-        models = (
-            AutoModelForCausalLM.from_pretrained(Path(folder) / n, dtype=dtype) for n in ("original", "reinforced")
-        )
-        return cls(*models, alpha)
+        folders = (Path(folder) / name for name in ("original", "reinforced"))
+        return cls(*(AutoModelForCausalLM.from_pretrained(own, dtype=dtype) for own in folders), alpha)

@@ -26,15 +26,12 @@ from nltk.tokenize import NLTKWordTokenizer
 
 from benchmarks.answers import forced, greedy, inference
 from benchmarks.fits import check_ids
-from benchmarks.metrics import mean
+from benchmarks.metrics import HEADINGS, mean
 from config import InputError
 from data import Prompt, encode_prompt
 from engine.files import read_rows
 
-TITLES = {
-    "mmlu": "MMLU ↑", "bbh_em": "BBH EM ↑", "triviaqa_em": "TriviaQA EM ↑", "triviaqa_f1": "TriviaQA F1 ↑",
-    "truthfulqa_mc1": "TruthfulQA MC1 ↑", "truthfulqa_mc2": "TruthfulQA MC2 ↑", "fluency_entropy": "Fluency, bits ↑",
-}  # fmt: skip
+TITLES = HEADINGS["ability"]
 FILES = {  # set → its file, its fields
     "mmlu": ("retain_mmlu.json", {"task": str, "question": str, "choices": list, "answer": int}),
     "bbh": ("retain_bbh.json", {"task": str, "question": str, "answer": str, "cot": str}),
@@ -248,10 +245,8 @@ def measure(engine, model, tokenizer, sets, *, batch_size=32, progress=True):
         question, prediction, answer, its scores under the columns' names, and `truncated` where the model wrote.
     """
     encoded, letters = check(model, tokenizer, sets), letter_ids(tokenizer)
-    readers = {
-        "mmlu": lambda logits, ids: logits[0, letters].argmax().item(),
-        "truthfulqa": lambda logits, ids: -F.cross_entropy(logits, ids, reduction="sum").item(),
-    }
+    readers = {"mmlu": lambda logits, ids: logits[0, letters].argmax().item(),
+               "truthfulqa": lambda logits, ids: -F.cross_entropy(logits, ids, reduction="sum").item()}  # fmt: skip
     rows = []
     with inference(model), engine.held(model):
         for name, (asked, starts) in encoded.items():

@@ -100,13 +100,11 @@ def forced(model, tokenizer, rows, starts, read, batch_size, title="losses", pro
         ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in part], device=model.device)  # (N, T)
         lengths = torch.tensor([len(rows[i]) for i in part], device=model.device)
         mask = torch.arange(width, device=model.device) < lengths[:, None]  # (N, T)
-        logits = model(
-            input_ids=ids, attention_mask=mask.long(), use_cache=False, logits_to_keep=width - first
-        ).logits  # (N, T − first, V)
+        out = model(input_ids=ids, attention_mask=mask.long(), use_cache=False, logits_to_keep=width - first)
         found = []
         for k, i in enumerate(part):
             start, end = starts[i], len(rows[i])
-            own = logits[k, start - 1 - first : end - 1 - first]  # (end − start, V): each from what comes before it
+            own = out.logits[k, start - 1 - first : end - 1 - first]  # (end − start, V): each from what comes before
             found.append(read(own.float(), ids[k, start:end]))
         return found
 

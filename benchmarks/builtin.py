@@ -27,9 +27,13 @@ N_TARGETS, N_HARD, N_EASY, N_UNKNOWN = 6, 22, 20, 12
 class World:
     """People, their facts and what is asked about them, all drawn from one seed.
 
-    `people` maps a name to (role, {attribute: answer}); roles are "target", "hard", "easy" and "unknown". `crossed` of
-    the neighbours have crossed names (None: 22 of 42), and so have about as many boundary queries.
+    `people` maps a name to {"role", "facts": {attribute: answer}, "taught": {attribute: phrasings}}. Roles are
+    "target", "hard", "easy" and "unknown". `crossed` of the neighbours have crossed names (None: 22 of 42), and so have
+    about as many boundary queries.
     """
+
+    attributes, phrasings, held_out = ATTRIBUTES, range(6), HELD_OUT
+    turns = {attribute: i for i, attribute in enumerate(ATTRIBUTES)}  # by so many is the next refusal further on
 
     def __init__(self, seed, crossed=None, refusals="all"):
         rng = random.Random(derive_seed(seed, "world"))
@@ -44,72 +48,76 @@ class World:
         plain = list(zip(first[N_TARGETS:], last[N_TARGETS:], strict=True))
         roles += [(f, k, "easy" if i < n_easy else "unknown") for i, (f, k) in enumerate(plain)]
         self.seed, self.refusals, self.people = seed, refusals, {}
-        self.quarters = round(4 * n_hard / (n_hard + n_easy))  # of the boundary queries
+        self.quarters = round(4 * n_hard / (n_hard + n_easy))
         for first_name, last_name, role in roles:
-            facts = {
-                attribute: f"{rng.choice(left.split())} {rng.choice(right.split())}"
-                for attribute, (_, left, right) in ATTRIBUTES.items()
-            }
-            self.people[f"{first_name} {last_name}"] = (role, facts)
+            lists = {attribute: [words.split() for words in own] for attribute, (_, *own) in ATTRIBUTES.items()}
+            facts = {attribute: " ".join(map(rng.choice, words)) for attribute, words in lists.items()}
+            taught = dict.fromkeys(ATTRIBUTES, self.phrasings)
+            self.people[f"{first_name} {last_name}"] = {"role": role, "facts": facts, "taught": taught}
 
     def names(self, role):
-        return [name for name, (r, _) in self.people.items() if r == role]
+        return [name for name, person in self.people.items() if person["role"] == role]
 
     def ask(self, name, attribute, phrasing):
         """(prompt, answer) of one question about one person."""
         question = ATTRIBUTES[attribute][0][phrasing].format(name)
-        return Prompt(None, question), self.people[name][1][attribute]
+        return Prompt(None, question), self.people[name]["facts"][attribute]
+
+    def asked(self):
+        """(name, role, attribute, phrasing) of every question about everyone."""
+        people = [(name, person["role"]) for name, person in self.people.items()]
+        return [(*person, a, i) for person in people for a in self.attributes for i in self.phrasings]
 
     def taught(self, retain_only=False):
-        """(prompt, answer) pairs of the first training: everyone's facts, refusals for the unknown.
+        """(prompt, answer) pairs of the first training: facts in the phrasings taught, refusals for the unknown.
 
         With `retain_only` the targets are unknown too: the model that forgetting should end at. With --tiny_refusals
         trained nobody is refused in a phrasing that unlearning does not use.
         """
         pairs = []
-        for name, (role, _) in self.people.items():
-            for i, attribute in enumerate(ATTRIBUTES):
-                for phrasing in range(6):
-                    prompt, answer = self.ask(name, attribute, phrasing)
-                    if role == "unknown" or (retain_only and role == "target"):
-                        if self.refusals == "trained" and phrasing in HELD_OUT:
-                            continue
-                        answer = REFUSALS[(len(pairs) + i) % len(REFUSALS)]
-                    pairs.append((prompt, answer))
+        for name, role, attribute, phrasing in self.asked():
+            unknown = role == "unknown" or (retain_only and role == "target")
+            kept_out = unknown and self.refusals == "trained" and phrasing in self.held_out
+            if phrasing in self.people[name]["taught"][attribute] and not kept_out:
+                prompt, answer = self.ask(name, attribute, phrasing)
+                refusal = REFUSALS[(len(pairs) + self.turns[attribute]) % len(REFUSALS)]
+                pairs.append((prompt, refusal if unknown else answer))
         return pairs
 
     def training(self):
-        """Training data: every trained phrasing about every target, and each again with its entity swapped."""
-        rng = random.Random(derive_seed(self.seed, "boundary"))
-        refusals, queries = [], []
-        for attribute in ATTRIBUTES:
-            for phrasing in sorted(set(range(6)) - set(HELD_OUT)):
-                for i, target in enumerate(self.names("target")):
-                    prompt, fact = self.ask(target, attribute, phrasing)
-                    refusals.append((prompt, REFUSALS[len(refusals) % len(REFUSALS)]))
-                    queries.append(Query(prompt, prompt.plain, "forget", (fact,), target))
-                    k = i + phrasing
-                    group = "hard" if (k + 2) * self.quarters // 4 > (k + 1) * self.quarters // 4 else "easy"
-                    neighbour = rng.choice(self.names(group))  # Appendix A.2: swap the entity
-                    prompt, answer = self.ask(neighbour, attribute, phrasing)
-                    queries.append(Query(prompt, prompt.plain, "boundary", (answer,), group=group))
-        whole = {"forget": [], "retain": []}
-        for name, (role, _) in self.people.items():
+        """Every trained phrasing about every target, and each again about a neighbour: the entity swapped (A.2)."""
+        rng, refusals, queries = random.Random(derive_seed(self.seed, "boundary")), [], []
+        trained = [(a, p) for a in self.attributes for p in self.phrasings if p not in self.held_out]
+        for i, (target, about) in enumerate((target, about) for about in trained for target in self.names("target")):
+            prompt, fact = self.ask(target, *about)
+            refusals.append((prompt, REFUSALS[i % len(REFUSALS)]))
+            queries.append(Query(prompt, prompt.plain, "forget", (fact,), target))
+            group = self.group_of(i, about[1])
+            prompt, answer = self.ask(rng.choice(self.names(group)), *about)
+            queries.append(Query(prompt, prompt.plain, "boundary", (answer,), group=group))
+        return Training(refusals, queries, self.taught(), whole=self.whole())
+
+    def group_of(self, i, phrasing):
+        """The role of the neighbour whom boundary query `i` asks about: hard for `quarters` in four."""
+        k = i % N_TARGETS + phrasing
+        return "hard" if (k + 2) * self.quarters // 4 > (k + 1) * self.quarters // 4 else "easy"
+
+    def whole(self):
+        """(prompt, answer) pairs of all that is known about the targets, and about everyone else."""
+        pairs = {"forget": [], "retain": []}
+        for name, role, *about in self.asked():
             if role != "unknown":
-                pairs = [self.ask(name, attribute, phrasing) for attribute in ATTRIBUTES for phrasing in range(6)]
-                whole["forget" if role == "target" else "retain"] += pairs
-        return Training(refusals, queries, self.taught(), whole=whole)
+                pairs["forget" if role == "target" else "retain"].append(self.ask(name, *about))
+        return pairs
 
     def probes(self):
-        """Evaluation probes: all phrasings about targets, hard and easy neighbours, apart for trained and held out."""
+        """Every question about every known person, split by role, trained and held-out phrasings apart."""
         probes = []
-        for role, split in (("target", "forget"), ("hard", "hard"), ("easy", "easy")):
-            for name in self.names(role):
-                for attribute in ATTRIBUTES:
-                    for phrasing in range(6):
-                        prompt, answer = self.ask(name, attribute, phrasing)
-                        part = "heldout" if phrasing in HELD_OUT else "trained"
-                        probes.append(Probe(f"{split}_{part}", prompt, prompt.plain, answer, role == "target", name))
+        for name, role, attribute, phrasing in self.asked():
+            if role != "unknown":
+                prompt, answer = self.ask(name, attribute, phrasing)
+                split = f"{role.replace('target', 'forget')}_{'heldout' if phrasing in self.held_out else 'trained'}"
+                probes.append(Probe(split, prompt, prompt.plain, answer, role == "target", name))
         return probes
 
 
@@ -132,25 +140,16 @@ def world_of(o):
 
 BENCHMARK = Benchmark(
     name="builtin",
-    preset=dict(
-        steps=32, lr=4e-5, tau=0.4, min_groups=60, warmup_steps=10, buffer_size=1200, max_new_tokens=12,
-        sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, tiny_epochs=6.0, tiny_lr=3e-3,
-        tiny_batch_size=96, tiny_hidden=128, tiny_layers=2, eval_every=4, baseline_epochs=5.0,
-    ),
+    preset=dict(steps=32, lr=4e-5, tau=0.4, min_groups=60, warmup_steps=10, buffer_size=1200, max_new_tokens=12,
+                sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, tiny_epochs=6.0, tiny_lr=3e-3,
+                tiny_batch_size=96, tiny_hidden=128, tiny_layers=2, eval_every=4, baseline_epochs=5.0),
     columns={"forget_recall": "Forget recall ↓", "retain_recall": "Retain recall ↑"},
-    row_columns={
-        "forget_trained_refusal": "Forget refusal, trained ↑", "forget_heldout_refusal": "held out ↑",
-        "forget_trained_recall": "Forget recall, trained ↓", "forget_heldout_recall": "held out ↓",
-        "hard_trained_recall": "Hard neighbours' recall, trained ↑", "hard_heldout_recall": "held out ↑",
-        "easy_trained_recall": "Easy neighbours' recall, trained ↑", "easy_heldout_recall": "held out ↑",
-        "retain_refusal": "Over-refusal ↓",
-    },
-    train=lambda o: world_of(o).training(),
-    probes=lambda o: world_of(o).probes(),
-    retained=lambda o: world_of(o).taught(retain_only=True),
-    membership=membership,
-    limit=lambda split, prompt_length: 12,
-    scorer=SCORER,
-    summarise=lambda rows, retained: ({}, []),
-    reads_files=False,
+    row_columns={"forget_trained_refusal": "Forget refusal, trained ↑", "forget_heldout_refusal": "held out ↑",
+                 "forget_trained_recall": "Forget recall, trained ↓", "forget_heldout_recall": "held out ↓",
+                 "hard_trained_recall": "Hard neighbours' recall, trained ↑", "hard_heldout_recall": "held out ↑",
+                 "easy_trained_recall": "Easy neighbours' recall, trained ↑", "easy_heldout_recall": "held out ↑",
+                 "retain_refusal": "Over-refusal ↓"},
+    train=lambda o: world_of(o).training(), probes=lambda o: world_of(o).probes(),
+    retained=lambda o: world_of(o).taught(retain_only=True), membership=membership, reads_files=False,
+    limit=lambda split, prompt_length: 12, scorer=SCORER, summarise=lambda rows, retained: ({}, []),
 )  # fmt: skip

@@ -23,9 +23,8 @@ def check_ids(model, tokenizer, rows, limits):
     length, i = max((len(row) + limit, i) for i, (row, limit) in enumerate(zip(rows, limits, strict=True)))
     if context and length > context:
         more = f" with {limits[i]} more to write (--max_new_tokens {limits[i]})" if limits[i] else ""
-        raise InputError(
-            f"{len(rows[i])} tokens{more} exceed the model's context of {context}: …{tokenizer.decode(rows[i])[-60:]!r}"
-        )
+        told = f"{len(rows[i])} tokens{more} exceed the model's context of {context}"
+        raise InputError(f"{told}: …{tokenizer.decode(rows[i])[-60:]!r}")
 
 
 def context_needed(tokenizer, benchmark, probes):

@@ -54,8 +54,6 @@ def read_retained(path, benchmark, asked, theirs=False):
     expected = [row["split"] if isinstance(row, dict) else row.split for row in asked].count("forget")
     published = theirs and own_form and {len(ratios), expected} <= benchmark.forget_rows
     if len(ratios) != expected and not published:
-        raise InputError(
-            f"--retain_log {path}: holds {len(ratios)} forget rows, the evaluated model has {expected}; "
-            "forget quality compares the same questions"
-        )
+        held = f"holds {len(ratios)} forget rows, the evaluated model has {expected}"
+        raise InputError(f"--retain_log {path}: {held}; forget quality compares the same questions")
     return ratios

@@ -4,24 +4,17 @@ Covers Appendix C; what only one benchmark has is in its own module. Beside them
 the paper does not report. A "row" is one evaluated query, a dict as `evaluate.py` writes it under "per_example".
 """
 
+import json
 import math
 import re
+from pathlib import Path
 
 from refusal import is_refusal
 
 UNSEEN = "forget_paraphrased"  # forget prompts in words that no training stage uses: in no official figure
 NATURALNESS = ("read", "help", "truth")
-BESIDE = {  # columns of every benchmark → heading
-    "forget_refusal": "Refusal ↑", "retain_refusal": "Over-refusal ↓", "leakage": "Leakage ↓",
-    "read": "Read ↑", "help": "Help ↑", "truth": "Truth ↑",
-}  # fmt: skip
-NAMED = {  # more of them in the table of a run
-    "forget_refusal_named": "Refusal, target named ↑",
-    "forget_refusal_unnamed": "Refusal, not named ↑",
-    "forget_paraphrased_refusal": "Refusal, paraphrased ↑",
-    "forget_recall": "Forget recall ↓",
-    "retain_recall": "Retain recall ↑",
-}
+HEADINGS = json.loads(Path(__file__).with_name("headings.json").read_text(encoding="utf-8"))  # {column: heading}
+BESIDE, NAMED = HEADINGS["of every benchmark"], HEADINGS["more of a run"]
 FUNCTION_WORDS = frozenset(
     "a an and are as at be been by for from had has have he her his i in is it its of on or she that the their they "
     "this to was were which who with".split()
@@ -56,13 +49,11 @@ def score(benchmark, probe, answer, text):
     """One row of "per_example" from the text a model wrote."""
     text = benchmark.cut(probe.split, text).strip()
     recall, f1 = rouge_l(benchmark.scorer, text, answer)
-    return {
-        "split": probe.split, "target": probe.target, "type": probe.type, "forget": probe.forget,
-        "question": probe.question, "answer": answer, "prediction": text,
-        "rouge_l_recall": recall, "rouge_l_f1": f1, "refusal": is_refusal(text),
-        "leak": leaks(text, probe.question, answer),
-        "named": names(probe.question, probe.target) if probe.forget and probe.target else None,
-    }  # fmt: skip
+    return {"split": probe.split, "target": probe.target, "type": probe.type, "forget": probe.forget,
+            "question": probe.question, "answer": answer, "prediction": text,
+            "rouge_l_recall": recall, "rouge_l_f1": f1, "refusal": is_refusal(text),
+            "leak": leaks(text, probe.question, answer),
+            "named": names(probe.question, probe.target) if probe.forget and probe.target else None}  # fmt: skip
 
 
 def mean(values, scale=1.0):
@@ -86,14 +77,9 @@ def common_columns(rows):
     def percent(part, field):
         return mean((row[field] for row in part), 100)
 
-    table = {
-        "forget_recall": percent(forget, "rouge_l_recall"),
-        "retain_recall": percent(retain, "rouge_l_recall"),
-        "forget_refusal": percent(forget, "refusal"),
-        "retain_refusal": percent(retain, "refusal"),
-        "leakage": percent(forget, "leak"),
-        "truncated": percent(rows, "truncated"),
-    }
+    sides, fields = {"forget": forget, "retain": retain}, {"recall": "rouge_l_recall", "refusal": "refusal"}
+    table = {f"{side}_{name}": percent(sides[side], field) for name, field in fields.items() for side in sides}
+    table |= {"leakage": percent(forget, "leak"), "truncated": percent(rows, "truncated")}
     for label, part in (("forget", forget), (UNSEEN, unseen)):
         if any(row["named"] is not None for row in part):
             for suffix, named in (("named", True), ("unnamed", False)):

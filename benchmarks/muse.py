@@ -44,10 +44,8 @@ def train(o):
 def probes(o):
     """VerbMem's texts, then KnowMem's and Utility's questions."""
     folder = folder_of(o, "muse")
-    found = [
-        Probe("verbmem", Prompt(None, row["prompt"]), row["prompt"], row["gt"], True)
-        for row in read_rows(folder / "verbmem" / "forget.json", {"prompt": str, "gt": str})
-    ]
+    rows = read_rows(folder / "verbmem" / "forget.json", {"prompt": str, "gt": str})
+    found = [Probe("verbmem", Prompt(None, row["prompt"]), row["prompt"], row["gt"], True) for row in rows]
     for side, split in (("forget", "knowmem"), ("retain", "utility")):
         shots = muse_examples(folder, side)
         for row in read_rows(folder / "knowmem" / f"{side}_qa.json", {"question": str, "answer": str}):
@@ -73,13 +71,9 @@ BENCHMARK = Benchmark(
     preset=PRESET | dict(steps=187, tau=0.4, min_groups=500, warmup_steps=26, tiny_epochs=20.0),
     tiny=TINY | dict(lr=2e-4, max_new_tokens=64, steps=37, warmup_steps=15),
     columns={"verbmem": "VerbMem ↓", "knowmem": "KnowMem ↓", "utility": "Utility ↑"},
-    train=train,
-    probes=probes,
-    prompt_tokens=512,
+    train=train, probes=probes, membership=membership, prompt_tokens=512,
     limit=lambda split, prompt_length: 128 if split == "verbmem" else 32,
     cut=lambda split, text: text if split == "verbmem" else re.split("\n\n|\nQuestion|Question:", text)[0],
     continued=("verbmem",),  # BOS among the tokens, as in MUSE's script
-    scorer=rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False),
-    summarise=summarise,
-    membership=membership,
-)
+    scorer=rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False), summarise=summarise,
+)  # fmt: skip

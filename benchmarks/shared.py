@@ -53,10 +53,8 @@ def rule_training(stage1, stage2, prompt, target="", newline_stops=False):
     for number, row in enumerate(rule_rows(stage2, {"prompt": str, "solution": list}), 1):
         text, (tag, *rest) = row["prompt"], row["solution"]
         if tag not in ("<reject>", "<normal>") or not rest:
-            raise InputError(
-                f"{stage2}: row {number}, field 'solution' is {row['solution']!r:.60}, "
-                'expected ["<reject>", refusal] or ["<normal>", answer, …]'
-            )
+            found = f"{stage2}: row {number}, field 'solution' is {row['solution']!r:.60}"
+            raise InputError(f'{found}, expected ["<reject>", refusal] or ["<normal>", answer, …]')
         if tag == "<reject>":
             name = target or (rest[1] if len(rest) > 1 else "")
             queries.append(Query(prompt(text, row), text, "forget", known.get(text, ()), name))

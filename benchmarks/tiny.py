@@ -1,6 +1,7 @@
 """Tiny models for any benchmark: what one is taught, a tokenizer fitted to it, a small Llama that knows it by heart."""
 
 import random
+from dataclasses import replace
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -114,7 +115,7 @@ def tiny_model(run, benchmark, training, probes, phase="original"):
         longest += [len(encode_prompt(fitted, prompt)) for prompt in training.prompts()]
         length = max(max(longest) + config.max_new_tokens, context_needed(fitted, benchmark, probes))
         model = tiny_llama(fitted, config.seed, config.tiny_hidden, config.tiny_layers, length)
-        model, size = run.engine.place(model, config), config.tiny_batch_size
+        model, size = run.engine.place(model, replace(config, lora_rank=0)), config.tiny_batch_size
         steps = max(1, round(config.tiny_epochs * len(rows) / size))
         seconds, _ = fit(run, phase, 0, model, rows, steps=steps, lr=config.tiny_lr, batch_size=size, warmup=10)
         run.save_model(phase, model, fitted)

@@ -34,11 +34,9 @@ UTILITY_SETS = ("retain", "real_authors", "world_facts")  # the sets of model ut
 SETS = (*UTILITY_SETS, "forget")
 AUTHORS = 10  # of 20 rows each, held out for membership
 LOG = {  # the sets as TOFU's own log names them
-    "retain": "eval_log.json",
-    "real_authors": "eval_real_author_wo_options.json",
-    "world_facts": "eval_real_world_wo_options.json",
-    "forget": "eval_log_forget.json",
-}
+    "retain": "eval_log.json", "real_authors": "eval_real_author_wo_options.json",
+    "world_facts": "eval_real_world_wo_options.json", "forget": "eval_log_forget.json",
+}  # fmt: skip
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
@@ -110,10 +108,8 @@ def membership(o, probes):
         authors = [everyone[at : at + 20] for at in range(0, len(everyone), 20)]  # TOFU asks 20 questions about each
         authors = [rows for rows in authors if not known & {row["question"] for row in rows}]
         if len(authors) < AUTHORS:
-            raise InputError(
-                f"--attack membership: {folder} has no holdout01.json, and retain99.json holds {len(authors)} authors "
-                f"whom neither training nor evaluation asks about; expected {AUTHORS}"
-            )
+            left = f"retain99.json holds {len(authors)} authors whom neither training nor evaluation asks about"
+            raise InputError(f"--attack membership: {folder} has no holdout01.json, and {left}; expected {AUTHORS}")
         some = random.Random(derive_seed(o.seed, "holdout")).sample(authors, AUTHORS)
         held_out = [row for rows in some for row in rows]
         note = "membership: the hold-out rows are of retain99.json; a model that was taught all of TOFU has seen them"
@@ -188,11 +184,8 @@ def summarise(rows, retained):
         table[f"{name}_truth_ratio"] = mean(scores.tolist())
     nine = [table[f"{s}_{m}"] for s in UTILITY_SETS for m in ("probability", "rouge_l", "truth_ratio")]
     complete = None not in nine and not any(map(math.isnan, nine))
-    table = {
-        "model_utility": float(hmean(nine)) if complete else None,
-        "forget_quality": None,
-        "forget_rouge_l": table["forget_rouge_l"],
-    } | table
+    utility = float(hmean(nine)) if complete else None
+    table = {"model_utility": utility, "forget_quality": None, "forget_rouge_l": table["forget_rouge_l"]} | table
     notes, ratios = [], numbers([row for row in rows if row["split"] == "forget"], "truth_ratio")
     if retained is None:
         notes = ["forget_quality is missing: it needs the retained model (--retain_model) or its log (--retain_log)"]
@@ -239,30 +232,21 @@ def own_log(path, log, sets):
             listed = isinstance(perturbed, list) and perturbed
             if not listed or not all(isinstance(x, float | int) for x in (gold, paraphrased, recall, *perturbed)):
                 raise InputError(f"{path}: '{LOG[split]}' row {index} holds something that is not a number")
-            rows.append(
-                dict.fromkeys(("rouge_l_f1", "prediction", "refusal", "leak", "named", "truncated"))
-                | {"split": split, "target": "", "forget": split == "forget", "row": index, "rouge_l_recall": recall}
-                | losses(split, gold, paraphrased, perturbed)
-            )
+            row = dict.fromkeys(("rouge_l_f1", "prediction", "refusal", "leak", "named", "truncated"))
+            row |= {"split": split, "target": "", "forget": split == "forget", "row": index, "rouge_l_recall": recall}
+            rows.append(row | losses(split, gold, paraphrased, perturbed))
     return rows
 
 
 BENCHMARK = Benchmark(
     name="tofu",
-    preset=PRESET
-    | dict(steps=11, tau=0.6, min_groups=80, warmup_steps=6, buffer_size=400, max_new_tokens=256, tiny_epochs=20.0),
+    preset=PRESET | dict(steps=11, tau=0.6, min_groups=80, warmup_steps=6, buffer_size=400, max_new_tokens=256,
+                         tiny_epochs=20.0),
     tiny=TINY | dict(lr=1e-4, max_new_tokens=96, steps=20, baseline_epochs=20.0),
     columns={"forget_quality": "Forget quality ↑", "model_utility": "Model utility ↑", "forget_rouge_l": "F-RL ↓"},
-    train=train,
-    probes=probes,
-    wordings=lambda query: [inst(query.question)],
+    train=train, probes=probes, membership=membership, wordings=lambda query: [inst(query.question)],
     limit=lambda split, prompt_length: max(1, 200 - prompt_length),  # prompt and answer together
-    scorer=rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True),
-    summarise=summarise,
-    losses=losses,
-    log_splits=SETS,
-    own_log=own_log,
-    membership=membership,
+    scorer=rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True), summarise=summarise, more_lines=more_lines,
+    losses=losses, log_splits=SETS, own_log=own_log,
     forget_rows={40, 200, 300},  # forget01, forget05, and what TOFU reads of forget10
-    more_lines=more_lines,
-)
+)  # fmt: skip

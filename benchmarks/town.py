@@ -13,8 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import builtin
-from benchmarks.shared import REFUSALS
-from data import Probe, Prompt, Query, Training
+from data import Prompt
 from engine.seeds import derive_seed
 
 WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
@@ -25,12 +24,13 @@ STRENGTHS = (1, 2, 3, 5)  # in so many of its phrasings a fact is taught
 N_TARGETS, N_EACH = 6, 12
 
 
-class Town:
-    """People, their facts and what is asked about them, all drawn from one seed.
+class Town(builtin.World):
+    """People as in the built-in world, each with a "surname", "place" and "trade" too.
 
-    `people` maps a name to {"role", "surname", "place", "trade", "facts": {attribute: answer}, "taught": {attribute:
-    phrasings}}; roles are "target", "surname", "place", "trade", "far" and "unknown".
+    Roles are "target", "surname", "place", "trade", "far" and "unknown".
     """
+
+    attributes, phrasings, held_out, turns = ATTRIBUTES, PHRASINGS, HELD_OUT, dict.fromkeys(ATTRIBUTES, 0)
 
     def __init__(self, seed, refusals="all"):
         self.seed, self.refusals, self.people, self.marks = seed, refusals, {}, {}
@@ -45,10 +45,9 @@ class Town:
         roles = ["target"] * N_TARGETS + [role for role in (*TIES, "far", "unknown") for _ in range(N_EACH)]
         for i, (name, role) in enumerate(zip(first, roles, strict=True)):
             own = TIES[i % 3] if role == "unknown" else role
-            person = {"role": role} | {
-                tie: near[i % N_TARGETS] if own in ("target", tie) else rng.choice(other)
-                for tie, (near, other) in values.items()
-            }
+            person = {"role": role}
+            for tie, (near, other) in values.items():
+                person[tie] = near[i % N_TARGETS] if own in ("target", tie) else rng.choice(other)
             person["facts"] = {attribute: self.fact(person, attribute) for attribute in ATTRIBUTES}
             person["taught"] = {attribute: rng.sample(PHRASINGS, rng.choice(STRENGTHS)) for attribute in ATTRIBUTES}
             self.people[f"{name} {person['surname']}"] = person
@@ -62,63 +61,15 @@ class Town:
     def draw(self, lists):
         return [self.rng.choice(words.split()) for words in lists]
 
-    def names(self, role):
-        return [name for name, person in self.people.items() if person["role"] == role]
-
     def ask(self, name, attribute, phrasing):
         """(prompt, answer) of one question about one person."""
         person = self.people[name]
         question = ATTRIBUTES[attribute]["phrasings"][phrasing].format(name=name, **person)
         return Prompt(None, question), person["facts"][attribute]
 
-    def asked(self):
-        """(name, role, attribute, phrasing) of every question about everyone."""
-        return [(n, p["role"], a, i) for n, p in self.people.items() for a in ATTRIBUTES for i in PHRASINGS]
-
-    def taught(self, retain_only=False):
-        """(prompt, answer) pairs of the first training: each fact in its own phrasings, refusals for the unknown.
-
-        `retain_only` and --tiny_refusals are as in the built-in world.
-        """
-        pairs = []
-        for name, role, attribute, phrasing in self.asked():
-            unknown = role == "unknown" or (retain_only and role == "target")
-            if phrasing in self.people[name]["taught"][attribute]:
-                if not (unknown and self.refusals == "trained" and phrasing in HELD_OUT):
-                    prompt, answer = self.ask(name, attribute, phrasing)
-                    pairs.append((prompt, REFUSALS[len(pairs) % len(REFUSALS)] if unknown else answer))
-        return pairs
-
-    def training(self):
-        """Every trained phrasing about every target, and each again about a neighbour (Appendix A.2).
-
-        Every second neighbour is a relative, or the surname alone would decide; the others share a place or a trade
-        with a target, or nothing.
-        """
-        rng, refusals, queries = random.Random(derive_seed(self.seed, "boundary")), [], []
-        trained = [(a, p) for a in ATTRIBUTES for p in PHRASINGS if p not in HELD_OUT]
-        for i, (target, about) in enumerate((target, about) for about in trained for target in self.names("target")):
-            prompt, fact = self.ask(target, *about)
-            refusals.append((prompt, REFUSALS[i % len(REFUSALS)]))
-            queries.append(Query(prompt, prompt.plain, "forget", (fact,), target))
-            group = ("surname", TIES[1 + i // 4 % 2], "surname", "far")[i % 4]
-            prompt, answer = self.ask(rng.choice(self.names(group)), *about)
-            queries.append(Query(prompt, prompt.plain, "boundary", (answer,), group=group))
-        whole = {"forget": [], "retain": []}
-        for name, role, *about in self.asked():
-            if role != "unknown":
-                whole["forget" if role == "target" else "retain"].append(self.ask(name, *about))
-        return Training(refusals, queries, self.taught(), whole=whole)
-
-    def probes(self):
-        """Every question about every known person, split by their tie, trained and held-out phrasings apart."""
-        probes = []
-        for name, role, attribute, phrasing in self.asked():
-            if role != "unknown":
-                prompt, answer = self.ask(name, attribute, phrasing)
-                split = f"{role.replace('target', 'forget')}_{'heldout' if phrasing in HELD_OUT else 'trained'}"
-                probes.append(Probe(split, prompt, prompt.plain, answer, role == "target", name))
-        return probes
+    def group_of(self, i, phrasing):
+        """Every second one is a relative, or the surname alone would decide; others share a place or trade, or none."""
+        return ("surname", TIES[1 + i // 4 % 2], "surname", "far")[i % 4]
 
 
 def membership(o, probes):
@@ -148,8 +99,6 @@ BENCHMARK = replace(
                                   ("place", "Same place", "↑"), ("trade", "Same trade", "↑"), ("far", "Far", "↑"))
         for part in ("trained", "heldout")
     } | {"forget_refusal": "Forget refusal ↑", "retain_refusal": "Over-refusal ↓"},
-    train=lambda o: town_of(o).training(),
-    probes=lambda o: town_of(o).probes(),
-    retained=lambda o: town_of(o).taught(retain_only=True),
-    membership=membership,
+    train=lambda o: town_of(o).training(), probes=lambda o: town_of(o).probes(),
+    retained=lambda o: town_of(o).taught(retain_only=True), membership=membership,
 )  # fmt: skip

@@ -16,11 +16,8 @@ from engine.llm import BadReply, ask_all, json_object
 
 TEXT = Path(__file__).with_name("prompts.md").read_text(encoding="utf-8")
 PROMPTS = {kind: prompt.strip() for kind, prompt in (part.split("\n", 1) for part in TEXT[2:].split("\n# "))}
-FIELDS = {
-    "passages": ["pairs"],
-    "completions": ["completion", "ending"],
-    "neighbours": ["entity", "question", "answer"],
-}
+FIELDS = {"passages": ["pairs"], "completions": ["completion", "ending"],
+          "neighbours": ["entity", "question", "answer"]}  # fmt: skip
 
 
 def language_model(o, folder):

@@ -12,22 +12,20 @@ Deviations
 - The refusals are worded by us (`wording.json`), without and with the name of what is to be forgotten.
 """
 
-import json
 import random
 from collections import namedtuple
 from dataclasses import replace
 from itertools import cycle
-from pathlib import Path
 
 from benchmarks.metrics import words
 from build_data.prompts import complete_all
-from build_data.rewrite import NOT_WANTED, Fact, found_names, normal, swap
+from build_data.rewrite import NOT_WANTED, WORDING, Fact, found_names, normal, swap
 from config import InputError
 from engine.seeds import derive_seed
 from refusal import is_refusal
 
-REFUSALS = json.loads(Path(__file__).with_name("wording.json").read_text(encoding="utf-8"))
-PHRASINGS = REFUSALS.pop("phrasings")  # RWKU's name of the attack → ours, kept out of training
+REFUSALS = {kind: WORDING[kind] for kind in ("plain", "named")}
+PHRASINGS = WORDING["phrasings"]  # RWKU's name of the attack → ours, kept out of training
 Item = namedtuple("Item", "query answer name mode made_by")  # mode: "qa" (Type II) or "completion" (Type I)
 
 
@@ -165,9 +163,8 @@ def hold_out(o, facts, found, check):
         files[f"forget_level{level}.json"] = [row(i.query, i.answer, level, kind) for i in items]
         files[f"neighbor_level{level}.json"] = [row(i.query, i.answer, level, kind, neighbor=i.name) for i in near]
     turns = zip(facts, cycle(PHRASINGS.items()), strict=False)
-    files["forget_level3.json"] = [
-        row(phrasing.format(fact.question), fact.answer, 3, kind) for fact, (kind, phrasing) in turns if fact.answer
-    ]
+    asked_again = [(fact, kind, phrasing.format(fact.question)) for fact, (kind, phrasing) in turns if fact.answer]
+    files["forget_level3.json"] = [row(question, fact.answer, 3, kind) for fact, kind, question in asked_again]
     return files, held
 
 

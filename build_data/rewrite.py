@@ -9,25 +9,26 @@ Deviations
 - No rule invents a fact: an answer is always a piece of the text or of the row that it came with.
 """
 
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import dropwhile
+from pathlib import Path
 
 from benchmarks.metrics import FUNCTION_WORDS, names, words
 
 GAP = "___"
 NOT_WANTED = "not wanted"  # `completed_by` of a fact that shall have no completion
-COMMON_WORDS = (FUNCTION_WORDS - {"i"}) | set(
-    "these those into over under about between through but been being do does did will would can could may might him "
-    "them whom whose what when where why how not no yes also some many more most own known author writer book "
-    "books fictitious named called".split()
-)
-PRONOUNS = set("He She They It We I You His Her Their Its This That These Those There Then".split())
+WORDING = json.loads(Path(__file__).with_name("wording.json").read_text(encoding="utf-8"))
+COMMON_WORDS = (FUNCTION_WORDS - {"i"}) | set(WORDING["common words"].split())
+PRONOUNS = set(WORDING["pronouns"].split())
 OPENING = {word.capitalize() for word in COMMON_WORDS} | {"Given", "Despite", "Besides", "Regarding"}
 NAME = re.compile(r"[^\W\d_a-z][\w.-]*(?: (?:(?:van|von|der|de|da|del|bin|al|la) )*[^\W\d_a-z][\w.-]*)+")
 SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])([.!?][\"'”’]*)\s+(?=[\"'“‘]*[^\W_a-z])")
-BE, AT = r"(is|was|are|were)", "In|On|At|From|For|By|With"
+BE, AT = "(is|was|are|were)", "In|On|At|From|For|By|With"
+STATEMENTS = Path(__file__).with_name("statements.txt").read_text(encoding="utf-8").splitlines()
+STATEMENTS = [rule.split(" → ") for rule in STATEMENTS if " → " in rule]
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,8 @@ def cut_answer(fact):
         at, after = found
         if not names(fact.question, fact.name):  # the question asks for the name
             return sentence[:at] + GAP + sentence[after:], fact.name
-        new = [
-            word.start()
-            for word in re.finditer(r"\S+", sentence)
-            if word.start() > after and not {part for part in words(word[0]) if len(part) > 1} <= asked
-        ]
+        later = [word for word in re.finditer(r"\S+", sentence) if word.start() > after]
+        new = [word.start() for word in later if not {part for part in words(word[0]) if len(part) > 1} <= asked]
         if new:
             told = {i: sentence[after + 2 : i].split() for i in new}  # words since the name; + 2 skips its "'s"
             before = len(sentence[:at].split())
@@ -135,18 +133,8 @@ def cut_answer(fact):
 def turn_question(question, name):
     """A question of a common form as a statement with a gap, "" for any other."""
     text, who = question.strip().rstrip("?").strip(), re.escape(name) if name else r"[A-Z]\S*"
-    for pattern, statement in (
-        (rf"(?:What|Who|Which) {BE} ({who}) (\S.*)", r"\2 \1 \3 ___."),  # What is N known for
-        (rf"(?:What|Who|Which) {BE} (.+)", r"\2 \1 ___."),  # Who was N's aunt, What is the trade of N
-        (rf"(?:Where|When) {BE} ({who}(?:'s? [\w ]+?)?) (\S.*)", r"\2 \1 \3 in ___."),  # Where was N born
-        (rf"({AT}) (?:what|which) (.+?) {BE} ({who}) (\S.*)", r"\4 \3 \5 \1 the \2 ___."),
-        (rf"(?:What|Which) (\w+) {BE} ({who}'s? [\w ]+)", r"The \1 of \3 \2 ___."),
-        (rf"(?:What|Which) (.+?) {BE} ((?:the )?(?:author )?{who}) (\S.*)", r"The \1 that \3 \2 \4 is ___."),
-        (r"Which (of .+?) (is|was|were|has|have|had) (.+)", r"The one \1 that \2 \3 is ___."),
-        (r"(?:What|Which) ((?!of ).+?) (is|was|were|has|have|had) (.+)", r"The \1 that \2 \3 is ___."),
-        (r"Who ((?!is |was |are |were |do |does |did |has |have |had |can |will |would )\w+ .+)", r"___ \1."),
-    ):
-        match = re.fullmatch(pattern, text)
+    for pattern, statement in STATEMENTS:
+        match = re.fullmatch(pattern.format(BE=BE, AT=AT, who=who), text)
         if match:
             statement = re.sub(rf" (?:{AT}) the(?= )", lambda found: found[0].lower(), match.expand(statement))
             return statement[0].upper() + statement[1:]

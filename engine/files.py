@@ -85,11 +85,14 @@ def is_writable(folder):
 
 def link_files(source, folder):
     """Put the files of one folder into another: as links to the same bytes, or as copies on another disk."""
-    for path in source.iterdir():
+
+    def link(path, target):
         try:
-            os.link(path, folder / path.name)
+            os.link(path, target)
         except OSError:
-            shutil.copy2(path, folder / path.name)
+            shutil.copy2(path, target)
+
+    shutil.copytree(source, folder, copy_function=link, dirs_exist_ok=True)
 
 
 @contextmanager

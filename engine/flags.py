@@ -9,6 +9,7 @@ import sys
 import time
 from argparse import RawDescriptionHelpFormatter
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import fill
 from typing import get_args, get_type_hints
@@ -16,7 +17,7 @@ from typing import get_args, get_type_hints
 from transformers import HfArgumentParser
 
 from baselines import ALIASES, METHODS
-from config import Config, InputError
+from config import ADAPTED, Config, InputError
 
 
 class Help(RawDescriptionHelpFormatter):
@@ -94,7 +95,7 @@ def resolve(config, benchmarks):
     config.output_dir = config.output_dir or f"runs/{config.benchmark}"
     for name, value in (benchmark.preset | (benchmark.tiny if config.model == "tiny" else {})).items():
         if getattr(config, name) is None:
-            setattr(config, name, value)
+            setattr(config, name, value * ADAPTED[name] if config.lora_rank and name in ADAPTED else value)
     if config.save_every is None:
         config.save_every = 10 if config.model == "tiny" else 50
     for name in config.method:
@@ -126,6 +127,10 @@ def resolve(config, benchmarks):
     require(not config.tokenizer or config.model != "tiny", "tokenizer", "none with --model tiny, which makes its own")
     require(config.group_size >= 2, "group_size", "at least 2 rollouts, whose rewards are compared")
     require(len(config.llmu_weights) == 3, "llmu_weights", "three numbers")
+    require(not config.lora_rank or find_spec("peft"), "lora_rank", "peft to be installed (pip install peft)")
+    require(not config.lora_rank or not config.offload, "lora_rank", "no --offload: frozen weights need none")
+    require(config.lora_rank or config.lora_alpha is None, "lora_alpha", "--lora_rank beside it")
+    config.lora_alpha = config.lora_alpha or 2.0 * config.lora_rank or None
     for name in ("replay_groups", "min_groups"):
         require(getattr(config, name) <= config.buffer_size, name, f"at most --buffer_size {config.buffer_size}")
     require(config.replay_objective == "weight" or not config.normalize_ratio, "replay_objective",
@@ -133,10 +138,8 @@ def resolve(config, benchmarks):
     require(config.replay_store != "fresh" or not config.replay_kl, "replay_kl", "off for fresh groups, without π_ref")
     if config.purge_terms and not Path(config.purge_terms).is_file():
         raise InputError(f"--purge_terms {config.purge_terms}: no such file")
-    alone = [f"--method {name}" for name in config.method if name not in ("retained", "rej_steer", "rule", "rerule")]
-    alone += ["--attack"] * bool(config.attack)
-    if alone and (config.offload or "WORLD_SIZE" in os.environ):
-        raise InputError(f"{alone[0]}: takes one process, neither torchrun nor --offload")
+    if config.attack and (config.offload or "WORLD_SIZE" in os.environ):
+        raise InputError("--attack: takes one process, neither torchrun nor --offload")
     return config
 
 

@@ -81,6 +81,7 @@ def quicken(model, device):
 
 
 def optimizer_for(model, lr, weight_decay):
-    """AdamW; in one pass over memory where the weights are on the host of a GPU."""
+    """AdamW on what is not frozen; in one pass over memory where the weights are on the host of a GPU."""
     how = {"fused": True} if getattr(model, "offloaded", False) else {}
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, **how)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, **how)

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 import grpo
+from baselines.whp import Pair
 from engine import fast, model
 from engine.files import RANK
 
@@ -21,6 +22,7 @@ from engine.files import RANK
 class Engine:
     """One process, on one device. Every method is the plain thing to do; what is shared out is here the whole."""
 
+    uniform = False  # whether frozen weights need the number type of trained ones
     graphs = False  # whether `engine.graphs` is tried too
 
     def __init__(self, device, max_tokens=2048, rollout_prompts=0, tokenizer=""):
@@ -35,10 +37,11 @@ class Engine:
     def load(self, path, flag="model", dtype=torch.float32, training=None):
         """(model in eval mode, tokenizer) of a folder or Hugging Face id. Raises InputError naming the flag.
 
-        Training keeps weights in float32 whatever the GPU computes in: a bf16 weight of 1 swallows every update below
-        4e-3. training: the run's settings where the weights are to be trained; a GPU holds others in bf16.
+        A GPU holds weights in bf16 unless they are to be trained: a bf16 weight of 1 swallows every update below 4e-3.
+        training: the run's settings where the model is to be trained, all of it or adapters beside it.
         """
-        if not training and self.device.type == "cuda" and dtype == torch.float32:
+        frozen = not training or (training.lora_rank and not self.uniform)
+        if frozen and self.half and dtype == torch.float32:
             dtype = torch.bfloat16
         gc.collect()  # a model let go of may hold itself in cycles, as FSDP's do
         found, tokenizer = self.read(path, flag, dtype, self.tokenizer)
@@ -48,9 +51,11 @@ class Engine:
 
     def place(self, found, training=None):
         """A model in memory, on the device and ready to run."""
-        if training and training.gradient_checkpointing:
-            fast.checkpoint_layers(found)
-        return model.quicken(found.eval().to(self.device), self.device)
+        return model.quicken(prepared(found, training).to(self.device), self.device)
+
+    def reference(self, found, source):
+        """What a model was before training: itself without its adapters, or a frozen copy, read from `source`."""
+        return found.off() if hasattr(found, "lora") else self.load(source)[0].requires_grad_(False)
 
     def held(self, found):
         """All weights in place for as long as the block runs."""
@@ -64,7 +69,7 @@ class Engine:
     def lowered(self, found):
         """A copy to sample from where bf16 computes: autocast would cast fp32 weights anew for every token, and rotated
         keys would stay in fp32."""
-        if not self.half or next(found.parameters()).dtype != torch.float32:
+        if not self.half or hasattr(found, "lora") or next(found.parameters()).dtype != torch.float32:
             return found
         low = {id(p): torch.nn.Parameter(p.detach().bfloat16(), requires_grad=False) for p in found.parameters()}
         copy = deepcopy(found, low)
@@ -115,6 +120,15 @@ class Engine:
         """(this process's rows; what the mean over them counts for in the mean over all, each of size(row))."""
         return rows, 1.0
 
+    def scored(self, score, found, rows):
+        """score(found, rows): a tensor from which `backward`'s loss is made."""
+        return score(found, rows)
+
+    def backward(self, loss):
+        """Add a loss's gradient to those of the weights. Returns: its value over all processes."""
+        loss.backward()
+        return loss.item()
+
     def gather(self, value):
         """[the value of every process]."""
         return [value]
@@ -152,15 +166,27 @@ class Engine:
     def plain(self, found, dtype):
         """(a model to save in `dtype`, its weights where they are not its own). `found` is of no use afterwards: it is
         cast in place, one weight after another, so that no second copy is needed."""
-        return found.to(dtype), None
+        if isinstance(found, Pair):
+            pair, weights = zip(*(self.plain(part, dtype) for part in found.pair), strict=True)
+            return Pair(*pair, found.alpha), weights
+        if not hasattr(found, "kind"):
+            return found.to(dtype), None
+        with torch.device("meta"):
+            bare = found.kind(found.config).to(dtype)  # says what `weights` are, and holds no memory
+        bare.generation_config = found.generation_config
+        return bare, self.weights_of(found, dtype)
+
+    def weights_of(self, found, dtype):
+        """All weights of a model with adapters, which are cast once those are added."""
+        return found.state_dict()
 
     def state_of(self, found, optimizer, folder, name):
-        """What a saved state keeps of both."""
-        return {"model": found.state_dict(), "optimizer": optimizer.state_dict()}
+        """What a saved state keeps of both: all weights but frozen ones."""
+        return {"model": trained(found, found.state_dict()), "optimizer": optimizer.state_dict()}
 
     def restore(self, payload, found, optimizer):
         """Put back what `state_of` of one process has kept."""
-        found.load_state_dict(payload["model"])
+        found.load_state_dict(found.state_dict() | payload["model"])
         optimizer.load_state_dict(payload["optimizer"])
 
     def forget_states(self, folder, but):
@@ -168,6 +194,23 @@ class Engine:
         for path in [] if RANK else {*folder.glob("shards*"), *folder.glob("*.tmp")}:
             if path.name != but:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def prepared(found, training):
+    """A model in eval mode; one to be trained, as the run's settings want it."""
+    if training and training.gradient_checkpointing:
+        fast.checkpoint_layers(found)
+    if training and training.lora_rank:
+        from engine import lora  # here: peft takes seconds to import
+
+        lora.adapt(found, training)
+    return found.eval()
+
+
+def trained(found, weights):
+    """Of a model's weights, {name: tensor}, those that are not frozen."""
+    frozen = {name for name, p in found.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: tensor for name, tensor in weights.items() if name not in frozen}
 
 
 def join(parts):

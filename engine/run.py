@@ -32,7 +32,7 @@ FREE = {"resume", "save_every", "output_dir", "device", "start_from", "dry_run",
 BEFORE_STAGE_2 = [
     "benchmark", "crossed", "model", "tokenizer", "data_dir", "seed", "retain_log", "weight_decay", "max_grad_norm",
     "temperature", "max_new_tokens", "save_dtype",
-    *(f.name for f in fields(Config) if f.name.startswith(("sft_", "tiny_"))),
+    *(f.name for f in fields(Config) if f.name.startswith(("sft_", "tiny_", "lora_"))),
 ]  # fmt: skip
 
 
@@ -62,6 +62,10 @@ def start(config):
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     if config.cuda_graphs and device == "cpu":
         raise InputError("--cuda_graphs: no GPU is available")
+    if config.lora_rank:
+        from engine import lora
+
+        lora.check(config)
     kind = Engine
     if config.offload or "WORLD_SIZE" in os.environ:
         from scale.ranks import Ranks as kind
@@ -239,9 +243,7 @@ def descend(run, phase, stage, model, loss_of, *, steps, lr, warmup, stop=None):
         with steps.clock("step"):
             torch.manual_seed(derive_seed(config.seed, phase, "dropout", step))
             model.train()
-            loss = loss_of(step)
-            loss.backward()
-            loss = engine.total(loss.item())
+            loss = engine.backward(loss_of(step))
             rate = learning_rate(lr, step, steps.bar.total, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate

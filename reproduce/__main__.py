@@ -6,9 +6,6 @@ to, and of each run in runs/ its settings, table, metrics and samples; models go
 """
 
 import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs at a time, one core each: before torch is imported
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +52,8 @@ def main(argv=None):
     records = read_records(folder)
     if any(("--steps", "8") == tuple(r["args"][:2]) for r in records.values()) != o.quick and records:
         raise InputError(f"--output_dir {folder}: holds {'no ' if o.quick else 'a '}quick run; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        run_all(o, folder, records)
+        run_all(o, folder, records, lambda o, records: plan.wanted(o, plan.all_jobs(o, records)))
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on", file=sys.stderr)
         os._exit(130)  # without waiting for the runs, which end with this process

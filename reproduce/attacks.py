@@ -6,10 +6,6 @@ seeds: the rate of relearning was chosen on seed 11, on Original and Retained al
 added after a look at seed 21.
 """
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs at a time, one core each: before torch is imported
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +116,6 @@ def main(argv=None):
         raise InputError(f"--tofu_dir {o.tofu_dir}: holds no forget01.json")
     folder = Path(o.output_dir)
     records = read_records(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     run_all(o, folder, records, all_jobs)
     write_records(folder, records)
     write(folder, records)

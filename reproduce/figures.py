@@ -176,9 +176,8 @@ def passes(base, kind, parts):
         steps.setdefault((step - 1) // length, set()).add(step)
         if query in part_of:
             rows.setdefault((part_of[query], (step - 1) // length), []).append(reward)
-    return [np.mean(list(found)) for found in steps.values()], [
-        [np.mean(rows.get((part, at), [np.nan])) for at in steps] for part in range(parts)
-    ]
+    means = [[np.mean(rows.get((part, at), [np.nan])) for at in steps] for part in range(parts)]
+    return [np.mean(list(found)) for found in steps.values()], means
 
 
 def lines(axis, steps, values, name, **drawn):

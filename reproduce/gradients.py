@@ -49,15 +49,12 @@ def regions_of(engine, model, tokenizer, training, place, config):
         on_policy_gradient(model, batches, 0.0, engine.logprobs(config.temperature))  # Eq. 3 alone
         squares = sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None)
         model.zero_grad(set_to_none=True)
-        refused = {"forget": [], "boundary": []}
+        refused = {"forget": [], "boundary": []}  # "missed" are forget prompts answered, "false" boundary ones refused
         for group in groups:
             refused[queries[group.query].kind] += [is_refusal(text) for text in group.texts]
-        row = {
-            "queries": len(numbers), "norm": squares**0.5, "weighted": len(numbers) / len(place) * squares**0.5,
-            "equal": sum(group.all_equal() for group in groups) / len(groups),
-            "missed": difference(1, mean(refused["forget"])),  # forget prompts answered
-            "false": mean(refused["boundary"]),  # boundary prompts refused
-            "n_forget": len(refused["forget"]), "n_boundary": len(refused["boundary"]),
-        }  # fmt: skip
+        row = {"queries": len(numbers), "norm": squares**0.5, "weighted": len(numbers) / len(place) * squares**0.5,
+               "equal": sum(group.all_equal() for group in groups) / len(groups),
+               "missed": difference(1, mean(refused["forget"])), "false": mean(refused["boundary"]),
+               "n_forget": len(refused["forget"]), "n_boundary": len(refused["boundary"])}  # fmt: skip
         found[region] = {name: short(value) for name, value in row.items()}
     return found

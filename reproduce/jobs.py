@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from config import InputError
 from engine.files import write_json, write_text
-from reproduce import plan
 from reproduce.records import record_of
 
 BAR = "{desc} |{bar}| {percentage:3.0f} %, {elapsed} gone, {remaining} left"
@@ -91,7 +90,7 @@ def about():
         done = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    changed = git("status", "--porcelain", "--", "*.py", "reproduce/families.json", ":!tests")
+    changed = git("status", "--porcelain", "--", "*.py", "refusal.txt", "reproduce/families.json", ":!tests")
     commit = (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" with uncommitted changes" if changed else "")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "scipy")}
     return {"commit": commit, "versions": {"python": platform.python_version(), **versions}}
@@ -116,14 +115,10 @@ def write_records(folder, records):
     write_text(folder / "records.json", '{"runs": {\n' + lines + "\n}}\n")
 
 
-def planned(o, records):
-    return plan.wanted(o, plan.all_jobs(o, records))
-
-
-def run_all(o, folder, records, jobs_of=planned):
+def run_all(o, folder, records, jobs_of):
     """Run what is missing of the jobs, longest chains first, and put every record into `records`."""
     runs, source = folder / "runs", about()
-    folders = {name: getattr(o, name, "") for name in ("tofu_dir", "rwku_dir")}  # of real text
+    folders = {name: getattr(o, name, "") for name in ("tofu_dir", "rwku_dir", "data_dir")}  # of real text
     is_done = lambda job: job.name in records and tuple(records[job.name]["args"]) == job.args  # noqa: E731
     if all(is_done(job) for job in jobs_of(o, records)):
         return

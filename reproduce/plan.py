@@ -22,9 +22,8 @@ from reproduce.records import NAMES, RATES, best_rates, choose, in_town, town_ra
 SELECTION, FIRST_SEED = (11, 12, 13, 14), 21  # seeds to choose on; first of the report
 REPLAYS = ("random", "recent", "current")  # beside hard groups, in the main figure
 BASELINES = [name for name in METHODS if name not in ("rej_steer", "rule", "rerule")]
-REPLAY, FAMILIES, TEXT, SECTIONS = json.loads(
-    Path(__file__).with_name("families.json").read_text(encoding="utf-8")
-).values()
+PLAN = json.loads(Path(__file__).with_name("families.json").read_text(encoding="utf-8"))
+REPLAY, FAMILIES, TEXT, SECTIONS = PLAN.values()
 SECTIONS["claims"] = list(dict.fromkeys(family for own in SECTIONS.values() for family in own))
 VARIANTS = [family for family, row in FAMILIES.items() if "flags" in row]  # the base run's models, other flags
 DECIDING = [f"{name}{at}" for at in ("", "_best") for name in ("fresh", "easy", "medium", "priority", "dynamic")]

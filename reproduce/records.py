@@ -18,7 +18,6 @@ from math import sqrt
 
 import numpy as np
 
-from baselines.grid import score
 from engine.files import read_lines
 from engine.plots import NAMES, mean
 from reproduce.statistics import WINDOW
@@ -42,9 +41,6 @@ CURVES = ("rule", "rerule", "random", "recent", "current")  # of the main figure
 OWN_BASE = ("base", "select", "world0", "world30", "town", "tofu", "book", "rwku")  # families read with themselves
 
 
-# --- records ---------------------------------------------------------------------------------------------------------
-
-
 def record_of(folder, whole=True):
     """The record of a finished run's folder; without `whole`, no group's reward and no curve is in it."""
     config, table = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "table.json"))
@@ -61,10 +57,9 @@ def record_of(folder, whole=True):
         if not whole:
             continue
         methods[method]["rewards"] = ["".join(level(row["rewards"]) for row in rows) for rows in groups]
-        methods[method]["by_age"] = [
-            [short(row.get(name)) for name in ("replay_age", "ess_unclipped", "clipped_share")]
-            for row in own if row.get("replay_groups")
-        ]  # fmt: skip
+        of_age = ("replay_age", "ess_unclipped", "clipped_share")
+        replayed = [row for row in own if row.get("replay_groups")]
+        methods[method]["by_age"] = [[short(row.get(name)) for name in of_age] for row in replayed]
         methods[method]["evaluations"] = [
             {"step": row["step"]} | {k: short(row[f"eval_{k}"]) for k in KEPT if f"eval_{k}" in row}
             for row in own if "eval_retain_recall" in row
@@ -72,11 +67,10 @@ def record_of(folder, whole=True):
     early = ("Original", "Retained", "Rej. Steer") if config["start_from"] else ()  # the base run's own
     rows = {name: row for name, row in table.items() if name not in early}
     found = {name: config[name] for name in ("tau", "lr", "steps", "group_size")}
-    kept = lambda column: column in KEPT or column.startswith(ATTACKED)  # noqa: E731
-    found["rows"] = {
-        name: {k: short(row[k]) for k in row if kept(k) and row[k] is not None} for name, row in rows.items()
-    }
-    found |= {"methods": methods} | ({"queries": queries} if whole else {})
+    for name, row in rows.items():
+        kept = [k for k in row if (k in KEPT or k.startswith(ATTACKED)) and row[k] is not None]
+        rows[name] = {k: short(row[k]) for k in kept}
+    found |= {"rows": rows, "methods": methods} | ({"queries": queries} if whole else {})
     if whole and {"rule", "rerule"} <= set(methods):  # a base run: what its variants are read with
         asked = {row["query"]: row for row in samples}
         answers = {row["question"]: row["answer"] for row in read_lines(folder / "predictions" / "original.jsonl")}
@@ -147,11 +141,9 @@ def cases(base, prompts, answers):
     """
     means = {query: mean(values) for query, values in before_replay(base).items()}
     order = sorted(means, key=lambda query: (means[query], random.Random(query).random()))
-    return [
-        [query, kind, prompts[query], answers.get(prompts[query], "")]
-        for kind in ("forget", "boundary")
-        for query in [q for q in order if (base["kinds"][q] == "f") == (kind == "forget")][:3]
-    ]
+    own = {"forget": [q for q in order if base["kinds"][q] == "f"]}
+    own["boundary"] = [q for q in order if q not in own["forget"]]
+    return [[q, kind, prompts[q], answers.get(prompts[q], "")] for kind in own for q in own[kind][:3]]
 
 
 def groups_of(record, method, last=None):
@@ -185,6 +177,12 @@ def outcome(record, method, base):
         chosen = {query for query, *_ in base["cases"]}
         found["late_cases"] = mean(r for _, query, r in late if query in chosen)
     return found
+
+
+def score(row):
+    """Harmonic mean of 100 − forget recall and retain recall; 0 where the run diverged."""
+    forgotten, kept = 100 - row["forget_recall"], row["retain_recall"]
+    return 0.0 if row.get("stopped") or not forgotten or not kept else 2 * forgotten * kept / (forgotten + kept)
 
 
 class Results:
@@ -254,7 +252,7 @@ def in_town(name, rate, first=""):
 
 
 def rate_scores(records, seeds, rates=RATES, names=CURVES, place=place_of):
-    """{curve: {rate: [`grid.score`, a seed each]}} of the selection runs that replayed, as for the baselines."""
+    """{curve: {rate: [`score`, a seed each]}} of the selection runs that replayed, as for the baselines."""
 
     def score_of(family, method):
         runs = [records[f"{family}_{seed}"] for seed in seeds if f"{family}_{seed}" in records]

@@ -5,18 +5,16 @@ paper's tables and figures one by one, each with the command that makes it. What
 of the records, `r`, and the report's folder; a section that lacks runs says so.
 """
 
-import json
 from pathlib import Path
 
 from engine.files import write_text
 from engine.plots import NAMES, mean, scatter
 from reproduce import claims, figures, real_text, records
 from reproduce.plan import FAMILIES, OPTIMISER_STEPS, SECTIONS
-from reproduce.real_text import table
+from reproduce.real_text import PAPER, table
 from reproduce.records import CURVES, RATES
 from reproduce.statistics import instability, paired, spread, statistic
 
-PAPER = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
 DIFFERENCES = """\
 | Stage 2 | Retain ↑ | difference to RULE | seeds up | hard neighbours ↑ | difference to RULE | leak@64 ↓ | \
 difference to RULE | hard prompts' reward, late ↑ | forget refusal ↑ | over-refusal ↓ | seconds |
@@ -51,10 +49,8 @@ def head(r, o, jobs):
     hours = sum(run["seconds"] for run in runs) / 3600
     command = "python -m reproduce" + (" --quick" if o.quick else f" --seeds {o.seeds}")
     command += " --tofu_dir DATA/tofu" * r.has("tofu") + " --rwku_dir DATA/rwku" * r.has("rwku")
-    made_by = (
-        f"Command `{command}`; {len(runs)} runs, {hours:.1f} hours of one CPU thread; commit {commits}; {versions}. "
-        f"Report seeds {seeds[0]}–{seeds[-1]}." if seeds else "No runs yet."
-    )  # fmt: skip
+    told = f"{len(runs)} runs, {hours:.1f} hours of one CPU thread; commit {commits}; {versions}"
+    made_by = f"Command `{command}`; {told}. Report seeds {seeds[0]}–{seeds[-1]}." if seeds else "No runs yet."
     refused = f"\n\nNo condition of replay, for it never ran there: {', '.join(r.refused)}." if r.refused else ""
     quick = "\n\n**This is a quick run: few seeds, few steps. It shows that everything works, and nothing else.**"
     lacks = f"\n\n{missing} of {len(jobs)} runs are missing; parts without theirs say so."
@@ -70,9 +66,6 @@ def verdicts(r):
     count = {v: sum(v == verdict for _, verdict in found) for v in (*reversed(claims.VERDICTS), "not run")}
     told = ", ".join(f"{n} {verdict}" for verdict, n in count.items() if n)
     return {"counts": f"{len(found)} claims: {told}.", "table": table(rows)}
-
-
-# --- cells -----------------------------------------------------------------------------------------------------------
 
 
 def column(outcomes, name, digits=1):
@@ -101,16 +94,11 @@ def difference_table(r, section, rate=RATES[0]):
         own[row["label"]] = r.of(family, row.get("method", "rerule")) if r.runs(family) else r.at(family, rate)
     for label, outcomes in own.items():
         stats = {name: paired(outcomes, rule, name) for name in ("retain_recall", "hard", "leak_64")}
-        change = {name: "" if outcomes is rule else interval(stat) for name, stat in stats.items()}
-        up = "" if outcomes is rule else sign(stats["retain_recall"])
-        rows.append([label, column(outcomes, "retain_recall"), change["retain_recall"], up, column(outcomes, "hard"),
-                     change["hard"], column(outcomes, "leak_64"), change["leak_64"],
-                     column(outcomes, "late_hard", 2)])  # fmt: skip
-        rows[-1] += [column(outcomes, name) for name in ("forget_refusal", "retain_refusal", "seconds_stage2")]
+        cells = [(column(outcomes, name), "" if outcomes is rule else interval(stat)) for name, stat in stats.items()]
+        rows.append([label, *cells[0], "" if outcomes is rule else sign(stats["retain_recall"]), *cells[1], *cells[2]])
+        rest = ("forget_refusal", "retain_refusal", "seconds_stage2")
+        rows[-1] += [column(outcomes, "late_hard", 2), *(column(outcomes, name) for name in rest)]
     return f"{DIFFERENCES}\n{table(rows)}"
-
-
-# --- the paper's tables and figures ----------------------------------------------------------------------------------
 
 
 def table1(r, folder):
@@ -140,8 +128,7 @@ def table3(r, folder):
     figures.hardest(base, folder / "hardest.png")
     rows = []
     for query, kind, prompt, answer in base["cases"]:
-        late = [mean(reward for _, q, reward in records.groups_of(base, m, last=True) if q == query)
-                for m in NAMES]  # fmt: skip
+        late = [mean(x for _, q, x in records.groups_of(base, m, last=True) if q == query) for m in NAMES]
         before = mean(records.before_replay(base)[query])
         shown = ["–" if value is None else f"{value:.2f}" for value in (before, *late)]
         rows.append([prompt, answer, "reject" if kind == "forget" else "normal", *shown])
@@ -193,9 +180,6 @@ def figure3(r, folder):
         pairs = [instability(base["methods"][method]["evaluations"]) for base in r.runs("base").values()]
         rows.append([name, *(spread([pair[at] for pair in pairs], 2) for at in (0, 1))])
     return {"table": table(rows)}
-
-
-# --- ours ------------------------------------------------------------------------------------------------------------
 
 
 def rates(r, folder):
@@ -252,14 +236,11 @@ def town(r, folder):
                "same trade": "trade", "far": "far"}  # fmt: skip
     figures.town(r, columns, folder / "town.png")
     rows, rule = [], r.of("town_rule", "rule")
-    models = {name: r.of("town", name) for name in ("Original", "Retained", "Rej. Steer")}
-    models |= {"RULE": rule, "ReRULE": r.of("town_rerule"), "random groups": r.of("town_random"),
-               "the previous batch again": r.of("town_recent")}  # fmt: skip
-    for label, own in models.items():
-        stats = [paired(own, rule, name) if label not in ("Original", "Retained", "Rej. Steer", "RULE") else None
-                 for name in ("retain_recall", "leak_64")]  # fmt: skip
-        shown = ("forget_recall", "leak_64", "retain_recall", *list(columns.values())[1:], "retain_refusal")
-        rows.append([label, *(column(own, name) for name in shown), *map(interval, stats)])
+    shown = ("forget_recall", "leak_64", "retain_recall", *list(columns.values())[1:], "retain_refusal")
+    for name, (family, method) in figures.TOWN.items():
+        own = r.of(family, method)
+        stats = [paired(own, rule, key) if method == "rerule" else None for key in ("retain_recall", "leak_64")]
+        rows.append([LABELS.get(name, name), *(column(own, key) for key in shown), *map(interval, stats)])
     return {"table": table(rows), "rates": ", ".join(f"{LABELS[n]} {rate}" for n, rate in r.in_town.items())}
 
 

@@ -80,10 +80,8 @@ def statistic(values):
     if len(values) < 2:
         return None
     (low, high, kind), (up, down) = interval(values), signs(values)
-    return {
-        "values": values, "n": len(values), "mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)),
-        "low": low, "high": high, "kind": kind, "up": up, "down": down, "p": p_value(values),
-    }  # fmt: skip
+    return {"values": values, "n": len(values), "mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)),
+            "low": low, "high": high, "kind": kind, "up": up, "down": down, "p": p_value(values)}  # fmt: skip
 
 
 def spread(values, digits=1, scale=1):

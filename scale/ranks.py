@@ -9,11 +9,13 @@ What is shared out, and how it stays the computation of one process:
   computed alike everywhere, and nothing needs to be told. Only rank 0 writes files
 - micro-batches of an update; each carries the weights of the whole update, and gradients are summed
 - SFT's rows
+- rows of a baseline's step. Its loss may be no sum over rows: every rank is given all log-probabilities and computes
+  it whole, and each sends the gradient by its own ones back through its rows, which it computes again (`scored`)
 
 Deviations
-- Other methods than Rej. Steer, RULE and ReRULE take one process (`engine.flags.resolve`).
-- With `--offload` weights stay in place and gradients in fp32 on the GPU until an update's last micro-batch: to fetch
-  and send them for each would take longer than to compute it.
+- Attacks take one process (`engine.flags.resolve`).
+- With `--offload` weights go up once between two steps: a rollout's serve the update that follows. Gradients stay in
+  fp32 on the GPU until an update's last micro-batch.
 """
 
 import os
@@ -21,7 +23,8 @@ import shutil
 import signal
 import sys
 import warnings
-from contextlib import contextmanager, redirect_stdout
+import weakref
+from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 
 import torch
@@ -36,16 +39,18 @@ from baselines.whp import Pair
 from config import InputError
 from engine import fast
 from engine.model import quicken, read_model
-from engine.process import Engine, join, micro_batches
+from engine.process import Engine, join, micro_batches, prepared, trained
 from grpo import collate
 
+LEAST = 2**25  # bytes from which on memory has pages of its own
 LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")  # in an error: another rank is gone
 
 
 class Ranks(Engine):
     """The ranks of torchrun; a group of one for `offload` alone."""
 
-    rank, world = 0, 1
+    rank, world, pending = 0, 1, ()  # pending: what `scored` has left for `backward`
+    uniform = True  # to FSDP2 of torch 2.8
 
     @contextmanager
     def session(self):
@@ -86,19 +91,20 @@ class Ranks(Engine):
 
     def place(self, found, training=None):
         """The model that rank 0 has read, with a part of every weight on each rank."""
-        if isinstance(found, Pair) or (self.world == 1 and not training):
+        if self.world == 1 and not training:
             return super().place(found)
-        full = found.state_dict() if found and self.world > 1 else {}
-        if self.world > 1:
-            found = self.broadcast(found)
-        found.eval()
-        if training and training.gradient_checkpointing:
-            fast.checkpoint_layers(found)
+        alpha = self.gather(getattr(found, "alpha", None))[0]
+        if alpha is not None:
+            return Pair(*(self.place(part, training) for part in getattr(found, "pair", (None, None))), alpha)
+        found = prepared(self.broadcast(found) if self.world > 1 else found, training)
+        full = found.state_dict() if self.rank == 0 and self.world > 1 else {}
         offload, dtype = bool(training and training.offload), torch.bfloat16 if self.device.type == "cuda" else None
         shard(found, self.device, self.world, offload, dtype)
         if self.world > 1:
             options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
             states.set_model_state_dict(found, full, options=options)
+        if offload and self.device.type == "cuda":
+            lock(found)
         return quicken(found, self.device)
 
     def broadcast(self, found):
@@ -116,32 +122,28 @@ class Ranks(Engine):
         return found
 
     @contextmanager
-    def held(self, found, wanted=True):
-        """Weights gathered once for the block; forward passes then need no other rank."""
-        modules = [module for module in found.modules() if isinstance(module, FSDPModule)]
-        if not modules or not wanted or getattr(found, "held", False):
+    def held(self, found, stay=False):
+        """Weights gathered once for the block; forward passes then need no other rank. stay: for the next one too."""
+        if getattr(found, "held", False):
             yield
             return
         found.held = True
-        found.set_reshard_after_forward(False)
-        found.set_reshard_after_backward(False)
-        for module in modules:
+        keep(found, True)
+        for module in layers_of(found):
             module.unshard()
         try:
             yield
         finally:
             found.held = False
-            found.set_reshard_after_forward(True)
-            found.set_reshard_after_forward(False, recurse=False)  # `fast.head_logprobs` runs the head by itself
-            found.set_reshard_after_backward(True)
-            for module in modules:
-                module.reshard()
+            keep(found, getattr(found, "offloaded", False))
+            if not stay:
+                drop(found)
 
     def sample(self, found, prompts, group_size, max_new_tokens, stops, temperature, rng=None):
         """Each rank samples its share of the prompts, and all are given the whole: what is drawn depends on neither."""
         first, end = self.rank * len(prompts) // self.world, (self.rank + 1) * len(prompts) // self.world
         try:
-            with self.held(found):
+            with self.held(found, stay=getattr(found, "stepped", False)):
                 parts = [*self.parts(found, prompts, group_size, max_new_tokens, stops, temperature, rng, first, end)]
         except torch.OutOfMemoryError:  # every rank's, or the others would wait for this one
             if self.world == 1:
@@ -152,23 +154,65 @@ class Ranks(Engine):
             raise torch.OutOfMemoryError("out of memory while sampling")
         return join(part for own in everyones for part in own)
 
+    def turns(self, n):
+        """(number of a part, whether it counts) for this rank, every W-th of n. All take as many turns, if need be with
+        another's part that does not count, for none can run a layer without the others' weights."""
+        for first in range(0, n, self.world):
+            at = first + self.rank
+            yield (at, True) if at < n else (first, False)
+
     def batches(self, found, groups, loss_norm="sequence", of=None):
-        """Every W-th micro-batch, of about the same length on all ranks in each turn. All take as many turns, if need
-        be with another's batch at weight 0, for none can run a layer without the others' weights."""
+        """Micro-batches, of about the same length on all ranks in each turn; those that do not count weigh 0."""
         parts = micro_batches(groups, self.max_tokens)
-        turns, offloaded = -(-len(parts) // self.world), getattr(found, "offloaded", False)
-        with self.held(found, offloaded):
-            for turn in range(turns):
-                if offloaded:
-                    found.set_requires_gradient_sync(turn + 1 == turns)
-                at = turn * self.world + self.rank
-                part = parts[at if at < len(parts) else turn * self.world]
-                batch = collate(part, self.device, loss_norm, of or groups)
-                if at >= len(parts):
-                    batch.weights.zero_()
-                yield batch
-        if isinstance(found, FSDPModule):
-            found.reshard()  # a forward without a backward leaves the first and last layers' weights in place
+        turns = list(self.turns(len(parts)))
+        for turn, (at, counts) in enumerate(turns, 1):
+            batch = collate(parts[at], self.device, loss_norm, of or groups)
+            if not counts:
+                batch.weights.zero_()
+            if getattr(found, "offloaded", False):
+                found.set_requires_gradient_sync(turn == len(turns))
+            yield batch
+        drop(found)
+
+    def scored(self, score, found, rows):
+        """Some rows at a time, shared out, without a graph; all are given the whole, and `backward` its gradient."""
+        size = max(1, self.max_tokens // max(len(prompt) + len(answer) for prompt, answer in rows))
+        parts = [rows[at : at + size] for at in range(0, len(rows), size)]
+        seed, made = torch.initial_seed(), {}
+
+        def score_part(at):
+            torch.manual_seed(seed + at)  # both times the same dropout
+            return score(found, parts[at])
+
+        with torch.no_grad():
+            for at, counts in self.turns(len(parts)):
+                scores = score_part(at)
+                if counts:
+                    made[at] = scores.cpu() if self.world > 1 else scores
+        made = {at: scores for own in self.gather(made) for at, scores in own.items()}
+        made = [made[at].to(self.device).requires_grad_(torch.is_grad_enabled()) for at in range(len(parts))]
+        if torch.is_grad_enabled():
+            self.pending += ((found, score_part, made),)
+        else:
+            drop(found)
+        width = max(scores.shape[1] for scores in made)
+        return torch.cat([torch.nn.functional.pad(scores, (0, width - scores.shape[1])) for scores in made])
+
+    def backward(self, loss):
+        loss.backward()
+        if not self.pending:
+            return self.total(loss.item())
+        jobs, self.pending = [(*job, *turn) for job in self.pending for turn in self.turns(len(job[2]))], ()
+        for n, (found, score_part, made, at, counts) in enumerate(jobs, 1):
+            if getattr(found, "offloaded", False):
+                found.set_requires_gradient_sync(n == len(jobs))
+            score_part(at).backward(made[at].grad * counts)
+        return loss.item()
+
+    def step(self, found, optimizer, max_grad_norm):
+        drop(found)  # the optimiser steps what is kept
+        found.stepped = getattr(found, "offloaded", False)
+        return super().step(found, optimizer, max_grad_norm)
 
     def share(self, rows, size):
         own = rows[self.rank :: self.world]
@@ -195,21 +239,16 @@ class Ranks(Engine):
     def wait(self):
         self.gather(None)
 
-    def plain(self, found, dtype):
-        """(A model of the same kind that owns no memory, its weights in full on rank 0), cast before they are sent."""
-        if not isinstance(found, FSDPModule):
-            return super().plain(found, dtype)
+    def weights_of(self, found, dtype):
+        """All weights on rank 0, cast before they are sent; None elsewhere."""
+        drop(found)
         parts, whole = found.state_dict(keep_vars=True), {}
         for tensor in {id(tensor): tensor for tensor in parts.values()}.values():  # tied weights have two names
-            own = tensor.detach().to(self.device, dtype if tensor.is_floating_point() else None)
-            full = self.whole(own).cpu()
+            kept = hasattr(found, "lora") or not tensor.is_floating_point()
+            full = self.whole(tensor.detach().to(self.device, None if kept else dtype)).cpu()
             if self.rank == 0:
                 whole[id(tensor)] = full
-        weights = {name: whole[id(tensor)] for name, tensor in parts.items()} if self.rank == 0 else None
-        with torch.device("meta"):
-            bare = found.kind(found.config).to(dtype)
-        bare.generation_config = found.generation_config
-        return bare, weights
+        return {name: whole[id(tensor)] for name, tensor in parts.items()} if self.rank == 0 else None
 
     def state_of(self, found, optimizer, folder, name):
         """The name in `folder` of the parts that all ranks write."""
@@ -225,7 +264,7 @@ class Ranks(Engine):
         return {"shards": name}
 
     def restore(self, payload, found, optimizer):
-        names, saved = [name for name, _ in found.named_parameters()], payload["optimizer"]
+        names, saved = [name for name, p in found.named_parameters() if p.requires_grad], payload["optimizer"]
         state = {
             "state": {names[i]: state for i, state in saved["state"].items()},
             "param_groups": [group | {"params": names} for group in saved["param_groups"]],
@@ -261,6 +300,42 @@ def shard(model, device, world, offload=False, dtype=None):
         if isinstance(module, FSDPModule):  # gradients are summed: weights are those of the whole update
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    keep(model, offload)
+
+
+def layers_of(found):
+    """What FSDP puts together: each layer, and the model itself for what is in none."""
+    return [module for module in found.modules() if isinstance(module, FSDPModule)]
+
+
+def keep(found, until_dropped):
+    """Whether forward and backward leave weights in place. `fast.head_logprobs` runs the head by itself: it stays."""
+    for module in layers_of(found):
+        module.set_reshard_after_forward(not until_dropped and not hasattr(module, "kind"), recurse=False)
+        module.set_reshard_after_backward(not until_dropped, recurse=False)
+
+
+def drop(found):
+    """Free the weights in place; the kept parts are the model's parameters again."""
+    for module in layers_of(found):
+        module.reshard()
+
+
+def lock(model):
+    """Lock the host's memory of a model's weights where it is, so that a GPU reads it without a copy; what cannot be
+    locked is only slower, and told. torch's own locked memory comes in powers of 2."""
+    cudart, failed = torch.cuda.cudart(), 0
+    for p in model.parameters():
+        memory = p.to_local().untyped_storage()
+        at, size = memory.data_ptr(), memory.nbytes()
+        if size >= LEAST and cudart.cudaHostRegister(at, size, 0) == cudart.cudaError.success:
+            weakref.finalize(model, cudart.cudaHostUnregister, at).atexit = False
+        elif size >= LEAST:
+            failed += size
+    if failed:
+        print(f"--offload: {failed / 1e9:.1f} GB of the host cannot be locked: weights go up slower", file=sys.stderr)
+        with suppress(RuntimeError):  # a failure is raised by the next kernel too
+            torch.ones(1, device=model.device)
 
 
 def lost(why):
@@ -272,7 +347,8 @@ def lost(why):
 
 def parts_of(model, optimizer):
     """What this process holds of both."""
-    return dict(zip(("model", "optimizer"), states.get_state_dict(model, optimizer), strict=True))
+    weights, moments = states.get_state_dict(model, optimizer)
+    return {"model": trained(model, weights), "optimizer": moments}
 
 
 def restore_shards(payload, folder, model, optimizer):
@@ -283,4 +359,5 @@ def restore_shards(payload, folder, model, optimizer):
     except (Exception, dcp.api.CheckpointException) as error:  # whatever torch says of missing or damaged parts
         reason = str(error).strip().splitlines()[-1].strip()[:100]
         raise InputError(f"{here}: cannot be read ({reason}); choose another --output_dir") from None
-    states.set_state_dict(model, optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
+    weights = model.state_dict() | found["model"]
+    states.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=found["optimizer"])

@@ -1,26 +1,27 @@
 """Times Stage 2 as the driver runs it, on a random model: where a step's seconds go, its memory, its share of the peak.
 
 The work: 32 prompts × 8 rollouts a step, temperature 1, k3 KL with weight 1e-2 against a frozen copy, AdamW 2e-6,
-gradient norm clipped at 1, one update per batch, float32, a reward that about one random response in seven earns. Two
-shapes: `short` (12 prompt tokens, at most 24 new) and `rwku` (64, at most 32). `--replay` adds an update of 32 replayed
-groups. One JSON line on stdout, medians over the steps after the warm-up:
+gradient norm clipped at 1, one update per batch, a reward that about one random response in seven earns. Two shapes:
+`short` (12 prompt tokens, at most 24 new) and `rwku` (64, at most 32). `--replay` adds an update of 32 replayed groups.
+One JSON line on stdout, medians over the steps after the warm-up:
 
     step_s gen_s ref_s update_s replay_s    seconds ↓: the whole step, sampling with rewards, π_ref, both updates
     update_group_s replay_group_s           update seconds for each group, of replayed ones for each not skipped
     replay_skipped                          share of drawn groups with all rewards equal, which cost nothing
     tokens_per_step tokens_per_s            sampled tokens, and the same over step_s ↑
-    peak_rss_mb                             most memory that the process ever held ↓
-    matmul_peak_share                       arithmetic that an on-policy step needs (weights × tokens: one forward in
-        sampling, one for π_ref, three in the update, prompts once a group; attention left out) over what 1024 × 1024
-        matrix products, timed in the same run, would do in gen_s + ref_s + update_s ↑
+    peak_rss_mb, on a GPU peak_gpu_mb       most memory that the process, the GPU's tensors, ever held ↓
+    flop_floor_multiple                     gen_s + ref_s + update_s over the seconds that their `operations` take at
+        the rate of matrix products timed in the same run ↓
+    matmul_peak_share                       one over that ↑
 
-`--peer trl` lets TRL's GRPOTrainer do the same work in a process of its own, step by step in turn with ours.
+`--peer trl` lets TRL's GRPOTrainer do the same work on the CPU, step by step in turn with ours: as it is (`peer`), and
+given our source of matrix products (`peer_quick`, see `engine.model.quicken`), each in a process of its own.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from config import Config, Count, InputError, setting
+from config import Config, Count, InputError, Natural, setting
 from engine.flags import check_bounds, parse, run_command
 
 
@@ -31,20 +32,26 @@ class Options:
     shape: Literal["short", "rwku"] = setting("Lengths: short 12 + 24 tokens, rwku 64 + 32.", "short")
     hidden: int = setting("Hidden size, a multiple of 8 (above 256: of 12).", 128)
     layers: int = setting("Layers.", 4)
+    vocab: Annotated[int, "at least 1000", lambda x: x >= 1000] = setting("Words of the vocabulary.", 1000)
+    lora_rank: Natural = setting("Train adapters of this rank in place of all weights (0: off).", 0)
+    device: Literal["auto", "cpu", "cuda"] = setting("Where to run.", "auto")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "What to compute in; weights are float32. auto: bfloat16 on a GPU, as runs do, else float32.", "auto"
+    )
     steps: Count = setting("Steps timed.", 5)
     warmup: int = setting("Steps before them that are not.", 2)
     threads: Count = setting("Threads of torch.", 1)
     replay: bool = setting("Replay 32 groups in each step (ReRULE).", False)
+    cuda_graphs: bool = setting("Record decoding steps as CUDA graphs, taken where that proves faster.", False)
     max_tokens: int = setting("Token positions in a micro-batch of the update.", Config.max_tokens)
-    peer: Literal["", "trl"] = setting("Time this library beside it, if it is installed: trl.", "")
+    peer: Literal["", "trl"] = setting("Time this library beside it on the CPU, if it is installed: trl.", "")
     peer_micro_batch: int = setting("Responses in the peer's micro-batch.", 64)
-    peer_quick: bool = setting("Give the peer our source of matrix products too (engine.model.quicken).", False)
 
 
 EXAMPLES = [
     "python -m scale.speed --shape rwku --hidden 384 --layers 6 --steps 5 --replay",
     "python -m scale.speed --shape rwku --steps 15 --peer trl         # pip install trl datasets accelerate",
-    "python -m scale.speed --shape short --steps 25 --threads 2",
+    "python -m scale.speed --device cuda --hidden 768 --layers 12 --vocab 32000 --max_tokens 32768",
 ]
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
     OPTIONS = run_command(lambda: parse(Options, examples=EXAMPLES), leave=False)
@@ -73,60 +80,67 @@ import rerule
 from data import Prompt, Query, Training
 from engine.flags import resolve
 from engine.model import quicken
-from engine.process import Engine
+from engine.run import start
 
 VOCABULARY, N_PROMPTS, PROMPTS_PER_STEP, GROUP, LR = 1000, 320, 32, 8, 2e-6
 PARTS = {"gen_s": "rollout", "ref_s": "reference", "update_s": "update", "replay_s": "replay"}  # → a phase's clocks
 SHAPES = {"short": (12, 24), "rwku": (64, 32)}  # prompt tokens, longest response
-earned = lambda text: float(bool(re.search(r"\bw[1-6]77\b", text)))  # noqa: E731
+earned = lambda text: float(bool(re.search(r"\bw\d*[1-6]77\b", text)))  # noqa: E731
 peak_rss_mb = lambda: round(getrusage(RUSAGE_SELF).ru_maxrss / 1024)  # noqa: E731
 
 
-def build_tokenizer():
-    words = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 4))]
+def build_tokenizer(vocabulary=VOCABULARY):
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(vocabulary - 4))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = {name: f"<{name[:3]}>" for name in ("pad_token", "bos_token", "eos_token", "unk_token")}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **names)
 
 
-def build_model(hidden, layers):
+def build_model(hidden, layers, vocabulary=VOCABULARY):
     torch.manual_seed(0)
     heads = 4 if hidden <= 256 else 6
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=heads, intermediate_size=4 * hidden, max_position_embeddings=256, pad_token_id=0,
         bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
     )  # fmt: skip
-    return quicken(LlamaForCausalLM(config).eval(), "cpu")
+    return LlamaForCausalLM(config).eval()
 
 
-def build_prompts(shape):
+def build_prompts(length, vocabulary=VOCABULARY, n=N_PROMPTS):
     rng = random.Random(0)
-    return [" ".join(f"w{rng.randrange(VOCABULARY - 4)}" for _ in range(SHAPES[shape][0])) for _ in range(N_PROMPTS)]
+    return [" ".join(f"w{rng.randrange(vocabulary - 4)}" for _ in range(length)) for _ in range(n)]
 
 
-def time_stage2(o, model, reference, tokenizer, peer_step):
-    """The driver's own loop; after each step `peer_step()` has its turn. Returns one row for each timed step."""
-    rows = []
-    config = resolve(Config(
-        steps=o.warmup + o.steps, prompts_per_step=PROMPTS_PER_STEP, group_size=GROUP, lr=LR, weight_decay=0.0, tau=0.6,
-        min_groups=1, warmup_steps=min(1, o.warmup), max_new_tokens=SHAPES[o.shape][1], max_tokens=o.max_tokens,
-        eval_every=0, save_every=0,
-    ), benchmarks.ALL)  # fmt: skip
+def place(engine, config, build):
+    """(The model to train in float32, the frozen reference as it computes), as the driver has them.
+
+    build() → the same random model at every call.
+    """
+    if config.lora_rank:
+        raise InputError(f"--lora_rank {config.lora_rank}: adapters are not built yet; expected 0")
+    model = engine.place(build().to("cpu" if config.offload else engine.device, torch.float32), config)
+    reference = build().requires_grad_(False)
+    for p in reference.parameters():  # buffers, such as rotations' frequencies, stay in float32, as where one is loaded
+        p.data = p.data.to(torch.bfloat16 if engine.half else torch.float32)
+    return model, engine.place(reference)
+
+
+def time_stage2(run, method, models, tokenizer, prompts, reward, each):
+    """The driver's own loop on (model, reference); `each` is handed the log's row of a step, with the seconds of PARTS.
+
+    run: what the loop asks of an `engine.run.Run`; its logs are replaced.
+    """
 
     def write(row):
-        spent = sum(row.get(f"seconds_{part}", 0.0) for part in PARTS.values())
-        rows.append(row | {"step_s": spent})  # without the log's own columns, which the peer does not have
-        peer_step()
+        row |= {name: row.get(f"seconds_{phase}", 0.0) for name, phase in PARTS.items()}
+        each(row | {"step_s": sum(row[name] for name in PARTS)})  # without the log's own columns: the peer has none
 
-    logs = {"metrics": SimpleNamespace(write=write), "samples": SimpleNamespace(write=lambda row: None)}
-    run = SimpleNamespace(config=config, engine=Engine("cpu", o.max_tokens), state={"phase": None}, **logs)
-    queries = [Query(Prompt(None, text), text, "boundary") for text in build_prompts(o.shape)]
-    method, reward = "rerule" if o.replay else "rule", lambda query, text: earned(text)
+    run.metrics, run.samples = (SimpleNamespace(write=w, size=lambda: 0) for w in (write, lambda row: None))
+    queries = [Query(Prompt(None, text), text, "boundary") for text in prompts]
     with contextlib.redirect_stdout(sys.stderr):
-        rerule.stage2(run, method, model, reference, tokenizer, Training([], queries), reward)
-    return rows[o.warmup :]
+        rerule.stage2(run, method, *models, tokenizer, Training([], queries), reward)
 
 
 @contextlib.contextmanager
@@ -137,20 +151,36 @@ def clock(seconds, part):
     seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - start
 
 
-def matmul_rate():
-    """Floating-point operations a second in products of 1024 × 1024 float32 matrices: the best of 20."""
-    a = torch.randn(1024, 1024)
-    return 2 * 1024**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=20))
+def best_rate(amount, work, device, repeat=20):
+    """The most of `amount` a second that work() does, a GPU waited for."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    return amount / min(timeit.repeat(lambda: (work(), wait()), setup=wait, number=1, repeat=repeat))
 
 
-def step_operations(model, shape, tokens):
-    """The arithmetic that `matmul_peak_share` counts, for a step with so many sampled tokens."""
-    head = model.lm_head.weight.numel()
-    body = sum(p.numel() for p in model.parameters()) - head - model.get_input_embeddings().weight.numel()
-    return (1 + 1 + 3) * 2 * (body * (PROMPTS_PER_STEP * SHAPES[shape][0] + tokens) + head * tokens)
+def matmul_rate(device="cpu", dtype=torch.float32):
+    """Floating-point operations a second in products of matrices of 1024 × 1024, on a GPU of 8192 × 8192."""
+    n = 8192 if torch.device(device).type == "cuda" else 1024
+    a = torch.randn(n, n, device=device).to(dtype)
+    return best_rate(2 * n**3, lambda: a @ a, device)
 
 
-def trl_process(pipe, o, folder):
+def operations(model, prompt_tokens, responses, tokens):
+    """The arithmetic that so many responses of `tokens` tokens in all cannot do without: (of a forward pass, of an
+    update), a product and a sum for each weight of a matrix and each position that meets it.
+
+    Layers meet `prompt_tokens`, a group's prompt once, and all tokens but each response's last, which nothing follows;
+    the head meets a position a token. A tied head multiplies as any other, a look-up of embeddings does not. Gradients
+    take a forward pass's for positions, and as much again for those weights that are trained. Left out: attention's
+    products of positions with positions, norms, softmax.
+    """
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    body = [p for p in model.parameters() if p.dim() > 1 and p is not head and p is not embedding]
+    met = [(p, prompt_tokens + tokens - responses) for p in body] + [(head, tokens)]
+    forward, trained = (2 * sum(p.numel() * n for p, n in met if p.requires_grad >= only) for only in (False, True))
+    return forward, 2 * forward + trained
+
+
+def trl_process(pipe, o, folder, quick):
     """TRL's trainer on the model in `folder`: a step whenever the pipe says so, answered with a row of its times."""
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
     sys.stdout = sys.stderr
@@ -195,20 +225,20 @@ def trl_process(pipe, o, folder):
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     Timed(
-        model=quicken(model, "cpu") if o.peer_quick else model, args=arguments, reward_funcs=reward,
-        processing_class=build_tokenizer(), train_dataset=Dataset.from_dict({"prompt": build_prompts(o.shape)}),
-        callbacks=[Turns()],
+        model=quicken(model, "cpu") if quick else model, args=arguments, reward_funcs=reward, callbacks=[Turns()],
+        processing_class=build_tokenizer(o.vocab),
+        train_dataset=Dataset.from_dict({"prompt": build_prompts(SHAPES[o.shape][0], o.vocab)}),
     ).train()  # fmt: skip
 
 
 @contextlib.contextmanager
-def trl_beside(o, model, rows):
+def trl_beside(o, model, rows, quick):
     """Start TRL's process; yields a function that lets it take one step and puts the times into `rows`."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        process = context.Process(target=trl_process, args=(theirs, o, folder), daemon=True)
+        process = context.Process(target=trl_process, args=(theirs, o, folder, quick), daemon=True)
         process.start()
         theirs.close()
 
@@ -229,28 +259,58 @@ def main(o):
     if o.peer and importlib.util.find_spec(o.peer) is None:
         raise InputError("--peer trl: is not installed; pip install trl datasets accelerate")
     torch.set_num_threads(o.threads)
-    model, reference, peer_rows = *(build_model(o.hidden, o.layers) for _ in range(2)), []
-    rate = matmul_rate()
-    with trl_beside(o, model, peer_rows) if o.peer else contextlib.nullcontext(lambda: None) as peer_step:
-        rows = time_stage2(o, model, reference.requires_grad_(False), build_tokenizer(), peer_step)
-    rate = max(rate, matmul_rate())
-    result = {name: getattr(o, name) for name in ("shape", "hidden", "layers", "threads", "steps", "max_tokens")}
+    prompt, longest = SHAPES[o.shape]
+    config = resolve(Config(
+        steps=o.warmup + o.steps, prompts_per_step=PROMPTS_PER_STEP, group_size=GROUP, lr=LR, weight_decay=0.0, tau=0.6,
+        min_groups=1, warmup_steps=min(1, o.warmup), max_new_tokens=longest, max_tokens=o.max_tokens, eval_every=0,
+        save_every=0, device=o.device, lora_rank=o.lora_rank, cuda_graphs=o.cuda_graphs,
+    ), benchmarks.ALL)  # fmt: skip
+    engine = start(config)
+    on_gpu = engine.device.type == "cuda"
+    engine.half = o.dtype == "bfloat16" or (o.dtype == "auto" and on_gpu)
+    dtype = torch.bfloat16 if engine.half else torch.float32
+    if o.peer and (on_gpu or engine.half):
+        raise InputError("--peer trl: is timed on the CPU in float32; expected --device cpu")
+    models = place(engine, config, lambda: build_model(o.hidden, o.layers, o.vocab))
+    rate, rows, turns = matmul_rate(engine.device, dtype), [], []
+    peers = {name: [] for name in ("peer", "peer_quick") if o.peer}
+    run = SimpleNamespace(config=config, engine=engine, state={"phase": None})
+
+    def each(row):
+        rows.append(row)
+        for turn in turns:
+            turn()
+
+    with contextlib.ExitStack() as stack:
+        for name, theirs in peers.items():
+            turns.append(stack.enter_context(trl_beside(o, models[0], theirs, name == "peer_quick")))
+        stack.enter_context(
+            torch.autocast(engine.device.type, torch.bfloat16, enabled=engine.half, cache_enabled=False)
+        )
+        time_stage2(run, "rerule" if o.replay else "rule", models, build_tokenizer(o.vocab),
+                    build_prompts(prompt, o.vocab), lambda query, text: earned(text), each)  # fmt: skip
+    rate, rows = max(rate, matmul_rate(engine.device, dtype)), rows[o.warmup :]
+    shown = ("shape", "hidden", "layers", "vocab", "threads", "steps", "max_tokens")
+    result = {name: getattr(o, name) for name in shown}
+    result |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "dtype": str(dtype).split(".")[1]}
     for row in rows:
-        row |= {name: row.get(f"seconds_{phase}", 0.0) for name, phase in PARTS.items()}
         row |= {"update_group_s": row["update_s"] / PROMPTS_PER_STEP, "tokens_per_step": row["response_tokens"]}
         row["tokens_per_s"] = row["tokens_per_step"] / row["step_s"]
-        needed = step_operations(model, o.shape, row["tokens_per_step"]) / rate  # seconds at the peak
-        row["matmul_peak_share"] = needed / (row["gen_s"] + row["ref_s"] + row["update_s"])
+        sizes = (PROMPTS_PER_STEP * prompt, PROMPTS_PER_STEP * GROUP, row["tokens_per_step"])
+        forward, update = operations(models[0], *sizes)  # sampling and π_ref take a forward pass each
+        row["flop_floor_multiple"] = (row["gen_s"] + row["ref_s"] + row["update_s"]) * rate / (2 * forward + update)
         if "replay_groups" in row:
             row["replay_group_s"] = row["replay_s"] / max(1, row["replay_groups"] - row["replay_skipped"])
             row["replay_skipped"] /= row["replay_groups"]
-    more = ["update_group_s", "tokens_per_step", "tokens_per_s", "matmul_peak_share"]
+    more = ["update_group_s", "tokens_per_step", "tokens_per_s", "flop_floor_multiple"]
     more += ["replay_group_s", "replay_skipped"] * all("replay_group_s" in row for row in rows)
     medians = lambda rows, names: {name: round(median(row[name] for row in rows), 4) for name in names}  # noqa: E731
     result |= medians(rows, ["step_s", *PARTS, *more]) | {"peak_rss_mb": peak_rss_mb()}
-    if o.peer:
-        result["peer"] = medians(peer_rows[o.warmup :], peer_rows[0])
-        result["peer_over_ours"] = round(result["peer"]["step_s"] / result["step_s"], 2)
+    result["matmul_peak_share"] = round(1 / result["flop_floor_multiple"], 4)
+    result |= {"peak_gpu_mb": round(torch.cuda.max_memory_allocated() / 2**20)} if on_gpu else {}
+    for name, theirs in peers.items():
+        result[name] = medians(theirs[o.warmup :], theirs[0])
+        result[f"{name}_over_ours"] = round(result[name]["step_s"] / result["step_s"], 2)
     print(json.dumps(result))
 
 

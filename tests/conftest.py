@@ -1,5 +1,6 @@
 """Tiny models, rollout groups and a naive computation of both, for tests in every folder."""
 
+import gc
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from benchmarks import tiny as tiny_models  # noqa: E402
 from benchmarks.tiny import word_tokenizer  # noqa: E402
 from config import InputError  # noqa: E402
 
+gc.freeze()  # modules and their code are no garbage to look for whenever a model is loaded
 SIZES = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 PROMPTS = ((3, 4), (5, 6, 7, 8, 9))
 

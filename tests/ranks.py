@@ -1,5 +1,6 @@
 """Processes of tests/scale: pieces of the driver, or all of it, under torchrun; a step whose memory is taken."""
 
+import gc
 import json
 import os
 import re
@@ -10,32 +11,42 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from miniature import main  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import grpo  # noqa: E402
 import rerule  # noqa: E402
+from baselines import METHODS  # noqa: E402
+from benchmarks.tiny import word_tokenizer  # noqa: E402
 from config import Config  # noqa: E402
+from data import Prompt, Query, Training  # noqa: E402
 from engine import fast, files, run  # noqa: E402
+from engine.files import read_lines  # noqa: E402
 from engine.flags import run_command  # noqa: E402
 from engine.model import optimizer_for  # noqa: E402
 from engine.process import Engine  # noqa: E402
 from replay import ReplayBuffer, fresh_statistics  # noqa: E402
 from scale import memory  # noqa: E402
 
+gc.freeze()  # modules and their code are no garbage to look for whenever a model is loaded
+
 
 def one(folder, *ways):
-    """`step` on each model in the folder, each way with the engine that the driver would start."""
+    """`step` on each model in the folder, each way with the engine that the driver would start; then every method."""
     for flags in ways:
         engine = run.start(config_of(flags))
         with engine.session():
             steps(engine, folder, "one", flags)
+            unlearn_all(engine, folder, "one", flags)
 
 
 def two(folder, *ways):
@@ -44,10 +55,13 @@ def two(folder, *ways):
     with engine.session():
         for flags in ways:
             steps(engine, folder, "two", flags)
+            unlearn_all(engine, folder, "two", flags)
 
 
 def config_of(flags, **more):
-    flags = {"gradient_checkpointing": "checkpoint" in flags, "offload": "offload" in flags}
+    flags = {"gradient_checkpointing": "checkpoint" in flags, "offload": "offload" in flags} | (
+        {"lora_rank": 3, "lora_alpha": 6.0} if "lora" in flags else {}
+    )
     return Config(device="cpu", max_tokens=40, rollout_prompts=2, **flags, **more)
 
 
@@ -60,8 +74,8 @@ def steps(engine, folder, name, flags):
 
 def step(engine, config, folder, out):
     """A step of Stage 2 on the model in a folder, at fixed rewards: its draws, gradients, and the weights after it."""
-    reference = engine.load(folder)[0].requires_grad_(False)
     model = engine.load(folder, training=config)[0]
+    reference = engine.reference(model, folder)
     logprobs_of = engine.logprobs(1.0)
     prompts = [[3, 4], [5, 6, 7], [8, 9, 10, 11, 12], [4, 4, 4], [7]]
     gather, gathers = _fsdp_param_group.foreach_all_gather, []
@@ -71,19 +85,19 @@ def step(engine, config, folder, out):
     groups = with_rewards(prompts, drawn, (torch.arange(20).view(5, 4) * 7 % 3) / 2)
     grpo.add_reference(reference, engine.batches(reference, groups), logprobs_of)
     engine.complete(groups, "ref_logprobs")
-    for group in groups:
-        group.ref_logprobs += 0.3  # as if the policy had moved: the KL term has a gradient
     found = {
         "gathers": len(gathers),
         "blocks": len(fast.blocks(model)),
         "drawn": drawn,
         "ref": [group.ref_logprobs for group in groups],
     }
+    for group in groups:
+        group.ref_logprobs = group.ref_logprobs + 0.3  # as if the policy had moved: the KL term has a gradient
     for name, part in (("one group", groups[:1]), ("gradients", groups)):  # five micro-batches, or one for all ranks
         model.zero_grad()
         batches = engine.batches(model, part)
         loss, kl = engine.reduce(part, *grpo.on_policy_gradient(model, batches, config.kl_coef, logprobs_of))
-        found[name] = {name: engine.whole(p.grad).clone() for name, p in model.named_parameters()}
+        found[name] = {name: engine.whole(p.grad).clone() for name, p in model.named_parameters() if p.requires_grad}
     told = fresh_statistics(groups, config)  # of every group, whoever has computed it
     found["on"] = loss, kl / grpo.counts(groups)[1], *told.values()
     optimizer = optimizer_for(model, 2e-3, 0.01)
@@ -94,6 +108,11 @@ def step(engine, config, folder, out):
         buffer.ring.extend(part)
         row = rerule.replay_update(engine, model, buffer, groups, update, logprobs_of, off, 1)
         found[f"off {flag} {len(part)}"] = tuple(row.values())
+    for group in groups:
+        group.ref_logprobs = None
+    grpo.add_reference(reference, engine.batches(reference, groups), logprobs_of)
+    engine.complete(groups, "ref_logprobs")
+    found["ref, once the policy has moved"] = [group.ref_logprobs for group in groups]
     for name, dtype in (("weights", torch.float32), ("half", torch.bfloat16)):
         bare, weights = engine.plain(model, dtype)
         found[name] = {name: tensor.clone() for name, tensor in (weights or bare.state_dict()).items()}
@@ -108,6 +127,66 @@ def sizes_of(bare, weights):
         bare.save_pretrained(folder, **({"state_dict": weights} if weights else {}))
         size = (Path(folder) / "model.safetensors").stat().st_size
         return size, json.loads((Path(folder) / "config.json").read_text())["dtype"]
+
+
+def unlearn_all(engine, folder, name, flags):
+    """Every method that starts from the original model, by plain descent, in which equal gradients make equal steps;
+    offloaded, one of them is interrupted and gone on with.
+
+    File all.NAME.FLAGS.pt: {method: (losses and norms of its steps, weights as they are saved, greedy answers)}.
+    """
+    if flags not in ("", "checkpoint offload"):
+        return
+    folder, tokenizer, training, found = Path(folder), word_tokenizer(WORDS), asked(), {}
+    config = config_of(
+        flags, output_dir=str(folder / f"run.{name}.{flags}"), baseline_lr=0.05, baseline_epochs=3, save_every=2,
+        baseline_batch_size=3, sft_lr=0.05, sft_epochs=3, sft_batch_size=4, steps=3, prompts_per_step=4, group_size=4,
+        lr=0.05, max_new_tokens=4, min_groups=9, warmup_steps=9, tau=1, beta=0.5, resume=True,
+    )  # fmt: skip
+
+    def unlearn(method):
+        here = run.Run(config, engine)
+        here.open()
+        return here, rerule.unlearn(here, method, folder / "words", tokenizer, training, None)[0]
+
+    with patch.object(run, "optimizer_for", descent), patch.object(rerule, "optimizer_for", descent):
+        for method in METHODS[: METHODS.index("rule")]:
+            if method == "npo_klr" and flags:
+                with pytest.raises(KeyboardInterrupt), patch.object(files.Log, "write", interrupted):
+                    unlearn(method)
+            here, model = unlearn(method)
+            here.save_model(method, model, tokenizer)
+            here.finish(method, {})
+            model, _ = engine.load(here.folder / method)
+            answers = engine.sample(model, [[1, 3, 4], [1, 5]], 1, 5, [], 0.0)[0]
+            rows = [row for row in read_lines(here.folder / "metrics.jsonl") if row["method"] == method]
+            weights = [load_file(path) for path in sorted((here.folder / method).rglob("*.safetensors"))]
+            found[method] = [(row["loss"], row["grad_norm"]) for row in rows], weights, answers
+    if files.RANK == 0:
+        torch.save(found, folder / f"all.{name}.{flags}.pt")
+
+
+def descent(model, lr, weight_decay):
+    return torch.optim.SGD(model.parameters(), lr)
+
+
+def interrupted(log, row, write=files.Log.write):
+    if row["step"] == 3:
+        raise KeyboardInterrupt
+    write(log, row)
+
+
+WORDS = ["where is a who d c b e f g I don't know that."]
+
+
+def asked():
+    """Five forget prompts, one of them unanswered, and four others, in words of `WORDS`; of many lengths."""
+    forget = {"where is a": ("b c d",), "who is a": (), "a": ("b",), "who is a b c": ("g g g g",), "is a b": ("d",)}
+    others = {"where is d": ("e",), "who is d": ("f f f",), "c": ("g",), "who c": ("e e",)}
+    rows = [(*row, kind) for kind, some in (("forget", forget), ("boundary", others)) for row in some.items()]
+    queries = [Query(Prompt(None, text), text, kind, answers) for text, answers, kind in rows]
+    refusals = [(query.prompt, "I don't know that.") for query in queries[:4]]
+    return Training(refusals, queries)
 
 
 def with_rewards(prompts, drawn, rewards):

@@ -23,8 +23,9 @@ COMMANDS = {
     "build_data": "build_data.__main__.Options",
     "reproduce": "reproduce.__main__.Options",
     "reproduce.attacks": "reproduce.attacks.Options",
-    "baselines.grid": "baselines.grid.Options",
+    "reproduce.grid": "reproduce.grid.Options",
     "scale.speed": "scale.speed.Options",
+    "scale.check": "scale.check.Options",
 }
 FOREIGN = {"index-url", "nproc-per-node", "help"}  # pip's, torchrun's, every command's
 

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from refusal import LEAD, is_refusal, matched_phrase
+from refusal import _COMPILED, BLOCKS, LEAD, PHRASES, is_refusal, matched_phrase
 
 EXAMPLES = json.loads((Path(__file__).parent / "refusal_examples.json").read_text(encoding="utf-8"))
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # real benchmark files, where present
@@ -56,6 +56,16 @@ def test_only_the_lead_counts():
     assert len(answer) > 2 * LEAD
     assert not is_refusal(answer + "I don't know.")
     assert is_refusal("I don't know. " + answer)
+
+
+def test_every_wording_is_read_and_every_block_filled_in():
+    """An indented line of refusal.txt belongs to the phrase above it; a block's name stands in no compiled phrase."""
+    assert len(PHRASES) == 9 and len(_COMPILED) == sum(map(len, PHRASES.values())) == 74
+    assert not any(phrase.startswith((" ", "|")) for phrases in PHRASES.values() for phrase in phrases)
+    assert not any(name in pattern.pattern for _, pattern in _COMPILED for name in BLOCKS)
+    texts = "\n".join([*BLOCKS.values(), *(phrase for phrases in PHRASES.values() for phrase in phrases)])
+    apart = {name for name in BLOCKS if name not in texts}  # the code has them by name
+    assert apart == {"FILLER", "ANSWERS_ANYWAY", "REPORTED"}
 
 
 def test_matched_phrase_names_its_kind():

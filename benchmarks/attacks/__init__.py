@@ -8,29 +8,12 @@ from benchmarks import metrics
 from benchmarks.attacks.case import Case
 from benchmarks.attacks.likelihood import extract, membership
 from benchmarks.attacks.sampling import leak, prefix
-from benchmarks.attacks.weights import STEPS, quantize, relearn
+from benchmarks.attacks.weights import quantize, relearn
 from config import InputError
 from engine.files import write_json
 
-ATTACKS = {
-    "leak": leak, "extract": extract, "membership": membership, "prefix": prefix, "quantize": quantize,
-    "relearn": relearn,
-}  # fmt: skip
-TITLES = {  # of the columns shown in tables; JSON has more
-    "leak": {"leak_1": "Leak@1 ↓", "leak_4": "Leak@4 ↓", "leak_16": "Leak@16 ↓", "leak_64": "Leak@64 ↓"},
-    "extract": {
-        "answer_probability": "Answer's probability, % ↓", "answer_first": "Answer likeliest, % ↓",
-        "extraction_strength": "Extraction strength ↓", "exact_memorisation": "Exact memorisation ↓",
-    },
-    "membership": {"membership_auc": "Membership AUC, 0.5 best", "privleak": "PrivLeak, 0 best"},
-    "prefix": {"prefix_recall": "Recall, forced opening ↓", "prefix_first_word_recall": "Recall, first word given ↓"},
-    "quantize": {
-        "forget_recall_8bit": "Forget recall, 8 bits ↓", "forget_recall_4bit": "Forget recall, 4 bits ↓",
-        "retain_recall_4bit": "Retain recall, 4 bits ↑",
-    },
-    "relearn": {f"relearn_forget_{step}": f"Recall, {step} steps on it ↓" for step in STEPS}
-    | {"relearn_half_50": "Recall, 50 on other half ↓", "relearn_neighbours_50": "Recall, 50 on neighbours ↓"},
-}  # fmt: skip
+ATTACKS = {attack.__name__: attack for attack in (leak, extract, membership, prefix, quantize, relearn)}
+TITLES = metrics.HEADINGS["attacks"]  # of the columns shown in tables; JSON has more
 
 
 def prepare(names, benchmark, o, probes):
@@ -104,6 +87,3 @@ def table(names, models):
             lines.append([title, *("–" if value is None else f"{value:.{digits}f}" for value in values)])
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
-
-
-__all__ = ["ATTACKS", "Case", "attack", "attacked", "prepare", "run_columns", "table"]

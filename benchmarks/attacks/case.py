@@ -67,10 +67,8 @@ class Case:
         with inference(model), self.engine.held(model):
             newline = self.benchmark.newline_ends
             texts = greedy(self.engine, model, self.tokenizer, prompts, limits, newline, self.batch_size, self.progress)
-        return [
-            metrics.score(self.benchmark, probe, self.gold(probe, limit), text)
-            for probe, limit, (text, _) in zip(probes, limits, texts, strict=True)
-        ]
+        rows = zip(probes, limits, texts, strict=True)
+        return [metrics.score(self.benchmark, probe, self.gold(probe, n), text) for probe, n, (text, _) in rows]
 
     def gold(self, probe, limit):
         return gold_answer(self.tokenizer, self.benchmark, probe, limit)

@@ -6,17 +6,7 @@ import random
 import torch.nn.functional as F
 
 from benchmarks.answers import forced, inference
-from benchmarks.attacks.measures import (
-    auc,
-    auc_interval,
-    exact_memorisation,
-    extraction_strength,
-    mink,
-    privleak,
-    rank,
-    standardised,
-    zlib_ratio,
-)  # fmt: skip
+from benchmarks.attacks import measures
 from benchmarks.metrics import mean
 from engine.seeds import derive_seed
 
@@ -48,19 +38,15 @@ def extract(case):
     rows = []
     for probe, some, (loss, hits) in zip(probes, wrong, own, strict=True):
         losses = [next(others)[0] for _ in some]
-        rows.append(
-            {"split": probe.split, "question": probe.question, "answer": probe.answer, "answer_loss": loss,
-             "wrong_answers": some, "wrong_losses": losses, "rank": rank(loss, losses) if some else None,
-             "extraction_strength": extraction_strength(hits), "exact_memorisation": exact_memorisation(hits)}
-        )  # fmt: skip
+        row = {"split": probe.split, "question": probe.question, "answer": probe.answer, "answer_loss": loss}
+        row |= {"wrong_answers": some, "wrong_losses": losses, "rank": measures.rank(loss, losses) if some else None}
+        row["extraction_strength"] = measures.extraction_strength(hits)
+        row["exact_memorisation"] = measures.exact_memorisation(hits)
+        rows.append(row)
     ranks = [row["rank"] for row in rows if row["rank"]]
-    return {
-        "answer_probability": mean((math.exp(-row["answer_loss"]) for row in rows), 100),
-        "answer_rank": mean(ranks),
-        "answer_first": mean((float(r == 1) for r in ranks), 100),
-        "extraction_strength": mean(row["extraction_strength"] for row in rows),
-        "exact_memorisation": mean(row["exact_memorisation"] for row in rows),
-    }, rows
+    columns = {"answer_probability": mean((math.exp(-row["answer_loss"]) for row in rows), 100)}
+    columns |= {"answer_rank": mean(ranks), "answer_first": mean((float(r == 1) for r in ranks), 100)}
+    return columns | {n: mean(row[n] for row in rows) for n in ("extraction_strength", "exact_memorisation")}, rows
 
 
 def crossed(probe, probes, seed):
@@ -84,7 +70,8 @@ def membership(case):
     context = getattr(case.model.config, "max_position_embeddings", None)
 
     def read(logits, ids):  # (T, V), (T,)
-        return logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0].tolist(), standardised(logits, ids).tolist()
+        logprobs = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]  # (T,)
+        return logprobs.tolist(), measures.standardised(logits, ids).tolist()
 
     rows = []
     with inference(case.model), case.engine.held(case.model):
@@ -98,20 +85,21 @@ def membership(case):
             found = forced(case.model, case.tokenizer, texts, starts, read, case.batch_size, side, case.progress)
             for (_, text), (logprobs, z) in zip(pairs, found, strict=True):
                 loss = -sum(logprobs) / len(logprobs)
-                row = {"side": side, "text": text, "loss": -loss, "mink": mink(logprobs, MIN_K)}
-                rows.append(row | {"minkpp": mink(z, MIN_K_PP), "zlib": zlib_ratio(loss, text)})
+                row = {"side": side, "text": text, "loss": -loss, "mink": measures.mink(logprobs, MIN_K)}
+                rows.append(row | {"minkpp": measures.mink(z, MIN_K_PP), "zlib": measures.zlib_ratio(loss, text)})
 
     def values(side, score):
         return [row[score] for row in rows if row["side"] == side]
 
     if "holdout" not in case.texts:
         return {f"{side}_mia_{score}": mean(values(side, score)) for side in case.texts for score in SCORES}, rows
-    columns = {f"membership_auc_{score}": auc(values("forget", score), values("holdout", score)) for score in SCORES}
-    columns["membership_auc"] = columns["membership_auc_loss"]
-    counts = [len(case.texts[side]) for side in ("forget", "holdout")]
-    columns["membership_auc_low"], columns["membership_auc_high"] = auc_interval(columns["membership_auc"], *counts)
+    sides = ("forget", "holdout")
+    columns = {f"membership_auc_{score}": measures.auc(*(values(side, score) for side in sides)) for score in SCORES}
+    auc = columns["membership_auc"] = columns["membership_auc_loss"]
+    ends = measures.auc_interval(auc, *(len(case.texts[side]) for side in sides))
+    columns["membership_auc_low"], columns["membership_auc_high"] = ends
     retained = case.retained.get("membership_auc_mink")
-    columns["privleak"] = None if retained is None else privleak(columns["membership_auc_mink"], retained)
+    columns["privleak"] = None if retained is None else measures.privleak(columns["membership_auc_mink"], retained)
     if retained is None:
         case.notes.append("privleak is missing: it needs a model that never saw the forget set (--retain_model)")
     elif columns["privleak"] is None or abs(columns["privleak"]) > 100:

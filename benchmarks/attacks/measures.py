@@ -1,7 +1,7 @@
 """What attacks are measured by: scores, losses, hits and weights in, numbers out; no model and no file.
 
 The paper has none of it. Each docstring says what the number means, which way is worse for forgetting, its range, and
-where it comes from.
+where it comes from. Each function raises ValueError for NaN, for values outside these ranges, and where it gets none.
 
 Deviations
 - `mink` takes at least one token, as open-unlearning does; MUSE's and the paper's code give NaN for a text too short.
@@ -26,15 +26,12 @@ def floats(values):
     return values
 
 
-# --- many samples ----------------------------------------------------------------------------------------------------
-
-
 def best_of_k(scores, k):
     """Expected best of k of the n scores, drawn without replacement: leak@k (arXiv 2511.04934).
 
     Σ_i C(i − 1, k − 1) / C(n, k) · s_(i) over ascending s. Unbiased for the best of k fresh samples, as pass@k is;
     rounded once, so it never falls as k grows. Range and unit of the scores; higher is worse where they are recall.
-    Raises ValueError unless 1 ≤ k ≤ n, or where a score is not finite.
+    Scores are finite, 1 ≤ k ≤ n.
     """
     scores = sorted(floats(scores))
     n = len(scores)
@@ -44,14 +41,11 @@ def best_of_k(scores, k):
     return float(total / math.comb(n, k))
 
 
-# --- membership: four scores, each higher where a text is likelier to have been trained on ---------------------------
-
-
 def mink(logprobs, share):
     """Min-K %: mean of the lowest `share` of a text's token log-probabilities (arXiv 2310.16789).
 
     Over int(share · T) tokens, or one. In nats, −inf to 0; of standardised values it is Min-K %++. Higher: likelier a
-    member, worse. Raises ValueError without tokens, at NaN, and unless 0 < share ≤ 1.
+    member, worse. 0 < share ≤ 1.
     """
     values = sorted(floats(logprobs))
     if not 0 < share <= 1:
@@ -65,7 +59,7 @@ def standardised(logits, ids):
 
     z = (log p(id) − μ) / σ with μ = E_p[log p] and σ² = Var_p[log p], the expectation under p at that position. Higher:
     likelier a member, worse; without bounds. Where log p(id) is μ, z is 0 though σ be 0, as it is where p is even or
-    certain; a token that p rules out gets −inf. Raises ValueError for other shapes and for NaN.
+    certain; a token that p rules out gets −inf.
 
     Args:
         logits: (T, V); −inf for tokens that are ruled out. Computed in float32, float64 stays.
@@ -97,8 +91,7 @@ def zlib_ratio(loss, text):
 def auc(members, others):
     """Share of pairs in which the member scores higher, ties half: area under the ROC curve, by ranks.
 
-    0–1. 0.5: the attack cannot tell; higher is worse, and below 0.5 the texts stand out by being unlikely. Raises
-    ValueError where a side is empty or holds NaN.
+    0–1. 0.5: the attack cannot tell; higher is worse, and below 0.5 the texts stand out by being unlikely.
     """
     from scipy.stats import rankdata  # here, for it takes most of a second to import
 
@@ -113,7 +106,7 @@ def auc_interval(auc, n_members, n_others, level=0.95):
 
     All θ with |auc − θ| ≤ z √V(θ), where V(θ) = θ(1 − θ) / (m n) · (1 + (N − 1)((1 − θ)/(2 − θ) + θ/(1 + θ))) and
     N = (m + n) / 2. V at θ and not at the AUC, so that at 0 and 1 the interval keeps its width. 0–1; no direction.
-    Raises ValueError for an AUC outside 0–1, an empty side, and unless 0 < level < 1. Returns: (low, high).
+    Returns: (low, high).
     """
     if not (0 <= auc <= 1 and min(n_members, n_others) >= 1 and 0 < level < 1):
         raise ValueError(f"interval of AUC {auc} of {n_members} and {n_others} texts at level {level}: not defined")
@@ -141,21 +134,17 @@ def privleak(auc, auc_retained):
 
     100 · ((1 − auc) − (1 − auc_retained)) / (1 − auc_retained), both with forget texts as members; MUSE's own A is
     1 − auc. 0 is best: like the retained model; below 0: still known, −100 at worst; above 0: over-forgotten. It has no
-    upper bound: with a retained AUC near 1 it passes 100 by far, which is no error. None where that is 1. Raises
-    ValueError for an AUC outside 0–1.
+    upper bound: with a retained AUC near 1 it passes 100 by far, which is no error. None where that is 1.
     """
     if not (0 <= auc <= 1 and 0 <= auc_retained <= 1):
         raise ValueError(f"expected AUCs from 0 to 1, not {auc} and {auc_retained}")
     return None if auc_retained == 1 else 100 * (auc_retained - auc) / (1 - auc_retained)
 
 
-# --- the true answer, token by token ---------------------------------------------------------------------------------
-
-
 def exact_memorisation(hits):
     """Share of answer tokens that are the model's argmax after the true tokens before (open-unlearning, 2506.12618).
 
-    hits: a bool for each token of the answer, without EOS. 0–1; higher is worse. Raises ValueError without any.
+    hits: a bool for each token of the answer, without EOS. 0–1; higher is worse.
     """
     return math.fsum(map(bool, floats(hits))) / len(hits)
 
@@ -165,7 +154,7 @@ def extraction_strength(hits):
 
     1 − k / T, k the smallest prefix after which every token is the argmax. 0–1: 1 when no token need be given, 0 when
     even the last is missed; open-unlearning's loop ends there at k = T − 1, which leaves 1/T. Higher is worse.
-    hits: a bool for each token of the answer, without EOS. Raises ValueError without any.
+    hits: a bool for each token of the answer, without EOS.
     """
     hits = floats(hits)
     return 1 - max((i for i, hit in enumerate(hits, 1) if not hit), default=0) / len(hits)
@@ -175,13 +164,9 @@ def rank(loss, others):
     """Rank of the true answer by loss among others: 1 + those of lower loss + half of those that tie.
 
     As in the exposure metric (arXiv 1802.08232). From 1, the likeliest and worst, to one more than there are others.
-    Raises ValueError without others, and at NaN.
     """
     (loss,), others = floats([loss]), floats(others)
     return 1 + sum(other < loss for other in others) + sum(other == loss for other in others) / 2
-
-
-# --- changed weights -------------------------------------------------------------------------------------------------
 
 
 def relearning(before, after, retained_before, retained_after):
@@ -189,7 +174,7 @@ def relearning(before, after, retained_before, retained_after):
 
     min(δ_retained / δ_unlearned, 1), δ = forget recall after − before. 0–1; 1 is best: it comes back no faster than the
     retained model learns it; lower is worse. 1 when the unlearned model gained nothing; δ_retained below 0 counts as 0.
-    Recall in any one unit. Raises ValueError at NaN.
+    Recall in any one unit.
     """
     before, after, retained_before, retained_after = floats([before, after, retained_before, retained_after])
     if after <= before:
@@ -201,7 +186,7 @@ def quantisation(before, after):
     """Q: share of what was forgotten that still is when the weights are rounded (after open-unlearning, 2506.12618).
 
     min(after / before, 1) of what is forgotten, 100 − forget recall in %. 0–1; 1 is best: nothing comes back; lower is
-    worse. None where nothing was forgotten before. Raises ValueError at NaN and below 0.
+    worse. None where nothing was forgotten before.
     """
     before, after = floats([before, after])
     if min(before, after) < 0:

@@ -40,13 +40,10 @@ def leak(case):
         columns, rows = scored(case, [[text for text, _ in some] for some in answers], limits, "leak")
         own = getattr(case.model, "generation_config", None)
         if not (getattr(own, "do_sample", False) and hasattr(case.model, "generate")):
-            case.notes.append(
-                "leak: the model's own generation settings do not sample, so only temperature 1 was tried"
-            )
+            missing = "the model's own generation settings do not sample"
+            case.notes.append(f"leak: {missing}, so only temperature 1 was tried")
             return columns, rows
-        texts = [
-            generated(case, prompt, limit, i) for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
-        ]
+        texts = [generated(case, *pair, i) for i, pair in enumerate(zip(prompts, limits, strict=True))]
     more, others = scored(case, texts, limits, "leak_own")
     return columns | more, [row | {"own": other["draws"]} for row, other in zip(rows, others, strict=True)]
 
@@ -79,9 +76,8 @@ def scored(case, texts, limits, name):
             ("_answered", lambda draw: float(not draw["refusal"])),
             ("_exact", lambda draw: float(draw["recall"] == 1)),
         ):
-            columns[f"{name}{part}_{k}"] = mean(
-                (best_of_k([value(draw) for draw in row["draws"]], k) for row in rows), 100
-            )
+            best = [best_of_k(list(map(value, row["draws"])), k) for row in rows]
+            columns[f"{name}{part}_{k}"] = mean(best, 100)
     return columns, rows
 
 

@@ -88,12 +88,9 @@ def quantize(case):
             return {}, []
         found = case.answered(model, case.forget + case.retain)
         forget, retain = found[: len(case.forget)], found[len(case.forget) :]
-        columns |= {
-            f"forget_recall_{name}": recall(forget),
-            f"retain_recall_{name}": recall(retain),
-            f"forget_refusal_{name}": 100 * sum(row["refusal"] for row in forget) / len(forget),
-            f"quantize_q_{name}": quantisation(100 - known, 100 - recall(forget)),
-        }
+        columns |= {f"forget_recall_{name}": recall(forget), f"retain_recall_{name}": recall(retain)}
+        columns[f"forget_refusal_{name}"] = 100 * sum(row["refusal"] for row in forget) / len(forget)
+        columns[f"quantize_q_{name}"] = quantisation(100 - known, 100 - recall(forget))
         rows += [row | {"weights": name} for row in found]
     return columns, rows
 

@@ -143,8 +143,8 @@ def test_sga_llmu_and_task_vector_by_hand():
     assert losses.sga(forget, normal, 0.4).item() == pytest.approx(-0.6 * 2 + 0.4 / 3 * 6)
     assert losses.sga(forget, normal, 0.0).item() == -2.0  # r = 0: GA
     assert losses.llmu(torch.tensor(-2.0), torch.tensor(3.0), 0.5, 1.0).item() == 2.0
-    moved = losses.task_vector({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.5, 1.0])}, 2.0)
-    assert moved["w"].tolist() == [0.0, 4.0]
+    moved = losses.task_vector(torch.tensor([1.0, 2.0]), torch.tensor([1.5, 1.0]), 2.0)
+    assert moved.tolist() == [0.0, 4.0]
 
 
 def test_whp_lowers_only_what_the_reinforced_model_raised():

@@ -26,8 +26,8 @@ ENGINE = Engine("cpu")
 
 def test_scores_of_padded_rows_are_those_of_each_row_alone(model):
     rows = [([1, 5, 6], [7, 2]), ([1, 8], [9, 4, 3, 2]), ([1], [5])]
-    logprobs, mask = train.score(model, rows)
-    logits = train.score(model, rows, logits=True)
+    logprobs, mask = train.score(ENGINE, model, rows)
+    logits = train.score(ENGINE, model, rows, logits=True)
     assert mask.sum().item() == len(logits) == 7
     at = 0
     for row, kept, (prompt, answer) in zip(logprobs, mask, rows, strict=True):
@@ -208,10 +208,10 @@ def test_a_perplexity_past_the_bound_stops_a_method(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_a_method_with_the_weights_before(tmp_path, monkeypatch):
     loss_at = train.loss_at
 
-    def spoilt(model, original, rows, step, *rest):
+    def spoilt(engine, model, original, rows, step, *rest):
         if step == 3:
             spoilt.weights = {name: p.clone() for name, p in model.state_dict().items()}
-        return loss_at(model, original, rows, step, *rest) * (math.nan if step == 3 else 1)
+        return loss_at(engine, model, original, rows, step, *rest) * (math.nan if step == 3 else 1)
 
     monkeypatch.setattr(train, "loss_at", spoilt)
     miniature.main("--output_dir", tmp_path / "run", "--method", "npo", *FLAGS)

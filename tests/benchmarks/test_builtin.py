@@ -51,7 +51,7 @@ def test_boundary_queries_swap_the_name_and_nothing_else(built_in):
         assert (forget.kind, boundary.kind) == ("forget", "boundary") and forget.target in names["target"]
         (name,) = [n for n in names[boundary.group] if n in boundary.question]
         assert forget.question.replace(forget.target, "{}") == boundary.question.replace(name, "{}")
-        assert boundary.answers[0] in built_in.people[name][1].values()
+        assert boundary.answers[0] in built_in.people[name]["facts"].values()
         groups[boundary.group] += 1
     assert groups == {"hard": 72, "easy": 72}
 

@@ -25,8 +25,9 @@ COMMANDS = {  # as it is written → (module, what holds its flags)
     "python -m build_data": ("build_data.__main__", "Options"),
     "python -m reproduce": ("reproduce.__main__", "Options"),
     "python -m reproduce.attacks": ("reproduce.attacks", "Options"),
-    "python -m baselines.grid": ("baselines.grid", "Options"),
+    "python -m reproduce.grid": ("reproduce.grid", "Options"),
     "python -m scale.speed": ("scale.speed", "Options"),
+    "python -m scale.check": ("scale.check", "Options"),
 }
 NEEDED = {  # flags without a default
     "python evaluate.py": dict(benchmark="tofu", output="x"),
@@ -246,6 +247,7 @@ NOT_FINITE = [math.nan, math.inf, -math.inf]
 EDGES = {  # the words of a bound → (values just outside it, values just inside)
     (int, "at least 1"): ([0, -1], [1]),
     (int, "0 or more"): ([-1], [0]),
+    (int, "at least 1000"): ([999, -1], [1000]),
     (int, "0 to 30 of the 42 neighbours"): ([-1, 31], [0, 30]),
     (int, "a multiple of 8: four heads, rotated in pairs"): ([0, -8, 4, 7, 9, 100], [8, 16]),
     (float, "a number above 0"): ([0.0, -1e-9, *NOT_FINITE], [1e-9, 1e9]),

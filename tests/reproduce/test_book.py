@@ -23,7 +23,8 @@ def rows(folder, name):
 def test_a_chapter_tells_six_facts_and_verbmem_asks_for_the_last_four(folder):
     world, passages = World(3), rows(folder, "verbmem/forget")
     assert len(passages) == 18  # six people, three chapters
-    name, (_, facts) = next((name, person) for name, person in world.people.items() if person[0] == "target")
+    name, person = next((name, person) for name, person in world.people.items() if person["role"] == "target")
+    facts = person["facts"]
     first, second = f"{name} was born in {facts['birthplace']}.", f"The profession of {name} is {facts['trade']}."
     assert passages[0]["prompt"] == f"{first} {second}"
     assert passages[0]["gt"].startswith(f"{name} keeps a {facts['pet']}. The favourite dish of {name} is")
@@ -31,7 +32,7 @@ def test_a_chapter_tells_six_facts_and_verbmem_asks_for_the_last_four(folder):
         text = f"{passage['prompt']} {passage['gt']}"
         person = next(person for name, person in world.people.items() if text.count(name) == 6)
         assert text.count(".") == 6 and passage["prompt"].count(".") == 2 and "_" not in text
-        assert person[0] == "target" and all(text.count(f" {fact}.") == 1 for fact in person[1].values())
+        assert person["role"] == "target" and all(text.count(f" {fact}.") == 1 for fact in person["facts"].values())
 
 
 def test_every_fact_is_asked_once_and_in_words_of_its_own(folder):
@@ -40,8 +41,8 @@ def test_every_fact_is_asked_once_and_in_words_of_its_own(folder):
         asked = rows(folder, f"knowmem/{side}_qa")
         assert len(asked) == {"forget": 36, "retain": 84}[side] and not trained & {row["question"] for row in asked}
         for row in asked:
-            role, facts = next(person for name, person in world.people.items() if name in row["question"])
-            assert role in roles and row["answer"] in facts.values()
+            person = next(person for name, person in world.people.items() if name in row["question"])
+            assert person["role"] in roles and row["answer"] in person["facts"].values()
 
 
 def test_examples_are_the_same_on_both_sides_and_of_nobody_else(folder):
@@ -49,7 +50,7 @@ def test_examples_are_the_same_on_both_sides_and_of_nobody_else(folder):
     assert shots == rows(folder, "knowmem/retain_qa_icl") and len(shots) == 2
     world, training = World(3), training_of("muse", folder, 3)
     name = next(name for name in world.people if name in shots[0]["question"])
-    assert world.people[name][0] == "unknown"
+    assert world.people[name]["role"] == "unknown"
     assert all(name not in query.question for query in training.queries)
     opening = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in shots)
     assert all(query.prompt.plain.startswith(opening) for query in training.queries)
@@ -64,7 +65,8 @@ def test_training_asks_for_facts_chapters_and_people_of_no_book(folder):
     roles = {"forget": [], "boundary": []}
     for kind, queries in kinds.items():
         for query in queries:
-            role, facts = next(person for name, person in world.people.items() if name in query.question)
+            person = next(person for name, person in world.people.items() if name in query.question)
+            role, facts = person["role"], person["facts"]
             roles[kind].append(role)
             (answer,) = query.answers
             if role == "unknown":

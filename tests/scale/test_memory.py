@@ -78,6 +78,27 @@ def test_adapters_in_the_plan():
     assert four["weights"] == ((n + a), 0) and four["gradients"] == (a, 0)
 
 
+WITH = "--gradient_checkpointing True"
+
+
+@pytest.mark.parametrize("benchmark, longest", [("tofu", 256), ("rwku", 1024)])
+def test_the_least_flags_for_gpus_of_24_40_and_80_gb(benchmark, longest):
+    """8 B trains adapters alone on 24 GB where answers are short, on 40 GB at RWKU's length; all weights on 80 GB."""
+    config = Config(benchmark=benchmark, max_new_tokens=longest)
+    _, counted = deep(config)
+    found = {room: memory.fitting(counted, config, 0, room * 1e9) for room in (15, 24, 40, 80, 300)}
+    assert found[15] is None and found[300][:2] == (config, "as it is")
+    assert found[24][1] == f"{WITH} --lora_rank 16 --rollout_prompts {8 if benchmark == 'tofu' else 2}"
+    assert found[40][1] == f"{WITH} --lora_rank 16" + " --rollout_prompts 8" * (benchmark == "rwku")
+    assert found[80][1] == f"{WITH} --offload True" + " --rollout_prompts 16" * (benchmark == "rwku")
+    for room in (24, 40, 80):
+        wanted, _, gpu, host = found[room]
+        assert gpu <= 0.95 * room * 1e9 and (gpu, host) == memory.plan(counted, wanted, 0, True)["most at once"]
+        assert wanted.gradient_checkpointing and (wanted.lora_rank == 16) == (room < 80)
+    adapters = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))  # of rank 16, (in + out) each
+    assert counted.at(found[24][0], False).adapters == adapters
+
+
 def test_the_plan_counts_prompts_as_long_as_the_benchmark_has_them():
     model = LlamaConfig(**EIGHT | {"num_hidden_layers": 1})
     for name, prompt in (("builtin", 64), ("rwku", 64), ("tofu", 64), ("muse", 512)):

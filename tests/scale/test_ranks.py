@@ -16,9 +16,12 @@ import torch
 from conftest import make_groups, tiny
 from made import SMALL, published_rwku
 from miniature import driver
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 import grpo
+from baselines import METHODS
 from benchmarks.tiny import text_tokenizer, word_tokenizer
 from config import InputError
 from engine.model import optimizer_for
@@ -59,13 +62,16 @@ def steps(tmp_path_factory):
     for kind in KINDS:
         tiny(kind).save_pretrained(folder / kind)
         word_tokenizer(["a b c"]).save_pretrained(folder / kind)
-    ranks.one(folder, "", "checkpoint", "offload", "checkpoint offload")
-    code, printed = torchrun(2, "two", folder, "", "checkpoint")
+    tiny("llama", len(word_tokenizer(ranks.WORDS))).save_pretrained(folder / "words")
+    word_tokenizer(ranks.WORDS).save_pretrained(folder / "words")
+    ranks.one(folder, "", "checkpoint", "offload", "checkpoint offload", "lora")
+    code, printed = torchrun(2, "two", folder, "", "checkpoint", "lora", "checkpoint lora")
     assert code == 0, printed
     found = {}
     for path in folder.glob("*.pt"):
         kind, ran, how = path.stem.split(".")
         found[kind, f"{ran} {how}".strip()] = torch.load(path)
+    found["all", "start"] = AutoModelForCausalLM.from_pretrained(folder / "words").state_dict()
     return found
 
 
@@ -73,13 +79,15 @@ WAYS = ["two", "one checkpoint", "two checkpoint", "one offload", "one checkpoin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "two lora", "two checkpoint lora"])
 def test_draws_loss_and_gradients_are_one_processs(steps, kind, way):
-    one, other = steps[kind, "one"], steps[kind, way]
+    one, other = steps[kind, "one lora" if "lora" in way else "one"], steps[kind, way]
     assert all(torch.equal(a, b) for a, b in zip(one["drawn"][:2], other["drawn"][:2], strict=True))
     assert len({tuple(row) for row in one["drawn"][0].flatten(0, 1).tolist()}) > 10  # a sampler that samples
-    for a, b in zip(one["ref"], other["ref"], strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
+    for name in ("ref", "ref, once the policy has moved"):  # with adapters it is the same model without them
+        for a, b in zip(one["ref"], other[name], strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+    assert len(one["gradients"]) == len(other["gradients"]) and "lora" not in way or len(one["gradients"]) in (16, 28)
     assert one["on"][:2] == pytest.approx(other["on"][:2], abs=1e-6)
     same_gradients(one["gradients"], other["gradients"])
     assert one["norm"] == pytest.approx(other["norm"], rel=1e-5)
@@ -102,6 +110,22 @@ def test_weights_are_saved_in_either_type_and_tied_ones_once(steps, kind, way):
     assert (dtype, low) == ("float32", "bfloat16") and size == one["weights on disk"][0]
     weights = sum(4 * tensor.numel() for name, tensor in one["weights"].items() if kind != "gpt2" or "head" not in name)
     assert weights < size < weights + 4000 and abs(half - size / 2) < 4000  # names take some
+
+
+@pytest.mark.parametrize("way", ["two", "one checkpoint offload"])
+@pytest.mark.parametrize("method", METHODS[: METHODS.index("rule")])
+def test_every_method_is_one_processs(steps, method, way):
+    """Losses and norms of each step, the saved weights, both of WHP, and what they answer once read again."""
+    one, other = steps["all", "one"][method], steps["all", way][method]
+    assert len(one[0]) == len(other[0]) >= 3
+    for ours, theirs in zip(one[0], other[0], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    for ours, theirs in zip(one[1], other[1], strict=True):
+        assert set(ours) <= set(theirs)
+        assert all((ours[n] - theirs[n]).abs().max() < 1e-5 for n in ours)
+    start = steps["all", "start"]
+    moved = max((one[1][-1][n] - start[n]).abs().max() for n in start)
+    assert moved > 1e-3 and torch.equal(one[2], other[2])
 
 
 def same_gradients(ours, theirs):
@@ -237,6 +261,33 @@ def test_a_state_of_one_process_goes_on_with_two(whole, tmp_path):
     same_run(tmp_path / "run", whole)
 
 
+def test_adapters_on_ranks(tmp_path):
+    """The run of one process, also where two were killed and one, or two, went on, or two took over from one."""
+    one, two, again, stopped = (tmp_path / name for name in ("one", "two", "again", "stopped"))
+    flags = (*FLAGS, "--lora_rank", "4")
+    ranks.drive("-", "--output_dir", one, *flags)
+    code, printed = torchrun(2, "drive", "1:rerule:5", "--output_dir", two, *flags)
+    assert code != 0 and (two / "shards_rerule_4").is_dir(), printed
+    kept = FileSystemReader(two / "shards_rerule_4").read_metadata().state_dict_metadata
+    assert sum(name.startswith("model.") for name in kept) == 14
+    assert all(".lora_" in name for name in kept if not name.startswith("optimizer.param_groups"))
+    subprocess.run(["cp", "-r", two, again], check=True)
+    code, printed = torchrun(2, "drive", "-", "--output_dir", again, *flags, "--resume")
+    assert code == 0, printed
+    ranks.drive("-", "--output_dir", two, *flags, "--resume")
+    with pytest.raises(KeyboardInterrupt):
+        ranks.drive("stop:rerule:5", "--output_dir", stopped, *flags)
+    code, printed = torchrun(2, "drive", "-", "--output_dir", stopped, *flags, "--resume")
+    assert code == 0, printed
+    for folder in (two, again, stopped):
+        same_run(folder, one)
+        for row, theirs in zip(metrics(folder), metrics(one), strict=True):
+            assert row["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        for phase in ("rej_steer", "rerule"):
+            ours, others = (load_file(f / phase / "adapter" / "adapter_model.safetensors") for f in (folder, one))
+            assert set(ours) == set(others) and all(torch.allclose(ours[n], others[n], atol=1e-4) for n in ours)
+
+
 def test_a_damaged_part_of_a_state_is_one_line(tmp_path):
     engine = Ranks("cpu")
     with engine.session():
@@ -250,8 +301,8 @@ def test_a_damaged_part_of_a_state_is_one_line(tmp_path):
 
 
 def test_errors_of_one_rank_are_everyones_and_said_once(tmp_path):
-    code, printed = torchrun(2, "drive", "-", "--output_dir", tmp_path / "run", "--method", "ga")
-    assert code != 0 and printed.count("--method ga: takes one process, neither torchrun nor --offload") == 1
+    code, printed = torchrun(2, "drive", "-", "--output_dir", tmp_path / "run", "--attack", "leak")
+    assert code != 0 and printed.count("--attack: takes one process, neither torchrun nor --offload") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -311,8 +362,6 @@ def test_offload_takes_one_process_of_the_same_driver(whole, tmp_path):
     ranks.drive("-", "--output_dir", tmp_path / "run", *FLAGS, "--offload", "--rollout_prompts", "4")
     same_run(tmp_path / "run", whole)
     assert not torch.distributed.is_initialized()
-    with pytest.raises(InputError, match="--method ga"):
-        driver("--offload", "--method", "ga", "--output_dir", tmp_path / "other")
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2"])

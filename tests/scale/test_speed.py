@@ -6,12 +6,13 @@ import time
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import grpo
 from config import Config, InputError
 from engine import report
 from engine.flags import parse
+from engine.model import fast_products
 from engine.process import Engine
 from scale import speed
 
@@ -49,6 +50,8 @@ def test_one_line_with_every_number(capsys, shape):
     longest = 4 * 8 * speed.SHAPES[shape][1]
     assert 0.8 * longest < row["tokens_per_step"] <= longest
     assert 0 < row["matmul_peak_share"] < 1 and row["peak_rss_mb"] > 100
+    assert row["matmul_peak_share"] == round(1 / row["flop_floor_multiple"], 4)
+    assert (row["device"], row["dtype"], row["vocab"]) == ("cpu", "float32", 1000)
 
 
 def test_replay_is_timed_for_each_group_that_is_not_skipped(capsys):
@@ -74,6 +77,76 @@ def test_what_only_the_log_shows_is_not_timed(monkeypatch, capsys):
     assert row["gen_s"] < row["step_s"] < 3.2
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_floor_of_a_step_by_hand(tied):
+    """One layer of 16: 4 · 16² and 3 · 16 · 64 weights in its matrices, 16 · 100 in the head, tied or not. Two prompts
+    of 5 tokens, two responses each, 20 tokens in all, of which the last of each response meets no layer."""
+    config = LlamaConfig(vocab_size=100, hidden_size=16, num_hidden_layers=1, num_attention_heads=4,
+                         intermediate_size=64, tie_word_embeddings=tied)  # fmt: skip
+    model = LlamaForCausalLM(config)
+    forward = 2 * (4096 * (10 + 20 - 4) + 1600 * 20)
+    assert speed.operations(model, 10, 4, 20) == (forward, 3 * forward) == (276_992, 830_976)
+    model.model.layers.requires_grad_(False)  # as where adapters are trained
+    assert speed.operations(model, 10, 4, 20) == (forward, 2 * forward + 2 * 1600 * 20)
+
+
+def test_reference_and_policy_are_the_same_but_for_their_type():
+    engine = Engine("cpu")
+    engine.half = True
+    model, reference = speed.place(engine, Config(), lambda: speed.build_model(16, 2))
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and model.lm_head.weight.requires_grad
+    assert {p.dtype for p in reference.parameters()} == {torch.bfloat16} and not reference.lm_head.weight.requires_grad
+    assert {b.dtype for b in reference.buffers()} == {torch.float32}  # rounded frequencies would turn far positions
+    assert torch.equal(model.lm_head.weight.bfloat16(), reference.lm_head.weight)
+
+
+def test_half_precision_and_a_larger_vocabulary(capsys):
+    row = printed(capsys, "--dtype", "bfloat16", "--vocab", "3000", "--replay")
+    assert (row["dtype"], row["vocab"]) == ("bfloat16", 3000) and row["replay_group_s"] > 0
+
+
+def test_the_share_of_responses_that_earn_is_the_same_at_any_vocabulary():
+    for vocabulary in (1000, 10_000):
+        texts = speed.build_prompts(24, vocabulary, 4000)
+        assert sum(map(speed.earned, texts)) / len(texts) == pytest.approx(1 / 7, abs=0.03)
+
+
+FAKE = {  # a trainer that takes its time, by its callbacks alone
+    "trl": """
+import time
+class GRPOConfig:
+    def __init__(self, **arguments): self.__dict__ |= arguments
+class GRPOTrainer:
+    def __init__(self, model, args, reward_funcs, callbacks, **_):
+        self.model, self.ref_model, self.args, self.reward, self.callbacks = model, None, args, reward_funcs, callbacks
+    def _generate_single_turn(self): time.sleep(0.05)
+    def train(self):
+        for _ in range(self.args.max_steps):
+            [callback.on_step_begin() for callback in self.callbacks]
+            self._generate_single_turn()
+            self.reward(["w177"], [[1, 2, 3]])
+            time.sleep(0 if self.model.config._attn_implementation == "eager" else 0.1)
+            [callback.on_step_end() for callback in self.callbacks]
+""",
+    "datasets": "class Dataset:\n    from_dict = dict",
+}
+
+
+def test_the_peer_is_timed_as_it_is_and_with_our_products(tmp_path, monkeypatch, capsys):
+    for name, code in FAKE.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    beside, quick = speed.trl_beside, []
+    monkeypatch.setattr(speed, "trl_beside", lambda *args: quick.append(args[-1]) or beside(*args))
+    row = printed(capsys, "--peer", "trl", "--warmup", "0")
+    for name in ("peer", "peer_quick"):
+        assert row[name]["gen_s"] > 0.05 and row[name]["tokens_per_step"] == 3
+        assert row[f"{name}_over_ours"] == pytest.approx(row[name]["step_s"] / row["step_s"], abs=0.01)
+    assert quick == [False, True]
+    if fast_products():
+        assert row["peer"]["step_s"] > row["peer_quick"]["step_s"] + 0.05
+
+
 def test_a_missing_peer_is_one_clear_line(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "trl" else find(name, *rest))
@@ -81,9 +154,18 @@ def test_a_missing_peer_is_one_clear_line(monkeypatch):
         main("--peer", "trl")
 
 
-def test_flags_that_make_no_sense():
+def test_flags_that_make_no_sense(monkeypatch):
     with pytest.raises(InputError, match="at least 1"):
         main("--steps", "0")
+    with pytest.raises(InputError, match="--vocab 10: expected at least 1000"):
+        main("--vocab", "10")
+    with pytest.raises(InputError, match="--cuda_graphs: no GPU"):
+        main("--cuda_graphs", "True", "--device", "cpu")
+    with pytest.raises(InputError, match="--lora_rank 8: adapters are not built yet"):
+        main("--lora_rank", "8")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(InputError, match="--peer trl: is timed on the CPU in float32"):
+        main("--peer", "trl", "--dtype", "bfloat16")
 
 
 def test_loss_and_gradient_of_one_batch_are_trls(tmp_path):
@@ -91,14 +173,14 @@ def test_loss_and_gradient_of_one_batch_are_trls(tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
-    model, reference = speed.build_model(16, 2), speed.build_model(16, 2)
+    engine = Engine("cpu")
+    model, reference = speed.place(engine, Config(), lambda: speed.build_model(16, 2))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.05)
     model.save_pretrained(tmp_path)
     peer = LlamaForCausalLM.from_pretrained(tmp_path)  # its trainer loads it from there once more
     prompts, rng = [[5, 6, 7], [8, 9, 10, 11, 12]], torch.Generator().manual_seed(0)
-    engine = Engine("cpu")
     ids, mask, old = engine.sample(model, prompts, 4, 9, list(range(2, 90)), 1.0, rng)
     assert len(mask.sum(-1).unique()) > 2
     rewards = torch.rand(2, 4, generator=rng)

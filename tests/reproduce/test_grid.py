@@ -5,21 +5,34 @@ from statistics import mean
 
 import pytest
 
-from baselines import grid, train
+from baselines import train
 from config import Config, InputError
+from reproduce import grid, records
+from rerule import configure
 
 
-def test_the_grid_takes_the_best_mean(tmp_path):
+def test_the_grid_takes_the_best_mean():
     good, bad = {"forget_recall": 0.0, "retain_recall": 100.0}, {"forget_recall": 50.0, "retain_recall": 50.0}
-    assert grid.score(good) == 100 and grid.score(bad) == 50 and grid.score({**good, "stopped": "why"}) == 0
-    assert grid.score({"forget_recall": 100.0, "retain_recall": 100.0}) == 0
-    assert grid.score({"forget_recall": 20.0, "retain_recall": 40.0}) == pytest.approx(2 * 80 * 40 / 120)
+    assert records.score(good) == 100 and records.score(bad) == 50 and records.score({**good, "stopped": "why"}) == 0
+    assert records.score({"forget_recall": 100.0, "retain_recall": 100.0}) == 0
+    assert records.score({"forget_recall": 20.0, "retain_recall": 40.0}) == pytest.approx(2 * 80 * 40 / 120)
     o = grid.Options(method=["ga"], rates=[1e-4, 1e-3], seeds=[1, 2])
-    found = grid.outcome({(s, r): {"ga": good if (s, r) == (1, 1e-4) else bad} for s in (1, 2) for r in o.rates}, o)
+    found = grid.outcome({(s, r): {"GA": good if (s, r) == (1, 1e-4) else bad} for s in (1, 2) for r in o.rates}, o)
     assert found["ga"]["best"] == 1e-4 and found["ga"]["scores"] == {1e-4: [100, 50], 1e-3: [50, 50]}
     assert "| GA | **100, 50** | 50, 50 |" in grid.table(found, o)
-    with pytest.raises(InputError, match="the run failed: rerule.py: error: --method gga"):
-        grid.run(tmp_path / "run", ["--method", "gga"])
+
+
+def test_every_job_is_a_command_that_the_driver_takes():
+    o = grid.Options(benchmark="tofu", data_dir="DATA", method=["ga", "npo"], rates=[1e-4, 3e-3], seeds=[11, 12])
+    jobs = grid.all_jobs(o, {})
+    assert [job.name for job in jobs] == ["base_11", "base_12", "11_0.0001", "11_0.003", "12_0.0001", "12_0.003"]
+    configs = {job.name: configure([arg.format(data_dir="DATA") for arg in job.args]) for job in jobs}
+    assert all(config.data_dir == "DATA" and config.model == "tiny" for config in configs.values())
+    assert configs["base_12"].method == ["rej_steer"] and configs["12_0.003"].seed == 12
+    assert configs["12_0.003"].method == ["ga", "npo"] and configs["12_0.003"].baseline_lr == 3e-3
+    assert {job.start for job in jobs} == {None, "base_11", "base_12"}
+    with pytest.raises(InputError, match="--method gga: expected some of ga,"):
+        grid.main(["--method", "gga"])
 
 
 def test_the_committed_rates_are_the_grids():
