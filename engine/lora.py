@@ -6,6 +6,8 @@ They are put into the model itself, whose type and attributes stay. Without them
 needs no second one. A saved model has them added to its weights; its folder `adapter` holds them alone, as peft does.
 """
 
+from pathlib import Path
+
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -62,10 +64,11 @@ class Adapted:
         """The model with its adapters added, and the adapters. state_dict: its weights, where they are not its own."""
         weights = state_dict or self.state_dict()
         super().save_pretrained(folder, state_dict=added(self, weights), **how)
-        self.lora.save_pretrained(folder / "adapter")
+        folder = Path(folder) / "adapter"
+        self.lora.save_pretrained(folder)
         own = {f"base_model.model.{n.replace('.default', '')}": t for n, t in weights.items() if n.endswith((A, B))}
         own = {name: tensor.float().cpu().contiguous() for name, tensor in own.items()}
-        save_file(own, folder / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+        save_file(own, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def added(model, weights):

@@ -118,13 +118,16 @@ def place(engine, config, build):
 
     build() → the same random model at every call.
     """
-    if config.lora_rank:
-        raise InputError(f"--lora_rank {config.lora_rank}: adapters are not built yet; expected 0")
-    model = engine.place(build().to("cpu" if config.offload else engine.device, torch.float32), config)
-    reference = build().requires_grad_(False)
-    for p in reference.parameters():  # buffers, such as rotations' frequencies, stay in float32, as where one is loaded
-        p.data = p.data.to(torch.bfloat16 if engine.half else torch.float32)
-    return model, engine.place(reference)
+    low = torch.bfloat16 if engine.half else torch.float32
+
+    def built(dtype):
+        model = build().to("cpu" if config.offload and dtype != low else engine.device)
+        for p in model.parameters():  # buffers, such as rotations' frequencies, stay in float32, as where one is loaded
+            p.data = p.data.to(dtype)
+        return model
+
+    model = engine.place(built(low if config.lora_rank and not engine.uniform else torch.float32), config)
+    return model, model.off() if config.lora_rank else engine.place(built(low)).requires_grad_(False)
 
 
 def time_stage2(run, method, models, tokenizer, prompts, reward, each):

@@ -147,7 +147,7 @@ def unlearn_all(engine, folder, name, flags):
     def unlearn(method):
         here = run.Run(config, engine)
         here.open()
-        return here, rerule.unlearn(here, method, folder / "words", tokenizer, training, None)[0]
+        return here, rerule.unlearn(here, method, folder / "words", tokenizer, training, dict)[0]
 
     with patch.object(run, "optimizer_for", descent), patch.object(rerule, "optimizer_for", descent):
         for method in METHODS[: METHODS.index("rule")]:

@@ -42,7 +42,7 @@ def adapters(model):
 
 def saved(model, folder):
     """The model that its saved folder holds."""
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import benchmarks
 import grpo
 from config import Config, InputError
 from engine import report
-from engine.flags import parse
+from engine.flags import parse, resolve
 from engine.model import fast_products
 from engine.process import Engine
 from scale import speed
@@ -100,6 +101,13 @@ def test_reference_and_policy_are_the_same_but_for_their_type():
     assert torch.equal(model.lm_head.weight.bfloat16(), reference.lm_head.weight)
 
 
+def test_adapters_are_timed_beside_their_own_base_as_reference(capsys):
+    config = resolve(Config(lora_rank=4), benchmarks.ALL)
+    model, reference = speed.place(Engine("cpu"), config, lambda: speed.build_model(16, 2))
+    assert not model.lm_head.weight.requires_grad and reference.lm_head.weight is model.lm_head.weight
+    assert printed(capsys, "--lora_rank", "4")["update_s"] > 0
+
+
 def test_half_precision_and_a_larger_vocabulary(capsys):
     row = printed(capsys, "--dtype", "bfloat16", "--vocab", "3000", "--replay")
     assert (row["dtype"], row["vocab"]) == ("bfloat16", 3000) and row["replay_group_s"] > 0
@@ -161,8 +169,6 @@ def test_flags_that_make_no_sense(monkeypatch):
         main("--vocab", "10")
     with pytest.raises(InputError, match="--cuda_graphs: no GPU"):
         main("--cuda_graphs", "True", "--device", "cpu")
-    with pytest.raises(InputError, match="--lora_rank 8: adapters are not built yet"):
-        main("--lora_rank", "8")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(InputError, match="--peer trl: is timed on the CPU in float32"):
         main("--peer", "trl", "--dtype", "bfloat16")
