@@ -88,7 +88,7 @@ def test_the_least_flags_for_gpus_of_24_40_and_80_gb(benchmark, longest):
     _, counted = deep(config)
     found = {room: memory.fitting(counted, config, 0, room * 1e9) for room in (15, 24, 40, 80, 300)}
     assert found[15] is None and found[300][:2] == (config, "as it is")
-    assert found[24][1] == f"{WITH} --lora_rank 16 --rollout_prompts {8 if benchmark == 'tofu' else 2}"
+    assert found[24][1] == f"{WITH} --lora_rank 16 --rollout_prompts {8 if benchmark == 'tofu' else 4}"
     assert found[40][1] == f"{WITH} --lora_rank 16" + " --rollout_prompts 8" * (benchmark == "rwku")
     assert found[80][1] == f"{WITH} --offload True" + " --rollout_prompts 16" * (benchmark == "rwku")
     for room in (24, 40, 80):
