@@ -107,7 +107,7 @@ def test_sampling_sees_a_step_s_new_weights(model, tmp_path):
         optimizers.append(optimizer_for(restored, 0.05, 0.0))
         restore_shards(payload, tmp_path, restored, optimizers[2])
         sampled(model)
-        kept = dict(engine.plain(model)[1])
+        kept = dict(engine.plain(model, torch.float32)[1])
         assert all(torch.equal(kept[n], p) for n, p in restored.named_parameters())
         states = [list(optimizers[i].state.values()) for i in (0, 2)]
         assert len(states[0]) == len(states[1]) == len(kept)
