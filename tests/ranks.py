@@ -244,11 +244,15 @@ def memory_of(name):
     return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def stage2_step(architecture, config, meter=lambda what, part: part()):
-    """A step of Stage 2 without a tokenizer, twice; meter(what, part) runs each of its parts."""
+def stage2_step(architecture, config, meter=lambda what, part: part(), half=False):
+    """A step of Stage 2 without a tokenizer, twice; meter(what, part) runs each of its parts. half: as on a GPU."""
     engine, model = Engine("cpu", config.max_tokens), LlamaForCausalLM(architecture)
-    reference = engine.place(deepcopy(model)).requires_grad_(False)
+    engine.half, model = half, model.bfloat16() if half and config.lora_rank else model
+    reference = None if config.lora_rank else engine.place(deepcopy(model)).requires_grad_(False)
     model = engine.place(model, config)
+    reference = reference or model.off()
+    if half:  # `quicken` has changed it
+        model.set_attn_implementation("sdpa")
     logprobs_of, optimizer = engine.logprobs(1.0), optimizer_for(model, config.lr, 0.0)
     prompts = [torch.randint(architecture.vocab_size, (64,)).tolist() for _ in range(config.prompts_per_step)]
     how = (prompts, config.group_size, config.max_new_tokens, [], 1.0)
