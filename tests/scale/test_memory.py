@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 import ranks
@@ -103,6 +104,16 @@ def test_the_least_flags_for_gpus_of_24_40_and_80_gb(benchmark, longest):
     assert counted.at(found[24][0], False).adapters == adapters
 
 
+def test_disk_by_hand():
+    """bf16 on a GPU; both models of WHP; two states of 12 bytes a weight beside what the methods before have left."""
+    flags = dict(method=["whp", "rej_steer", "rule"], save_every=50)
+    assert memory.disk(fixed(), Config(**flags), True) == {"models": 8e9, "state": 12e9, "most at once": 30e9}
+    assert memory.disk(fixed(), Config(**flags), False)["models"] == 16e9
+    assert memory.disk(fixed(), Config(**flags | {"save_every": 0}), True)["most at once"] == 8e9
+    adapted = memory.disk(fixed(adapters=1e7), Config(**flags, save_dtype="float32"), True)
+    assert adapted == {"models": 4 * 4.04e9, "state": 0.12e9, "most at once": 4 * 4.04e9 + 0.12e9}
+
+
 def test_the_plan_counts_prompts_as_long_as_the_benchmark_has_them():
     model = LlamaConfig(**EIGHT | {"num_hidden_layers": 1})
     for name, prompt in (("builtin", 64), ("rwku", 64), ("tofu", 64), ("muse", 512)):
@@ -112,7 +123,7 @@ def test_the_plan_counts_prompts_as_long_as_the_benchmark_has_them():
         assert at.cache == 2 * 8 * 128 * 2 * room
 
 
-def test_dry_run_prints_and_leaves_nothing(tmp_path, capsys):
+def test_dry_run_prints_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     LlamaConfig(**EIGHT | {"num_hidden_layers": 1}).save_pretrained(tmp_path / "model")
     common = ["--benchmark", "rwku", "--data_dir", tmp_path, "--output_dir", tmp_path / "run", "--dry_run"]
     driver(*common, "--model", tmp_path / "model", "--gradient_checkpointing")
@@ -120,7 +131,12 @@ def test_dry_run_prints_and_leaves_nothing(tmp_path, capsys):
     for name in (*memory.ROWS, "In 24 GB a GPU: --offload True: ", "In 40 GB", "In 80 GB a GPU: as it is: "):
         assert name in printed
     assert "Disk: models 7.6, state 15.2, most at once 35.5; free " in printed
-    assert not (tmp_path / "run").exists()
+    assert "does not fit" not in printed and not (tmp_path / "run").exists()
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda folder: SimpleNamespace(free=35e9))
+    driver(*common, "--model", tmp_path / "model", "--gradient_checkpointing", "--lora_rank", "8")
+    assert "does not fit" not in capsys.readouterr().out
+    driver(*common, "--model", tmp_path / "model", "--gradient_checkpointing")
+    assert f"It does not fit the disk of --output_dir {tmp_path / 'run'}." in capsys.readouterr().out
     with pytest.raises(InputError, match="--model .*nowhere"):
         driver(*common, "--model", tmp_path / "nowhere")
     with pytest.raises(InputError, match="--dry_run: expected a --model"):
