@@ -81,7 +81,7 @@ def quicken(model, device):
 
 
 def optimizer_for(model, lr, weight_decay):
-    """AdamW on what is not frozen; in one pass over memory where the weights are on the host of a GPU."""
-    how = {"fused": True} if getattr(model, "offloaded", False) else {}
+    """AdamW on what is not frozen; for a GPU in one pass over memory, which takes no more of it."""
     weights = [p for p in model.parameters() if p.requires_grad]
+    how = {"fused": True} if getattr(model, "offloaded", False) or weights[0].device.type == "cuda" else {}
     return torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, **how)

@@ -178,7 +178,7 @@ def check_steps(o, device, rates, deadline, size, lora_rank):
     ), benchmarks.ALL)  # fmt: skip
     how = {"tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 8192}
     architecture = LlamaConfig(**dict(zip(SHAPE, shape, strict=True)), **how)
-    counted, flags = memory.seen(architecture, config, on_gpu), "as it is"
+    counted, flags = memory.seen(architecture, on_gpu), "as it is"
     if on_gpu:
         fit = memory.fitting(counted, config, 0, torch.cuda.mem_get_info()[1])
         if not fit:

@@ -99,7 +99,7 @@ class Meter(TorchDispatchMode):
         self.now -= size
 
 
-def seen(model_config, config, on_gpu):
+def seen(model_config, on_gpu):
     """`Counted` of a model, whose `Lengths` are looked at when they are asked for. Raises: InputError."""
     half, looked = torch.bfloat16 if on_gpu else torch.float32, {}
 
@@ -300,7 +300,7 @@ def show(config):
     ranks, on_gpu = int(os.environ.get("WORLD_SIZE", 0)), config.device != "cpu"
     if RANK:
         return
-    counted = seen(model_config, config, on_gpu)
+    counted = seen(model_config, on_gpu)
     print(f"{config.model}, {config.benchmark}, {max(ranks, 1)} process{'es' * (ranks > 1)}, in GB (1e9 bytes):\n")
     print(f"{'':14}{'each GPU':>10}{'host':>10}")
     for name, sizes in plan(counted, config, ranks, on_gpu).items():

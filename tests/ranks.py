@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import tracemalloc
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -225,7 +226,7 @@ def measure(checkpointing, hidden=768, layers=6, vocabulary=2000, longest=8, pro
     hidden, layers, vocabulary, longest, prompts = map(int, (hidden, layers, vocabulary, longest, prompts))
     config = Config(prompts_per_step=prompts, group_size=4, max_new_tokens=longest, max_tokens=int(max_tokens), lr=2e-6)
     config.gradient_checkpointing, architecture = checkpointing == "True", small(hidden, layers, vocabulary)
-    planned = memory.plan(memory.seen(architecture, config, on_gpu=False), config, 0, False)["most at once"][1]
+    planned = memory.plan(memory.seen(architecture, on_gpu=False), config, 0, False)["most at once"][1]
     stage2_step(small(16, 1, 40), replace(config, max_new_tokens=8))  # now all code is loaded
     before = memory_of("VmRSS")
     stage2_step(architecture, config)
@@ -237,6 +238,34 @@ def small(hidden, layers, vocabulary):
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
         num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=4096,
     )  # fmt: skip
+
+
+def phases(folder, *ways):
+    """Ten phases, one after another: a model is read, trained for a step, its state and itself saved, and let go of.
+    Print, after each: the way, bytes of the process, bytes of Python's own objects."""
+    torch.set_num_threads(1)
+    model, tokenizer = Path(folder) / "model", word_tokenizer(WORDS)
+    LlamaForCausalLM(small(256, 3, 2000)).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    for flags in ways:
+        config = config_of(flags, output_dir=str(Path(folder) / f"run {flags}"), save_every=1)
+        engine = run.start(config)
+        with engine.session():
+            here = run.Run(config, engine)
+            here.open()
+            tracemalloc.start()
+            for name in METHODS[:10]:
+                phase(here, name, model, tokenizer)
+                gc.collect()
+                print("held:", flags or "plain", memory_of("VmRSS"), tracemalloc.get_traced_memory()[0])
+            tracemalloc.stop()
+
+
+def phase(here, name, source, tokenizer):
+    model, _ = here.engine.load(source, training=here.config)
+    run.fit(here, name, 1, model, [([3, 4], [5, 2])], steps=1, lr=1e-3, batch_size=1, warmup=0)
+    here.save_model(name, model, tokenizer)
+    here.finish(name, {})
 
 
 def memory_of(name):
@@ -267,5 +296,5 @@ def stage2_step(architecture, config, meter=lambda what, part: part(), half=Fals
 
 
 if __name__ == "__main__":
-    what = {"two": two, "drive": drive, "measure": measure}[sys.argv[1]]
+    what = {"two": two, "drive": drive, "measure": measure, "phases": phases}[sys.argv[1]]
     run_command(lambda: what(*sys.argv[2:]))

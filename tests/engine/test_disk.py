@@ -6,13 +6,14 @@ import os
 import pytest
 import torch
 from conftest import tiny
-from made import byte_tokenizer
+from made import SMALL, byte_tokenizer, published_rwku
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import rerule
 from baselines.whp import Pair
 from engine.process import Engine
 from engine.run import Run, descend
+from scale import memory
 from scale.ranks import Ranks
 
 
@@ -75,13 +76,15 @@ def bytes_of(*paths):
 
 @pytest.fixture
 def watched(tmp_path, monkeypatch):
-    """{"most": bytes of states at once, a half-written one among them; "one": of the largest} of the runs of a test."""
-    folder, found, replace = tmp_path / "run", {"most": 0, "one": 0}, os.replace
+    """{"most": bytes of states at once, a half-written one among them; "one": of the largest; "all": of the folder} of
+    the runs of a test."""
+    folder, found, replace = tmp_path / "run", {"most": 0, "one": 0, "all": 0}, os.replace
 
     def look():
         states = [path for path in folder.iterdir() if path.name.startswith(("state.pt", "shards"))]
         found["most"] = max(found["most"], bytes_of(*states))
         found["one"] = max([found["one"], *map(bytes_of, states)])
+        found["all"] = max(found["all"], bytes_of(folder))
 
     def replaced(source, target):
         look()  # before the old one goes
@@ -131,3 +134,23 @@ def test_a_folder_of_half_written_files_that_are_not_ours_is_refused(refused, tm
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tmp").write_text("years of work")
     assert "is not empty and holds no run" in refused()
+
+
+@pytest.mark.parametrize("flags", [[], ["--save_every", "2", "--save_dtype", "bfloat16"], ["--lora_rank", "8"]])
+def test_the_disk_of_a_run_is_the_planned_one(flags, watched, tmp_path):
+    """The driver on a model of 5 MB: what the plan says is there, at most and in the end, to a twentieth."""
+    published_rwku(tmp_path / "data")
+    sizes = dict(hidden_size=192, intermediate_size=768, num_hidden_layers=2, num_attention_heads=4)
+    architecture = LlamaConfig(vocab_size=259, max_position_embeddings=1024, eos_token_id=2, **sizes)
+    LlamaForCausalLM(architecture).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    folder, (*flagged, _, _) = tmp_path / "run", SMALL[SMALL.index("--sft_steps") :]  # less its --save_every 0
+    argv = [*flagged, "--method", "rule", "--max_new_tokens", "3", "--benchmark", "rwku", "--model", tmp_path / "model"]
+    argv = [*map(str, argv), "--data_dir", str(tmp_path / "data"), "--output_dir", str(folder), *flags]
+    config = rerule.configure(argv if "--save_every" in flags else [*argv, "--save_every", "0"])
+    planned = memory.disk(memory.seen(architecture, False), config, False)
+    rerule.main(config)
+    assert planned["models"] == pytest.approx(bytes_of(folder), rel=0.05)
+    assert planned["most at once"] == pytest.approx(watched["all"], rel=0.05)
+    assert (planned["state"] > 1e6) == (config.save_every > 0)
+    assert not config.save_every or planned["state"] == pytest.approx(watched["one"], rel=0.05)

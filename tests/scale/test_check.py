@@ -140,7 +140,7 @@ def test_the_sizes_are_llamas():
     for size, n in (("1b", 1_235_814_400), ("8b", 8_030_261_248)):
         *shape, tied = check.SIZES[size]
         architecture = LlamaConfig(**dict(zip(check.SHAPE, shape, strict=True)), tie_word_embeddings=tied)
-        assert memory.seen(architecture, Config(), True).parameters == n
+        assert memory.seen(architecture, True).parameters == n
 
 
 def test_bytes_of_decoding_by_hand():
@@ -179,6 +179,6 @@ def test_offloaded_weights_are_checked_as_they_are_run(tmp_path):
     rows, found = [], {}
     check.run_steps(config, architecture, time.monotonic() + 600, rows, found)
     assert len(rows) == 2 and rows[1]["replay_groups"] == 2
-    n = memory.seen(architecture, Config(), False).parameters
+    n = memory.seen(architecture, False).parameters
     assert found["read"] == n - 5 * 64  # all but the norms: the head is the embeddings
     assert found["state"] > 12 * n and found["model"] > 4 * n

@@ -1,7 +1,11 @@
 """The memory plan: by hand, as it is printed, and beside what a step takes."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 import ranks
@@ -24,10 +28,10 @@ def fixed(adapters=0, cache=0, sampling=0, kept=0, most=0, n=1e9):
     return memory.Counted(n, 1e8, 1000, 2e8, lambda config, fsdp: lengths)
 
 
-def deep(config, fsdp=False, layers=32):
-    """`Counted` of Llama-3-8B by lengths seen at two and three layers: each further layer takes the same."""
-    two, three, *_ = (memory.seen(LlamaConfig(**EIGHT | {"num_hidden_layers": n}), config, True) for n in (2, 3))
-    whole = memory.seen(LlamaConfig(**EIGHT | {"num_hidden_layers": layers}), config, True)
+def deep(layers=32):
+    """(`Counted` of Llama-3-8B, the same by lengths seen at two and three layers: each further layer takes as much)."""
+    two, three, *_ = (memory.seen(LlamaConfig(**EIGHT | {"num_hidden_layers": n}), True) for n in (2, 3))
+    whole = memory.seen(LlamaConfig(**EIGHT | {"num_hidden_layers": layers}), True)
 
     def at(config, fsdp):
         pairs = zip(two.at(config, fsdp), three.at(config, fsdp), strict=True)
@@ -39,7 +43,7 @@ def deep(config, fsdp=False, layers=32):
 def test_what_is_counted_of_llama_3_8b():
     """8.03e9 parameters; a token's keys and values are 2 · 32 layers · 8 heads · 128 · 2 bytes."""
     config = Config(benchmark="rwku", max_new_tokens=1024, gradient_checkpointing=True)
-    _, counted = deep(config)
+    _, counted = deep()
     assert counted.parameters == 8_030_261_248 and counted.rest == 2 * 128256 * 4096 + 4096
     assert counted.layer == 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336 + 2 * 4096
     assert counted.kv == 2 * 32 * 8 * 128 * 2
@@ -48,7 +52,7 @@ def test_what_is_counted_of_llama_3_8b():
     assert 24 * 8 * 128256 < at.sampling < 80 * 8 * 128256  # logits, their log-softmax, its exponential, its sum twice
     inputs = 32 * tokens * 4096 * 2  # what each layer is given
     assert inputs < at.kept < 1.4 * inputs and at.kept + 5 * tokens * 14336 * 2 < at.most < at.kept + 4e9
-    six, guessed = deep(config, layers=6)
+    six, guessed = deep(6)
     assert six.at(config, True) == guessed.at(config, True)
 
 
@@ -86,7 +90,7 @@ WITH = "--gradient_checkpointing True"
 def test_the_least_flags_for_gpus_of_24_40_and_80_gb(benchmark, longest):
     """8 B trains adapters alone on 24 GB where answers are short, on 40 GB at RWKU's length; all weights on 80 GB."""
     config = Config(benchmark=benchmark, max_new_tokens=longest)
-    _, counted = deep(config)
+    _, counted = deep()
     found = {room: memory.fitting(counted, config, 0, room * 1e9) for room in (15, 24, 40, 80, 300)}
     assert found[15] is None and found[300][:2] == (config, "as it is")
     assert found[24][1] == f"{WITH} --lora_rank 16 --rollout_prompts {8 if benchmark == 'tofu' else 4}"
@@ -100,16 +104,26 @@ def test_the_least_flags_for_gpus_of_24_40_and_80_gb(benchmark, longest):
     assert counted.at(found[24][0], False).adapters == adapters
 
 
+def test_disk_by_hand():
+    """bf16 on a GPU; both models of WHP; two states of 12 bytes a weight beside what the methods before have left."""
+    flags = dict(method=["whp", "rej_steer", "rule"], save_every=50)
+    assert memory.disk(fixed(), Config(**flags), True) == {"models": 8e9, "state": 12e9, "most at once": 30e9}
+    assert memory.disk(fixed(), Config(**flags), False)["models"] == 16e9
+    assert memory.disk(fixed(), Config(**flags | {"save_every": 0}), True)["most at once"] == 8e9
+    adapted = memory.disk(fixed(adapters=1e7), Config(**flags, save_dtype="float32"), True)
+    assert adapted == {"models": 4 * 4.04e9, "state": 0.12e9, "most at once": 4 * 4.04e9 + 0.12e9}
+
+
 def test_the_plan_counts_prompts_as_long_as_the_benchmark_has_them():
     model = LlamaConfig(**EIGHT | {"num_hidden_layers": 1})
     for name, prompt in (("builtin", 64), ("rwku", 64), ("tofu", 64), ("muse", 512)):
         config = Config(benchmark=name, max_new_tokens=3, max_tokens=4096, prompts_per_step=2)
-        at = memory.seen(model, config, True).at(config, False)
+        at = memory.seen(model, True).at(config, False)
         room = prompt + 8 + 32 * 8 if prompt < 512 else (prompt + 8) * 1.5
         assert at.cache == 2 * 8 * 128 * 2 * room
 
 
-def test_dry_run_prints_and_leaves_nothing(tmp_path, capsys):
+def test_dry_run_prints_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     LlamaConfig(**EIGHT | {"num_hidden_layers": 1}).save_pretrained(tmp_path / "model")
     common = ["--benchmark", "rwku", "--data_dir", tmp_path, "--output_dir", tmp_path / "run", "--dry_run"]
     driver(*common, "--model", tmp_path / "model", "--gradient_checkpointing")
@@ -117,7 +131,12 @@ def test_dry_run_prints_and_leaves_nothing(tmp_path, capsys):
     for name in (*memory.ROWS, "In 24 GB a GPU: --offload True: ", "In 40 GB", "In 80 GB a GPU: as it is: "):
         assert name in printed
     assert "Disk: models 7.6, state 15.2, most at once 35.5; free " in printed
-    assert not (tmp_path / "run").exists()
+    assert "does not fit" not in printed and not (tmp_path / "run").exists()
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda folder: SimpleNamespace(free=35e9))
+    driver(*common, "--model", tmp_path / "model", "--gradient_checkpointing", "--lora_rank", "8")
+    assert "does not fit" not in capsys.readouterr().out
+    driver(*common, "--model", tmp_path / "model", "--gradient_checkpointing")
+    assert f"It does not fit the disk of --output_dir {tmp_path / 'run'}." in capsys.readouterr().out
     with pytest.raises(InputError, match="--model .*nowhere"):
         driver(*common, "--model", tmp_path / "nowhere")
     with pytest.raises(InputError, match="--dry_run: expected a --model"):
@@ -139,10 +158,10 @@ def taken(part):
 def test_the_plan_is_what_a_step_takes(checkpointing, lora_rank, half):
     """Beside weights and moments: all of the cache and what passes while sampling; gradients and activations in the
     update. Answers are long, two query heads share keys. half: a GPU's plan, for autocast and a copy in bf16."""
-    architecture, found = ranks.small(64, 4, 1200), {}
+    architecture, found = ranks.small(64, 4, 600), {}
     config = Config(prompts_per_step=6, group_size=4, max_new_tokens=48, max_tokens=800, lr=2e-6)
     config.gradient_checkpointing, config.lora_rank, config.lora_alpha = checkpointing, lora_rank, 16.0
-    counted = memory.seen(architecture, config, on_gpu=half)
+    counted = memory.seen(architecture, on_gpu=half)
     plan = memory.plan(counted, config, 0, on_gpu=half)
     sizes, at = {name: gpu + host for name, (gpu, host) in plan.items()}, counted.at(config, False)
 
@@ -160,12 +179,24 @@ def test_the_plan_is_what_a_step_takes(checkpointing, lora_rank, half):
     assert max(update - sizes["gradients"], sampling) > 0.5 * sizes["most at once"]  # not 20 bytes a weight
 
 
+def test_ten_phases_hold_no_more_than_two(tmp_path):
+    """In a process of its own: models, gradients, moments and what was saved of them are free once a phase is over."""
+    command = [sys.executable, ranks.__file__, "phases", tmp_path, "", "offload", "lora"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    lines = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("held:")]
+    for way in ("plain", "offload", "lora"):
+        held, traced = zip(*((int(a), int(b)) for name, a, b in lines if name == way), strict=True)
+        assert len(held) == 10 and max(held[2:]) < 1.05 * held[1], done.stdout
+        assert max(traced[2:]) < traced[1] + 200_000, done.stdout
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 def test_every_architecture_can_be_counted(kind, tmp_path, capsys):
     model = tiny(kind)
     model.save_pretrained(tmp_path)
     config, found = Config(max_new_tokens=8, prompts_per_step=2, group_size=2), {}
-    counted = memory.seen(AutoConfig.from_pretrained(tmp_path), config, False)
+    counted = memory.seen(AutoConfig.from_pretrained(tmp_path), False)
     for checkpointing in (False, True):
         found[checkpointing] = counted.at(replace(config, gradient_checkpointing=checkpointing), False)
     assert counted.parameters == sum(p.numel() for p in model.parameters())
