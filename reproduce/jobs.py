@@ -90,7 +90,7 @@ def about():
         done = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    changed = git("status", "--porcelain", "--", "*.py", "refusal.txt", "reproduce/families.json", ":!tests")
+    changed = git("status", "--porcelain", "--", "*.py", "refusal.txt", "reproduce/*.json", ":!tests")
     commit = (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" with uncommitted changes" if changed else "")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "scipy")}
     return {"commit": commit, "versions": {"python": platform.python_version(), **versions}}

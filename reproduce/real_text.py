@@ -2,18 +2,14 @@
 by type. Cells are means over seeds ± sd.
 """
 
-import json
 from math import log10
-from pathlib import Path
 from statistics import fmean
 
-from reproduce import claims
+from reproduce import HERE, WORDS, claims, read_json
 from reproduce.statistics import paired, spread
 
-PAPER = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
+PAPER = read_json(HERE / "paper.json")
 MODELS = {name: name for name in ("Original", "Retained", "Rej. Steer")} | {"RULE": "rule", "ReRULE": "rerule"}
-RWKU = {"forget_fb": "Forget: fill in the blank ↓", "forget_qa": "Forget: question ↓", "forget_aa": "All attacks ↓",
-        "retain_fb": "Neighbours: fill in the blank ↑", "retain_qa": "Neighbours: question ↑"}  # fmt: skip
 
 
 def table(rows):
@@ -25,7 +21,7 @@ def compared(r, family, columns, paper, theirs):
     """A row for each model of a family's runs: seeds, `columns` with their digits, then the paper's `theirs`."""
     rows = []
     for title, own in models_of(r, family).items():
-        ours = [spread([o[name] for o in own.values()], digits) for name, digits in columns.items()]
+        ours = [spread([o[name] for o in own.values()], *look) for name, look in columns.items()]
         figures = (PAPER[paper].get(title, {}).get(name) for name in theirs)
         rows.append([title, str(len(own)), *ours, *("" if figure is None else f"{figure:g}" for figure in figures)])
     return rows
@@ -45,9 +41,8 @@ def change(r, family, column, value=lambda figure: figure):
 
 def table5(r, folder):
     """TOFU: forget quality as the geometric mean of its p-values and as log10; the retained model's own is 1."""
-    shown = {"model_utility": 3, "forget_rouge_l": 3, "retain_recall": 1, "retain_refusal": 1,
-             "forget_paraphrased_recall": 1}  # fmt: skip
-    rows = compared(r, "tofu", shown, "table5", ("forget_quality", "model_utility", "forget_rouge_l"))
+    theirs = ("forget_quality", "model_utility", "forget_rouge_l")
+    rows = compared(r, "tofu", WORDS["tofu_columns"], "table5", theirs)
     for row, (title, own) in zip(rows, models_of(r, "tofu").items(), strict=True):
         logs = [0.0 if title == "Retained" else log10(o["forget_quality"]) for o in own.values()]
         row[2:2] = [f"{10 ** fmean(logs):.2g}", spread(logs, 1)]
@@ -57,9 +52,9 @@ def table5(r, folder):
 
 def book(r, folder):
     """VerbMem, KnowMem and Utility on a book of our own."""
-    shown = dict.fromkeys(("verbmem", "knowmem", "utility", "forget_refusal", "retain_refusal"), 1)
-    rows = compared(r, "book", shown, "table2", ("verbmem", "knowmem", "utility"))
-    return {"table": table(rows), **{name: change(r, "book", name) for name in ("verbmem", "knowmem", "utility")}}
+    names = ("verbmem", "knowmem", "utility")
+    rows = compared(r, "book", dict.fromkeys([*names, "forget_refusal", "retain_refusal"], []), "table2", names)
+    return {"table": table(rows), **{name: change(r, "book", name) for name in names}}
 
 
 def attacks_by_type(r, folder):
@@ -67,10 +62,13 @@ def attacks_by_type(r, folder):
     runs, rows = r.runs("rwku"), []
     titles = [title for title in MODELS if title != "Retained"]
     names = {name for run in runs.values() for name in run["rows"]["Original"] if name.startswith("attack_")}
-    for name in (*RWKU, *sorted(name for name in names if "lingual_" not in name)):  # all languages together
+    for name in (
+        *WORDS["rwku_columns"],
+        *sorted(name for name in names if "lingual_" not in name),
+    ):  # all languages together
         found = [[run["rows"][title].get(name) for run in runs.values()] for title in titles]
         theirs = [PAPER["table1"][title].get(name) for title in titles]
         cells = [" · ".join("–" if x is None else f"{x:.1f}" for x in figures) for figures in found]
-        label = RWKU.get(name) or name.removeprefix("attack_").replace("_", " ") + " ↓"
+        label = WORDS["rwku_columns"].get(name) or name.removeprefix("attack_").replace("_", " ") + " ↓"
         rows.append([label, *cells, *("" if x is None else f"{x:g}" for x in theirs)])
     return {"table": table(rows), "seeds": ", ".join(map(str, runs))}

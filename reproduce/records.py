@@ -11,7 +11,6 @@ flatter replay by regression to the mean.
 Covers the measurable part of Appendix E (Eq. 28, 29, 31). Symbols as there.
 """
 
-import json
 import random
 from functools import cache
 from math import sqrt
@@ -20,22 +19,15 @@ import numpy as np
 
 from engine.files import read_lines
 from engine.plots import NAMES, mean
-from reproduce.statistics import WINDOW
+from reproduce import HERE, read_json
+from reproduce.statistics import WINDOW, instability
 
 LEVELS = "0123456789abcdefg"
 PARTS = ("rollout", "reference", "update", "replay")  # of a step, each with a clock
-KEPT = (
-    "forget_recall forget_refusal forget_trained_recall forget_heldout_recall forget_trained_refusal "
-    "forget_heldout_refusal retain_recall retain_refusal leakage seconds stopped forget_tokens retain_tokens "
-    "forget_quality model_utility forget_rouge_l forget_paraphrased_recall forget_paraphrased_refusal leak_64 verbmem "
-    "knowmem utility forget_fb forget_qa forget_aa retain_fb retain_qa"
-).split()  # columns of a table that records keep
-ATTACKED = ("leak_", "answer_", "extraction_", "exact_", "membership_", "privleak", "prefix_", "relearn_", "quantize_",
-            "forget_recall_", "retain_recall_", "attack_")  # how more of them begin  # fmt: skip
-KINDS = {"hard": "h", "easy": "e"}  # of boundary queries of the built-in world; others are "b", forget queries "f"
-# Phrasings of a split that training uses; two more are held out.
-PHRASINGS = {"hard": 4, "easy": 4, "surname": 3, "place": 3, "trade": 3, "far": 3}
+# Columns of a table that records keep, how more begin, how many phrasings of a split training uses (two are held out).
+KEPT, ATTACKED, PHRASINGS = read_json(HERE / "columns.json").values()
 KEPT += [f"{kind}_{part}_recall" for kind in PHRASINGS for part in ("trained", "heldout")]
+KINDS = {"hard": "h", "easy": "e"}  # of boundary queries of the built-in world; others are "b", forget queries "f"
 RATES = ("4e-5", "8e-5", "1.6e-4", "3.2e-4", "6.4e-4")  # of the main figure; the first is the shared one
 CURVES = ("rule", "rerule", "random", "recent", "current")  # of the main figure
 OWN_BASE = ("base", "select", "world0", "world30", "town", "tofu", "book", "rwku")  # families read with themselves
@@ -43,7 +35,7 @@ OWN_BASE = ("base", "select", "world0", "world30", "town", "tofu", "book", "rwku
 
 def record_of(folder, whole=True):
     """The record of a finished run's folder; without `whole`, no group's reward and no curve is in it."""
-    config, table = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "table.json"))
+    config, table = (read_json(folder / name) for name in ("config.json", "table.json"))
     metrics = [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == 2]
     samples, methods, queries = read_lines(folder / "samples.jsonl"), {}, []
     for method in dict.fromkeys(row["method"] for row in samples):
@@ -68,19 +60,16 @@ def record_of(folder, whole=True):
     rows = {name: row for name, row in table.items() if name not in early}
     found = {name: config[name] for name in ("tau", "lr", "steps", "group_size")}
     for name, row in rows.items():
-        kept = [k for k in row if (k in KEPT or k.startswith(ATTACKED)) and row[k] is not None]
+        kept = [k for k in row if (k in KEPT or k.startswith(tuple(ATTACKED))) and row[k] is not None]
         rows[name] = {k: short(row[k]) for k in kept}
     found |= {"rows": rows, "methods": methods} | ({"queries": queries} if whole else {})
     if whole and {"rule", "rerule"} <= set(methods):  # a base run: what its variants are read with
         asked = {row["query"]: row for row in samples}
+        letters = {i: "f" if row["kind"] == "forget" else KINDS.get(row["group"], "b") for i, row in asked.items()}
         answers = {row["question"]: row["answer"] for row in read_lines(folder / "predictions" / "original.jsonl")}
-        found["kinds"] = "".join(kind_of(asked[i]) if i in asked else "-" for i in range(max(asked) + 1))
+        found["kinds"] = "".join(letters.get(i, "-") for i in range(max(asked) + 1))
         found["cases"] = cases(found, {i: row["prompt"] for i, row in asked.items()}, answers)
     return found
-
-
-def kind_of(row):
-    return "f" if row["kind"] == "forget" else KINDS.get(row["group"], "b")
 
 
 def short(value):
@@ -156,7 +145,13 @@ def groups_of(record, method, last=None):
 
 
 def outcome(record, method, base):
-    """The figures of one method in one run that tables compare; `base` is the base run of its seed."""
+    """The figures of one method in one run that tables compare; `base` is the base run of its seed.
+
+    Of a probe: what `gradients.regions_of` measured, as "<region>_<name>".
+    """
+    if "models" in record:
+        regions_of = record["models"].get(method, {})
+        return {f"{region}_{name}": value for region, row in regions_of.items() for name, value in row.items()}
     row, ran = record["rows"].get(NAMES.get(method, method), {}), record["methods"].get(method)
     found = {name: row.get(name) for name in KEPT}
     for kind, n_trained in PHRASINGS.items():
@@ -170,10 +165,17 @@ def outcome(record, method, base):
     found["balance"] = score(row) if row.get("retain_recall") is not None else None
     if ran:
         found["seconds_stage2"] = sum(ran[f"seconds_{part}"] for part in PARTS)
+    if ran and ran.get("evaluations"):
+        found["late_sd"], found["late_unrest"] = instability(ran["evaluations"])
     if ran and base and "rewards" in ran:
-        place, late = regions(base), groups_of(record, method, last=True)
-        for region in ("hard", "easy"):
+        place, late, by_query = regions(base), groups_of(record, method, last=True), {}
+        for _, query, reward in late:
+            by_query.setdefault((place.get(query), query), []).append(reward)
+        for region, kind in KINDS.items():  # the late reward of a region; how many of a kind's groups were hard before
             found[f"late_{region}"] = mean(r for _, query, r in late if place.get(query) == region)
+            found[f"below_{region}"] = hard_share(base, base["tau"], kind)
+        low = [mean(own) < base["tau"] for (region, _), own in by_query.items() if region == "hard"]
+        found["late_below"] = mean(100 * one for one in low)  # % of hard prompts that are still below τ
         chosen = {query for query, *_ in base["cases"]}
         found["late_cases"] = mean(r for _, query, r in late if query in chosen)
     return found
@@ -223,7 +225,7 @@ class Results:
 
 
 def hard_share(base, tau, kinds="fbhe"):
-    """Share of groups with r̄ < τ before replay. kinds: of prompts, letters of `kind_of`; all unless given."""
+    """Share of groups with r̄ < τ before replay. kinds: of prompts, letters as in a record; all unless given."""
     seen = before_replay(base)
     return mean(r < tau for query, values in seen.items() if base["kinds"][query] in kinds for r in values)
 

@@ -9,25 +9,18 @@ from pathlib import Path
 
 from engine.files import write_text
 from engine.plots import NAMES, mean, scatter
-from reproduce import claims, figures, real_text, records
+from reproduce import HERE, WORDS, claims, figures, real_text, records
 from reproduce.plan import FAMILIES, OPTIMISER_STEPS, SECTIONS
 from reproduce.real_text import PAPER, table
 from reproduce.records import CURVES, RATES
-from reproduce.statistics import instability, paired, spread, statistic
+from reproduce.statistics import paired, spread, statistic
 
-DIFFERENCES = """\
-| Stage 2 | Retain ↑ | difference to RULE | seeds up | hard neighbours ↑ | difference to RULE | leak@64 ↓ | \
-difference to RULE | hard prompts' reward, late ↑ | forget refusal ↑ | over-refusal ↓ | seconds |
-|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"""
-LABELS = NAMES | {
-    "random": "random groups", "recent": "the previous batch again", "current": "the same batch twice",
-    "steps": f"RULE, {OPTIMISER_STEPS} steps: as many updates", "compute": "RULE, longer: as much arithmetic",
-}  # fmt: skip
+LABELS = NAMES | {name: words.format(n=OPTIMISER_STEPS) for name, words in WORDS["rows"].items()}
 
 
 def write(folder, o, runs, jobs):
     """report.md and all figures whose runs are there, in `folder`. runs: {name: record}."""
-    r, template = records.Results(runs, jobs), Path(__file__).with_name("template.md").read_text(encoding="utf-8")
+    r, template = records.Results(runs, jobs), (HERE / "template.md").read_text(encoding="utf-8")
     first, second, *sections = template.split("\n## ")
     filled = [first.format(**head(r, o, jobs)), second.format(**verdicts(r))]
     for (name, part), section in zip(PARTS.items(), sections, strict=True):
@@ -68,8 +61,8 @@ def verdicts(r):
     return {"counts": f"{len(found)} claims: {told}.", "table": table(rows)}
 
 
-def column(outcomes, name, digits=1):
-    return spread([o.get(name) for o in outcomes.values()], digits)
+def column(outcomes, name, *look):
+    return spread([o.get(name) for o in outcomes.values()], *look)
 
 
 def interval(stat, digits=1):
@@ -98,7 +91,7 @@ def difference_table(r, section, rate=RATES[0]):
         rows.append([label, *cells[0], "" if outcomes is rule else sign(stats["retain_recall"]), *cells[1], *cells[2]])
         rest = ("forget_refusal", "retain_refusal", "seconds_stage2")
         rows[-1] += [column(outcomes, "late_hard", 2), *(column(outcomes, name) for name in rest)]
-    return f"{DIFFERENCES}\n{table(rows)}"
+    return "\n".join([*WORDS["differences"], table(rows)])
 
 
 def table1(r, folder):
@@ -160,7 +153,8 @@ def table7(r, folder):
     rows = []
     for family, label in (("base", "Built-in world"), ("tofu", "TOFU text, tiny model")):
         if r.runs(family):
-            stat = statistic(claims.extra_time(r, family))
+            of, less = ([family, method, "seconds_stage2"] for method in ("rerule", "rule"))
+            stat = claims.measured(r, {"label": "", "of": of, "less": less, "as": "extra"}, {}).stat
             methods = [run["methods"]["rerule"] for run in r.runs(family).values()]
             seconds = [[ran[f"seconds_{part}"] for part in records.PARTS] for ran in methods]
             parts = [100 * mean(row[at] / sum(row) for row in seconds) for at in range(len(records.PARTS))]
@@ -175,11 +169,8 @@ def table7(r, folder):
 def figure3(r, folder):
     """Curves over steps, and instability as a number."""
     figures.over_steps(r, folder / "steps.png")
-    rows = []
-    for method, name in NAMES.items():
-        pairs = [instability(base["methods"][method]["evaluations"]) for base in r.runs("base").values()]
-        rows.append([name, *(spread([pair[at] for pair in pairs], 2) for at in (0, 1))])
-    return {"table": table(rows)}
+    own, keys = {name: r.of("base", method) for method, name in NAMES.items()}, ("late_sd", "late_unrest")
+    return {"table": table([name, *(column(o, key, 2) for key in keys)] for name, o in own.items())}
 
 
 def rates(r, folder):
@@ -210,9 +201,7 @@ def controls(r, folder):
     for section, rate in (("controls", RATES[0]), ("controls_best", r.chosen and r.chosen["rule"])):
         rule = r.at("rule", rate) if rate else {}
         lines = {"ReRULE: hard groups": ("rerule", r.at("rerule", rate))} if rule else {}
-        curves = {"replay of random groups": "random", "replay of the previous batch": "recent",
-                  "two updates on every batch": "current"}  # fmt: skip
-        lines |= {words: (name, r.at(name, rate)) for words, name in curves.items()} if rule else {}
+        lines |= {words: (name, r.at(name, rate)) for name, words in WORDS["controls"].items()} if rule else {}
         for family in SECTIONS[section]:
             method = FAMILIES[family].get("method", "rerule")
             lines[FAMILIES[family]["plain"]] = ("RULE, changed" if method == "rule" else family, r.of(family, method))
@@ -232,11 +221,9 @@ def age(r, folder):
 
 def town(r, folder):
     """A world where forgetting and keeping compete."""
-    columns = {"forgotten people": "forget_recall", "same surname": "surname", "same place": "place",
-               "same trade": "trade", "far": "far"}  # fmt: skip
-    figures.town(r, columns, folder / "town.png")
-    rows, rule = [], r.of("town_rule", "rule")
-    shown = ("forget_recall", "leak_64", "retain_recall", *list(columns.values())[1:], "retain_refusal")
+    figures.town(r, WORDS["town_columns"], folder / "town.png")
+    (forgotten, *near), rows, rule = WORDS["town_columns"].values(), [], r.of("town_rule", "rule")
+    shown = (forgotten, "leak_64", "retain_recall", *near, "retain_refusal")
     for name, (family, method) in figures.TOWN.items():
         own = r.of(family, method)
         stats = [paired(own, rule, key) if method == "rerule" else None for key in ("retain_recall", "leak_64")]
@@ -262,22 +249,15 @@ def appendix_e(r, folder):
     """The bound's figures, Eq. 4 and Eq. 27."""
     figures.theory(r, folder / "theory.png")
     rule, bases, rows, models = r.of("base", "rule"), r.runs("base"), [], []
-    shown = {"p_hard": (2, 1), "kappa_clipped": (3, 1), "kappa_unclipped": (3, 1), "clipped_share": (2, 1),
-             "n_on": (1, 1e-3), "n_eff_clipped": (1, 1e-3), "bound_clipped": (2, 1),
-             "bound_unclipped": (2, 1)}  # fmt: skip
     for family in claims.HARD_STORES:
-        found = [records.bound(run, bases[seed]) for seed, run in r.runs(family).items()]
+        found = {seed: records.bound(run, bases[seed]) for seed, run in r.runs(family).items()}
         change = interval(paired(r.of(family), rule, "late_hard"), 2)
-        cells = [spread([bound[key] for bound in found], *look) for key, look in shown.items()]
+        cells = [column(found, key, *look) for key, look in WORDS["bound_columns"].items()]
         rows.append([FAMILIES[family]["label"], *cells, change])
-    shown = {"queries": (0, 1), "missed": (1, 100), "false": (1, 100), "norm": (2, 1), "weighted": (2, 1),
-             "equal": (1, 100)}  # fmt: skip
     for model in figures.PROBED:
         for region in ("easy", "hard"):
-            probes = [run["models"][model] for run in r.runs("probe").values()]
-            found = [models_of[region] for models_of in probes if region in models_of]
-            cells = [spread([row[key] for row in found], *look) for key, look in shown.items()]
-            models.append([model, region, *cells])
+            own, shown = r.of("probe", model), WORDS["probe_columns"].items()
+            models.append([model, region, *(column(own, f"{region}_{key}", *look) for key, look in shown)])
     correlation = claims.figure(statistic(claims.bound_correlations(r)))
     return {"bounds": table(rows), "models": table(models), "correlation": correlation}
 
