@@ -294,13 +294,14 @@ def choose(records, seeds, rates=RATES):
 def bound(record, base, method="rerule"):
     """p_H, N_on, N_re, N_eff and √(N_on / N_eff), the last with κ of clipped and of unclipped weights (Eq. 28, 29).
 
-    L is the run's mean rollout length; p_H the share of hard groups before replay, at the run's own τ.
+    L is the run's mean rollout length; p_H the share of hard groups before replay, at the run's own τ. N_re counts the
+    groups whose weights κ is of: those of equal rewards are drawn too, and skipped.
     """
     ran = record["methods"][method]
     p_hard = hard_share(base, record["tau"])
     n_groups = sum(len(step) for step in ran["rewards"])
     per_group = ran["response_tokens"] / n_groups  # G · L
-    n_on, n_re = p_hard * ran["response_tokens"], ran["replay_groups"] * per_group  # Eq. 28
+    n_on, n_re = p_hard * ran["response_tokens"], (ran["replay_groups"] - ran["replay_skipped"]) * per_group  # Eq. 28
     found = {"p_hard": p_hard, "n_on": n_on, "n_re": n_re, "clipped_share": ran["clipped_share"]}
     for name, kappa in (("clipped", ran["ess"]), ("unclipped", ran["ess_unclipped"])):
         n_eff = n_on + (kappa or 0.0) * n_re  # Eq. 29

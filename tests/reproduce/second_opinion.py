@@ -269,7 +269,8 @@ class Records:
                     return None
                 below = [r < run["tau"] for rewards in early(base).values() for r in rewards]
                 on = mean(below) * ran["response_tokens"]
-                again = ran["replay_groups"] * ran["response_tokens"] / sum(map(len, ran["rewards"]))
+                used = ran["replay_groups"] - ran["replay_skipped"]
+                again = used * ran["response_tokens"] / sum(map(len, ran["rewards"]))
                 own, rule = (self.number(f, seed, x, m, "late_hard") for f, x, m in (
                     (family, run, "rerule"), ("base", base, "rule")))  # fmt: skip
                 if on and None not in (own, rule):

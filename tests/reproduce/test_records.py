@@ -56,6 +56,8 @@ def test_bound_by_hand():
     assert (found["p_hard"], found["n_on"], found["n_re"]) == (0.5, 50, 50)
     assert found["n_eff_clipped"] == pytest.approx(50 + 0.95 * 50)
     assert found["bound_unclipped"] == pytest.approx(math.sqrt(50 / 75))
+    base["methods"]["rerule"]["replay_skipped"] = 2  # of equal rewards: drawn, but κ is of the other four's weights
+    assert records.bound(base, base)["n_eff_clipped"] == pytest.approx(50 + 0.95 * 4 * 100 / 12)
 
 
 def selection(scores, replayed=lambda name, rate, seed: True, ratio=1.25):
