@@ -122,7 +122,19 @@ def encode_answer(tokenizer, prompt, answer):
     chat = prompt.user is not None and tokenizer.chat_template
     ending = prompt.opening if chat else prompt.plain + prompt.opening
     space = " " if ending.endswith(":") else ""
-    return tokenizer(space + answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    return encode_rest(tokenizer, space + answer) + [tokenizer.eos_token_id]
+
+
+def encode_rest(tokenizer, text):
+    """Token ids of a text that goes on where another ended: without the space that SentencePiece puts before a text."""
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    if not "".join(tokenizer.convert_ids_to_tokens(encode("a")[:1])).startswith(("▁", "Ġ")):
+        return encode(text)
+    before, both = encode("\n"), encode("\n" + text)
+    return both[len(before) :] if both[: len(before)] == before else encode(text)
 
 
 def encode_pair(tokenizer, prompt, answer):

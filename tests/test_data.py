@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 from made import byte_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks import muse, rwku, tofu
 from config import InputError
@@ -103,3 +105,33 @@ def test_no_eos_anywhere_is_an_error():
     with pytest.raises(InputError, match="no EOS"):
         stop_ids(tokenizer, model_with(None))
     assert stop_ids(tokenizer, model_with(5)) == [5]
+
+
+def sentence_pieces(kind, style):
+    """As Llama-2's: a space before every text, by its pre-tokenizer or by its normalizer."""
+    core = Tokenizer(models.BPE(unk_token="<unk>") if kind == "bpe" else models.Unigram())
+    if style == "metaspace":
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    else:
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    how = dict(vocab_size=130, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    trainer = trainers.BpeTrainer(**how) if kind == "bpe" else trainers.UnigramTrainer(**how, unk_token="<unk>")
+    texts = ["[INST] who is a [/INST] I don't know that.", "Question: what did Ben do? Answer: wrote a book"]
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("style", ["metaspace", "prepended"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_an_answer_has_the_tokens_that_it_has_behind_its_prompt(kind, style):
+    """SentencePiece puts a space before a text: alone, an answer would begin with one that stands nowhere."""
+    tokenizer = sentence_pieces(kind, style)
+    for plain, said in (("[INST] who is a [/INST]", ""), ("Question: what? Answer:", " "), ("what? Answer: ", "")):
+        ids, answer = encode_prompt(tokenizer, Prompt(None, plain)), "wrote a book"
+        answer_ids = encode_answer(tokenizer, Prompt(None, plain), answer)
+        assert tokenizer.decode(ids + answer_ids, skip_special_tokens=True) == f"{plain}{said}{answer}"
+        pair = encode_prompt(tokenizer, Prompt(None, plain + said + answer))
+        if style == "metaspace" and not plain.endswith(" "):  # else a token of the pair may span both
+            assert pair[-len(answer_ids) + 1 :] == answer_ids[:-1]
+        assert answer_ids[-1] == tokenizer.eos_token_id
