@@ -12,15 +12,11 @@ from pathlib import Path
 
 from config import InputError, setting
 from engine.flags import parse, run_command
-from reproduce import plan
+from reproduce import WORDS, plan
 from reproduce.jobs import read_records, run_all, write_records
 from reproduce.plan import SECTIONS
 
-EXAMPLES = (
-    "python -m reproduce --tofu_dir DATA/tofu                # 624 runs, about two hours on two free cores",
-    "python -m reproduce --only table4 controls              # some parts, and what they start from",
-    "python -m reproduce --quick --output_dir runs/quick     # two seeds, few steps: that it works, and nothing else",
-)
+EXAMPLES = WORDS["examples"]["report"]
 
 
 @dataclass

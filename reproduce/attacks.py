@@ -6,7 +6,6 @@ seeds: the rate of relearning was chosen on seed 11, on Original and Retained al
 added after a look at seed 21.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -15,15 +14,12 @@ from baselines import METHODS, TITLES
 from config import Count, InputError, setting
 from engine.files import write_text
 from engine.flags import check_bounds, parse, run_command
+from reproduce import HERE, WORDS, read_json
 from reproduce.jobs import read_records, run_all, write_records
 from reproduce.plan import FIRST_SEED, Job
 
-PLAN = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-EXAMPLES = (
-    "python -m reproduce.attacks --tofu_dir DATA/tofu                   # 103 runs, 75 minutes on two free cores",
-    "python -m reproduce.attacks                                        # the built-in world alone",
-    "python -m reproduce.attacks --seeds 2 --output_dir runs/attacks    # fewer seeds, elsewhere",
-)
+PLAN = read_json(HERE / "attacks.json")
+EXAMPLES = WORDS["examples"]["attacks"]
 
 
 @dataclass
@@ -104,7 +100,7 @@ def write(folder, records):
     commits = ", ".join(sorted({record["commit"] for record in records.values()}))
     seeds = sorted({record["seed"] for record in records.values()})
     hours = sum(record["seconds"] for record in records.values()) / 3600
-    text = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
+    text = (HERE / "attacks.md").read_text(encoding="utf-8")
     made = f"{len(records)} runs, seeds {seeds[0]}–{seeds[-1]}, {hours:.1f} hours of one CPU thread, commit {commits}"
     write_text(folder / "report.md", text.format(made=made, variants=table(variants(records), "RULE"), **parts))
 

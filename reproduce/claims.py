@@ -12,8 +12,8 @@ tests of the report together. With p ≤ 0.05 after that a part holds or is oppo
 inconclusive. A claim is opposite if a part is, holds if all do, else inconclusive. It is not run below SEEDS seeds or
 where a replay condition never replayed, and not testable here where `claims.json` says why; neither is tested.
 
-The bars are older than the results. A claim with "since" keeps the bar of that commit of 21 November 2026, 100 minutes
-before the first report (51ddfb7). All others are of 9b80cbb, 22 November, before their runs were made.
+The bars are older than the results: of the commit that a claim's "since" names, 100 minutes before the first report
+(51ddfb7), else of 9b80cbb, a day later and before the claim's runs were made.
 """
 
 from collections import defaultdict
@@ -75,16 +75,17 @@ def shown(part):
         _, p, adjusted = min(zip((abs(edge - part.stat["mean"]) for edge in edges), part.p, part.adjusted, strict=True))
         told = f", p = {p:.2g} (Holm {adjusted:.2g})" + f" for ±{edges[-1]:g}" * (len(edges) == 2)
     why = f"; {part.why}" if part.why else ""
-    return f"{part.label}: {line(part.stat, part.unit, told, edges[0] if len(edges) == 1 else 0)}{why}"
+    return f"{part.label}: {figure(part.stat, part.unit, told, edges[0] if len(edges) == 1 else 0)}{why}"
 
 
-def figure(stat, unit=""):
-    """A statistic in one line, tested against 0 without correction."""
-    return "–" if stat is None else line(stat, unit, f", p = {stat['p']:.2g}")
+def figure(stat, unit="", told=None, bar=0.0):
+    """Mean, 95 % interval and its kind, what is told of the test, seeds on both sides of the bar.
 
-
-def line(stat, unit, told, bar=0.0):
-    """Mean, 95 % interval and its kind, what is told of the test, seeds on both sides of the bar."""
+    told: a test against 0 without correction unless given.
+    """
+    if stat is None:
+        return "–"
+    told = f", p = {stat['p']:.2g}" if told is None else told
     digits = 1 if max(abs(stat["mean"]), abs(stat["low"]), abs(stat["high"])) >= 1 else 2
     average, low, high = (f"{stat[name]:+.{digits}f}" for name in ("mean", "low", "high"))
     up, down = signs(stat["values"], bar)

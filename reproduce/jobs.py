@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from config import InputError
 from engine.files import write_json, write_text
+from reproduce import HERE, read_json
 from reproduce.records import record_of
 
 BAR = "{desc} |{bar}| {percentage:3.0f} %, {elapsed} gone, {remaining} left"
@@ -52,7 +53,7 @@ def work(job, runs, folders, about):
                 from reproduce.gradients import probe
 
                 folder.mkdir(exist_ok=True)
-                record = probe(runs / job.start, json.loads((runs / job.start / "record.json").read_text()))
+                record = probe(runs / job.start, read_json(runs / job.start / "record.json"))
             else:
                 import rerule
 
@@ -101,11 +102,11 @@ def read_records(folder):
     path, records = folder / "records.json", {}
     if path.exists():
         try:
-            records = json.loads(path.read_text(encoding="utf-8"))["runs"]
+            records = read_json(path)["runs"]
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise InputError(f"{path}: cannot be read ({error!r:.80}); choose another --output_dir") from None
     for path in sorted(folder.glob("runs/*/record.json")):
-        records.setdefault(path.parent.name, json.loads(path.read_text(encoding="utf-8")))
+        records.setdefault(path.parent.name, read_json(path))
     return records
 
 
@@ -155,7 +156,7 @@ def run_all(o, folder, records, jobs_of):
                     bar.write(f"{problem} (see {runs / 'logs' / job.name}.log)")
                     raise InputError(f"the run {job.name} failed; once that is mended, the same command goes on")
                 if not is_done(job):
-                    records[job.name] = json.loads((runs / job.name / "record.json").read_text(encoding="utf-8"))
+                    records[job.name] = read_json(runs / job.name / "record.json")
                 bar.update(round(job.cost))
     bar.close()
 

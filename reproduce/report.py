@@ -2,19 +2,21 @@
 
 The text is `template.md`, whose order is that of a reader's questions: what holds, against which controls, then the
 paper's tables and figures one by one, each with the command that makes it. What fills a section's blanks is a function
-of the records, `r`, and the report's folder; a section that lacks runs says so.
+of the records, `r`, and the report's folder; a section that lacks runs says so. Tables of real text are of tiny models.
 """
 
+from math import log10
 from pathlib import Path
 
 from engine.files import write_text
 from engine.plots import NAMES, mean, scatter
-from reproduce import HERE, WORDS, claims, figures, real_text, records
+from reproduce import HERE, WORDS, claims, figures, read_json, records
 from reproduce.plan import FAMILIES, OPTIMISER_STEPS, SECTIONS
-from reproduce.real_text import PAPER, table
 from reproduce.records import CURVES, RATES
 from reproduce.statistics import paired, spread, statistic
 
+PAPER = read_json(HERE / "paper.json")
+MODELS = {name: name for name in ("Original", "Retained", "Rej. Steer")} | {"RULE": "rule", "ReRULE": "rerule"}
 LABELS = NAMES | {name: words.format(n=OPTIMISER_STEPS) for name, words in WORDS["rows"].items()}
 
 
@@ -38,16 +40,14 @@ def head(r, o, jobs):
     runs, seeds = r.records.values(), sorted(r.runs("base"))
     commits = ", ".join(sorted({run["commit"] for run in runs}))
     versions = "; ".join(sorted({", ".join(f"{k} {v}" for k, v in run["versions"].items()) for run in runs}))
-    missing = sum(job.name not in r.records for job in jobs)
-    hours = sum(run["seconds"] for run in runs) / 3600
+    missing, hours = sum(job.name not in r.records for job in jobs), sum(run["seconds"] for run in runs) / 3600
     command = "python -m reproduce" + (" --quick" if o.quick else f" --seeds {o.seeds}")
     command += " --tofu_dir DATA/tofu" * r.has("tofu") + " --rwku_dir DATA/rwku" * r.has("rwku")
     told = f"{len(runs)} runs, {hours:.1f} hours of one CPU thread; commit {commits}; {versions}"
     made_by = f"Command `{command}`; {told}. Report seeds {seeds[0]}–{seeds[-1]}." if seeds else "No runs yet."
-    refused = f"\n\nNo condition of replay, for it never ran there: {', '.join(r.refused)}." if r.refused else ""
-    quick = "\n\n**This is a quick run: few seeds, few steps. It shows that everything works, and nothing else.**"
-    lacks = f"\n\n{missing} of {len(jobs)} runs are missing; parts without theirs say so."
-    return {"made_by": made_by, "notes": refused + quick * o.quick + lacks * bool(missing)}
+    holds = {"refused": r.refused, "quick": o.quick, "missing": missing}
+    notes = [WORDS["notes"][name].format(", ".join(r.refused), missing, len(jobs)) for name in holds if holds[name]]
+    return {"made_by": made_by, "notes": "".join(notes)}
 
 
 def verdicts(r):
@@ -61,21 +61,30 @@ def verdicts(r):
     return {"counts": f"{len(found)} claims: {told}.", "table": table(rows)}
 
 
+def table(rows):
+    """Rows of a Markdown table, whose header the template has."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def column(outcomes, name, *look):
     return spread([o.get(name) for o in outcomes.values()], *look)
 
 
 def interval(stat, digits=1):
     """Paired difference with its interval, in a cell; "b" where that is BCa's."""
-    if not stat:
-        return "–"
-    told = f"{stat['mean']:+.{digits}f} [{stat['low']:+.{digits}f}, {stat['high']:+.{digits}f}]"
-    return told + " b" * (stat["kind"] == "BCa")
+    told = f"{{mean:+.{digits}f}} [{{low:+.{digits}f}}, {{high:+.{digits}f}}]"
+    return told.format(**stat) + " b" * (stat["kind"] == "BCa") if stat else "–"
+
+
+def theirs(number, title, name):
+    """A figure of the paper's in a cell, empty where it has none."""
+    value = PAPER[number].get(title, {}).get(name)
+    return "" if value is None else f"{value:g}"
 
 
 def sign(stat):
     """How many seeds went up."""
-    return f"{stat['up']} of {stat['n']}" if stat else "–"
+    return "{up} of {n}".format(**stat) if stat else "–"
 
 
 def difference_table(r, section, rate=RATES[0]):
@@ -88,29 +97,24 @@ def difference_table(r, section, rate=RATES[0]):
     for label, outcomes in own.items():
         stats = {name: paired(outcomes, rule, name) for name in ("retain_recall", "hard", "leak_64")}
         cells = [(column(outcomes, name), "" if outcomes is rule else interval(stat)) for name, stat in stats.items()]
-        rows.append([label, *cells[0], "" if outcomes is rule else sign(stats["retain_recall"]), *cells[1], *cells[2]])
-        rest = ("forget_refusal", "retain_refusal", "seconds_stage2")
-        rows[-1] += [column(outcomes, "late_hard", 2), *(column(outcomes, name) for name in rest)]
+        up = "" if outcomes is rule else sign(stats["retain_recall"])
+        rest = [column(outcomes, name) for name in ("forget_refusal", "retain_refusal", "seconds_stage2")]
+        rows.append([label, *cells[0], up, *cells[1], *cells[2], column(outcomes, "late_hard", 2), *rest])
     return "\n".join([*WORDS["differences"], table(rows)])
 
 
 def table1(r, folder):
     """Tables 1 and 2 in shape, with the paper's figures beside ours."""
-    rows = {name: r.of("base", name) for name in ("Original", "Retained")}
-    rows |= {name: r.of("baselines", name) for name in next(iter(r.runs("baselines").values()))["rows"]}
-    rows |= {"Rej. Steer": r.of("base", "Rej. Steer"), "RULE": r.of("base", "rule"), "ReRULE": r.of("base")}
-    if r.chosen:
-        rows |= {f"{name}, own rate": r.at(key, "chosen") for key, name in NAMES.items()}
-    theirs = {"table1": ("forget_all", "retain_all"), "table2": ("knowmem", "utility")}
-    columns = ("retain_recall", "hard", "easy", "retain_refusal", "forget_refusal", "forget_recall", "leak_64")
+    base, baselines = {name: r.of("base", method) for name, method in MODELS.items()}, r.runs("baselines").values()
+    rows = {name: base[name] for name in ("Original", "Retained")}
+    rows |= {name: r.of("baselines", name) for name in next(iter(baselines))["rows"]} | base
+    rows |= {f"{name}, own rate": r.at(key, "chosen") for key, name in NAMES.items()} if r.chosen else {}
     rows, lines = {name: o for name, o in rows.items() if o}, []
     for name, outcomes in rows.items():
         stopped = any(o.get("stopped") for o in outcomes.values())
-        tokens = [column(outcomes, key, 0) for key in ("forget_tokens", "retain_tokens")]
-        paper = [PAPER[number].get(name, {}).get(key) for number, keys in theirs.items() for key in keys]
-        ours = [column(outcomes, key) for key in columns]
-        paper = ["" if value is None else f"{value:g}" for value in paper]
-        lines.append([name + "†" * stopped, str(len(outcomes)), *tokens, *ours, *paper])
+        ours = [column(outcomes, *key_and_look) for key_and_look in WORDS["methods_columns"]]
+        paper = [theirs(number, name, key) for number, key in WORDS["papers_columns"]]
+        lines.append([name + "†" * stopped, str(len(outcomes)), *ours, *paper])
     scatter({name: list(outcomes.values()) for name, outcomes in rows.items()}, folder / "methods.png")
     return {"table": table(lines)}
 
@@ -131,10 +135,10 @@ def table3(r, folder):
 
 def table4(r, folder):
     """Hard against random storage."""
-    pairs = {"separate": (r.at("rerule", RATES[0]), r.at("random", RATES[0])),
-             "combined": (r.of("combined"), r.of("combined_random"))}  # fmt: skip
-    changes = {name: paired(*pair, "retain_recall") for name, pair in pairs.items()}
-    return {name: claims.figure(stat) for name, stat in changes.items()} | {"table": difference_table(r, "table4")}
+    separate = paired(r.at("rerule", RATES[0]), r.at("random", RATES[0]), "retain_recall")
+    combined = paired(r.of("combined"), r.of("combined_random"), "retain_recall")
+    told = {"separate": claims.figure(separate), "combined": claims.figure(combined)}
+    return told | {"table": difference_table(r, "table4")}
 
 
 def table6(r, folder):
@@ -213,12 +217,6 @@ def controls(r, folder):
     return {"table": difference_table(r, "controls"), "best": best, "rate": r.chosen["rule"] if r.chosen else "–"}
 
 
-def age(r, folder):
-    """What the age of the replayed groups does."""
-    figures.age(r, folder / "age.png")
-    return {"table": difference_table(r, "age")}
-
-
 def town(r, folder):
     """A world where forgetting and keeping compete."""
     figures.town(r, WORDS["town_columns"], folder / "town.png")
@@ -262,13 +260,68 @@ def appendix_e(r, folder):
     return {"bounds": table(rows), "models": table(models), "correlation": correlation}
 
 
+def compared(r, family, columns, paper, names):
+    """A row for each model of a family's runs: seeds, `columns` with their digits, then the paper's `names`."""
+    rows = []
+    for title, own in models_of(r, family).items():
+        ours = [column(own, name, *look) for name, look in columns.items()]
+        rows.append([title, str(len(own)), *ours, *(theirs(paper, title, name) for name in names)])
+    return rows
+
+
+def models_of(r, family):
+    """{title: {seed: outcome}} of the models that a family's runs have."""
+    found = {title: r.of(family, method) for title, method in MODELS.items()}
+    return {title: own for title, own in found.items() if any(o["retain_recall"] is not None for o in own.values())}
+
+
+def change(r, family, column, value=lambda figure: figure):
+    """ReRULE − RULE in a column, in one line; value: what of the column's figure is compared."""
+    pair = [{seed: {column: value(o[column])} for seed, o in r.of(family, m).items()} for m in ("rerule", "rule")]
+    return claims.figure(paired(*pair, column))
+
+
+def table5(r, folder):
+    """TOFU: forget quality as the geometric mean of its p-values and as log10; the retained model's own is 1."""
+    rows = compared(r, "tofu", WORDS["tofu_columns"], "table5", ("forget_quality", "model_utility", "forget_rouge_l"))
+    for row, (title, own) in zip(rows, models_of(r, "tofu").items(), strict=True):
+        logs = [0.0 if title == "Retained" else log10(o["forget_quality"]) for o in own.values()]
+        row[2:2] = [f"{10 ** mean(logs):.2g}", spread(logs, 1)]
+    told = {"quality": change(r, "tofu", "forget_quality", log10)}
+    return {"table": table(rows), **told, "utility": change(r, "tofu", "model_utility", lambda share: 100 * share)}
+
+
+def book(r, folder):
+    """VerbMem, KnowMem and Utility on a book of our own."""
+    names = ("verbmem", "knowmem", "utility")
+    rows = compared(r, "book", dict.fromkeys([*names, "forget_refusal", "retain_refusal"], []), "table2", names)
+    return {"table": table(rows), **{name: change(r, "book", name) for name in names}}
+
+
+def attacks_by_type(r, folder):
+    """RWKU: a row for each of its columns and for each type of attack; in a cell one figure a seed."""
+    runs, rows = r.runs("rwku"), []
+    titles = [title for title in MODELS if title != "Retained"]
+    names = {name for run in runs.values() for name in run["rows"]["Original"] if name.startswith("attack_")}
+    for name in (
+        *WORDS["rwku_columns"],
+        *sorted(name for name in names if "lingual_" not in name),
+    ):  # all languages together
+        found = [[run["rows"][title].get(name) for run in runs.values()] for title in titles]
+        cells = [" · ".join("–" if x is None else f"{x:.1f}" for x in figures) for figures in found]
+        label = WORDS["rwku_columns"].get(name) or name.removeprefix("attack_").replace("_", " ") + " ↓"
+        rows.append([label, *cells, *(theirs("table1", title, name) for title in titles)])
+    return {"table": table(rows), "seeds": ", ".join(map(str, runs))}
+
+
 PARTS = {  # what fills each section's blanks, in the template's order
-    "rates": rates, "controls": controls, "age": age, "town": town,
-    "table1": table1, "table3": table3, "table4": table4, "table5": real_text.table5, "table6": table6,
+    "rates": rates, "controls": controls,
+    "age": lambda r, folder: figures.age(r, folder / "age.png") or {"table": difference_table(r, "age")}, "town": town,
+    "table1": table1, "table3": table3, "table4": table4, "table5": table5, "table6": table6,
     "table7": table7, "table8": lambda r, _: {"table": difference_table(r, "table8")},
     "figure1": lambda r, folder: figures.trajectories(r, folder / "trajectories.png") or {},
     "figure2": lambda r, folder: figures.pipeline(folder / "pipeline.png") or {},
-    "figure3": figure3, "worlds": worlds, "book": real_text.book,
-    "rwku": lambda r, folder: figures.attacks(r, folder / "attacks.png") or real_text.attacks_by_type(r, folder),
+    "figure3": figure3, "worlds": worlds, "book": book,
+    "rwku": lambda r, folder: figures.attacks(r, folder / "attacks.png") or attacks_by_type(r, folder),
     "weights": lambda r, _: {"table": difference_table(r, "weights")}, "appendix_e": appendix_e,
 }  # fmt: skip
