@@ -1,8 +1,8 @@
 """Makes the files that Stage 1 and Stage 2 read, for any target: from a benchmark's files, questions, or a text.
 
 Covers Appendix A: refusals for questions (Type II) and completions (Type I), and boundary queries that ask the same of
-a permitted neighbour. A language model at any OpenAI-compatible URL writes them (`prompts.py`); without one, the rules
-of `rewrite.py` do, and every row says so ("made_by"). A benchmark's evaluation files are copied.
+a permitted neighbour. A language model at any OpenAI-compatible URL writes them; without one, the rules of `rewrite.py`
+do, and every row says so ("made_by"). A benchmark's evaluation files are copied.
 """
 
 import os
@@ -16,17 +16,14 @@ from typing import Annotated, Literal
 
 import benchmarks
 from benchmarks.metrics import words
-from build_data.prompts import complete_all, language_model
 from build_data.queries import Check, find_neighbours, hold_out, training_rows
-from build_data.rewrite import normal
-from build_data.sources import EVALUATION, evaluation_queries, neighbours_path, read_facts, read_neighbours
+from build_data.rewrite import complete_all, language_model, normal
+from build_data.sources import EVALUATION, FILES, evaluation_queries, neighbours_path, read_facts, read_neighbours
 from config import Above0, Count, InputError, setting
 from engine.files import is_writable, read_rows, save_folder, write_json
 from engine.flags import check_bounds, parse, run_command
 from engine.seeds import derive_seed
 
-FILES = ("reject_target.json", "rl_rejection_with_fb_neighbor.json")  # of Stage 1 and Stage 2, as RULE names them
-MUSE_FILES = ("reject_target_0.5.json", "rl_rejection_with_neighbor.json")
 EXAMPLES = Path(__file__).with_name("examples.txt").read_text(encoding="utf-8").splitlines()
 
 
@@ -114,7 +111,7 @@ def make(o, ask):
     if not forget or not boundary:
         raise InputError(f"--input {o.input}: no {'boundary' if forget else 'forget'} query is left")
     rows = training_rows(forget, boundary, o.seed)
-    files |= zip(MUSE_FILES if o.source == "muse" else FILES, rows, strict=True)
+    files |= zip(FILES.get(o.source, FILES["others"]), rows, strict=True)
     items, modes = {"forget": forget, "boundary": boundary}, {"qa": "questions", "completion": "completions"}
     rows = [{"kind": kind, **item._asdict()} for kind in items for item in items[kind]]
     counts = {f"{k}, {modes[m]}": sum(item.mode == m for item in items[k]) for k in items for m in modes}

@@ -4,6 +4,7 @@ Covers the sources of Appendix A: RWKU's questions, MUSE's passages, TOFU's rows
 own questions or text.
 """
 
+import json
 import random
 import sys
 from dataclasses import replace
@@ -17,13 +18,9 @@ from config import InputError
 from engine.files import read_rows
 from engine.seeds import derive_seed
 
-EVALUATION = {  # what evaluation reads of the benchmarks' folders, copied
-    "rwku": ["intro.json", "forget_level?.json", "neighbor_level?.json"],
-    "tofu": ["forget01.json", "retain99.json", "*_perturbed.json"],
-    "muse": ["knowmem/*.json", "verbmem/*.json"],
-}
-NEIGHBOURS = {"tofu": "retain99.json", "muse": "raw/retain1.txt"}  # permitted, of a benchmark's own
-PASSAGE = {"muse": 150, "text": 60}  # words: a user's text is short, and three facts are made of each passage
+# By source: what evaluation reads of a benchmark's folder, copied; a benchmark's own permitted neighbours; words of a
+# passage (a user's text is short, and three facts are made of each); RULE's names of the files of Stage 1 and Stage 2.
+EVALUATION, NEIGHBOURS, PASSAGE, FILES = json.loads(Path(__file__).with_name("forms.json").read_text("utf-8")).values()
 PAIR = {"question": str, "answer": str}
 REQUESTS = "{}: at most {} requests in all; none is made twice"
 

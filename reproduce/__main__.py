@@ -39,10 +39,6 @@ def main(argv=None):
             raise InputError(f"--only {name}: expected some of {', '.join(SECTIONS)}")
     if o.seeds < 2 or o.workers < 1:
         raise InputError("--seeds, --workers: expected at least 2 seeds, whose spread is told, and 1 worker")
-    for flag, name in (("tofu_dir", "forget01.json"), ("rwku_dir", "forget_level3.json")):
-        folder = getattr(o, flag)
-        if folder and not (Path(folder) / name).is_file():
-            raise InputError(f"--{flag} {folder}: holds no {name}")
     o.seeds = min(o.seeds, 2) if o.quick else o.seeds
     folder = Path(o.output_dir or ("runs/quick" if o.quick else "results"))
     records = read_records(folder)

@@ -7,13 +7,8 @@ margin that it must stay "within". A side has a family of runs, a method and a c
 sides. "@4e-5" in place of a family is a learning rate, "@chosen" the one chosen for the method on the selection seeds,
 "@chosen:rule" the one chosen for RULE.
 
-A part is tested against its bar, two-sided. "Within" is two tests, one-sided, one for each edge. Holm corrects all
-tests of the report together. With p ≤ 0.05 after that a part holds or is opposite, by its side of the bar; else it is
-inconclusive. A claim is opposite if a part is, holds if all do, else inconclusive. It is not run below SEEDS seeds or
-where a replay condition never replayed, and not testable here where `claims.json` says why; neither is tested.
-
-The bars are older than the results: of the commit that a claim's "since" names, 100 minutes before the first report
-(51ddfb7), else of 9b80cbb, a day later and before the claim's runs were made.
+How a verdict follows, and how old the bars are, stands below the table of claims in `template.md`. A claim is not
+tested where `claims.json` says why it is "not_testable"; "since" names the commit of its bar, 9b80cbb unless given.
 """
 
 from collections import defaultdict
@@ -26,7 +21,7 @@ from baselines import TITLES
 from engine.plots import mean
 from reproduce import HERE, read_json, records
 from reproduce.plan import SECTIONS
-from reproduce.statistics import difference, holm, p_value, rank_correlation, signs, statistic
+from reproduce.statistics import difference, holm, p_value, rank_correlation, statistic
 
 HARD_STORES = SECTIONS["appendix_e"][:-1]  # ReRULE and its variants that store hard groups alone; the probe is last
 SEEDS, LEVEL = 8, 0.05  # seeds that a verdict needs; p that it needs
@@ -88,7 +83,7 @@ def figure(stat, unit="", told=None, bar=0.0):
     told = f", p = {stat['p']:.2g}" if told is None else told
     digits = 1 if max(abs(stat["mean"]), abs(stat["low"]), abs(stat["high"])) >= 1 else 2
     average, low, high = (f"{stat[name]:+.{digits}f}" for name in ("mean", "low", "high"))
-    up, down = signs(stat["values"], bar)
+    up, down = sum(value > bar for value in stat["values"]), sum(value < bar for value in stat["values"])
     seeds = f"{up} above {down} below {bar:g}" if bar else f"{up} up {down} down"
     return f"{average}{unit} [{low}, {high}] {stat['kind']}{told}, {seeds}"
 

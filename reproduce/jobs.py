@@ -24,6 +24,7 @@ from reproduce import HERE, read_json
 from reproduce.records import record_of
 
 BAR = "{desc} |{bar}| {percentage:3.0f} %, {elapsed} gone, {remaining} left"
+TEXTS = {"tofu_dir": "forget01.json", "rwku_dir": "forget_level3.json", "data_dir": ""}  # a file that each must hold
 KEPT = ("config.json", "table.json", "metrics.jsonl", "record.json", "samples.jsonl.gz")  # of a finished run
 
 
@@ -85,10 +86,9 @@ def trim(folder):
 
 def about():
     """What a record says of where it comes from: the code's commit and the versions."""
-    here = Path(__file__).parents[1]
 
     def git(*args):
-        done = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True)
+        done = subprocess.run(["git", "-C", str(HERE.parent), *args], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     changed = git("status", "--porcelain", "--", "*.py", "refusal.txt", "reproduce/*.json", ":!tests")
@@ -117,9 +117,14 @@ def write_records(folder, records):
 
 
 def run_all(o, folder, records, jobs_of):
-    """Run what is missing of the jobs, longest chains first, and put every record into `records`."""
-    runs, source = folder / "runs", about()
-    folders = {name: getattr(o, name, "") for name in ("tofu_dir", "rwku_dir", "data_dir")}  # of real text
+    """Run what is missing of the jobs, longest chains first, and put every record into `records`.
+
+    Raises: InputError for a folder of real text without its files, and for a run that failed.
+    """
+    runs, source, folders = folder / "runs", about(), {flag: getattr(o, flag, "") for flag in TEXTS}
+    for flag, place in folders.items():
+        if place and not Path(place, TEXTS[flag]).exists():
+            raise InputError(f"--{flag} {place}: holds no {TEXTS[flag]}")
     is_done = lambda job: job.name in records and tuple(records[job.name]["args"]) == job.args  # noqa: E731
     if all(is_done(job) for job in jobs_of(o, records)):
         return

@@ -48,20 +48,19 @@ def record_of(folder, whole=True):
         methods[method] = totals(own, config["prompts_per_step"])
         if not whole:
             continue
-        methods[method]["rewards"] = ["".join(level(row["rewards"]) for row in rows) for rows in groups]
-        of_age = ("replay_age", "ess_unclipped", "clipped_share")
-        replayed = [row for row in own if row.get("replay_groups")]
-        methods[method]["by_age"] = [[short(row.get(name)) for name in of_age] for row in replayed]
-        methods[method]["evaluations"] = [
-            {"step": row["step"]} | {k: short(row[f"eval_{k}"]) for k in KEPT if f"eval_{k}" in row}
-            for row in own if "eval_retain_recall" in row
-        ]  # fmt: skip
+        of_age, replayed = ("replay_age", "ess_unclipped", "clipped_share"), [r for r in own if r.get("replay_groups")]
+        evaluated = [row for row in own if "eval_retain_recall" in row]
+        columns = [{k: short(row[f"eval_{k}"]) for k in KEPT if f"eval_{k}" in row} for row in evaluated]
+        methods[method] |= {
+            "rewards": ["".join(LEVELS[round(16 * mean(row["rewards"]))] for row in rows) for rows in groups],
+            "by_age": [[short(row.get(name)) for name in of_age] for row in replayed],
+            "evaluations": [{"step": row["step"]} | own for row, own in zip(evaluated, columns, strict=True)],
+        }
     early = ("Original", "Retained", "Rej. Steer") if config["start_from"] else ()  # the base run's own
-    rows = {name: row for name, row in table.items() if name not in early}
-    found = {name: config[name] for name in ("tau", "lr", "steps", "group_size")}
-    for name, row in rows.items():
-        kept = [k for k in row if (k in KEPT or k.startswith(tuple(ATTACKED))) and row[k] is not None]
-        rows[name] = {k: short(row[k]) for k in kept}
+    found, rows = {name: config[name] for name in ("tau", "lr", "steps", "group_size")}, {}
+    for name in [name for name in table if name not in early]:
+        kept = [k for k in table[name] if k in KEPT or k.startswith(tuple(ATTACKED))]
+        rows[name] = {k: short(table[name][k]) for k in kept if table[name][k] is not None}
     found |= {"rows": rows, "methods": methods} | ({"queries": queries} if whole else {})
     if whole and {"rule", "rerule"} <= set(methods):  # a base run: what its variants are read with
         asked = {row["query"]: row for row in samples}
@@ -77,11 +76,6 @@ def short(value):
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def level(rewards):
-    """A group's mean reward as one character."""
-    return LEVELS[round(16 * sum(rewards) / len(rewards))]
-
-
 def totals(rows, n_groups):
     """What a method's steps add up to: seconds of each part, tokens, and replay's figures (means over its updates)."""
     replayed = [row for row in rows if row.get("replay_groups")]
@@ -89,11 +83,10 @@ def totals(rows, n_groups):
     found = {f"seconds_{k}": sum(row.get(f"seconds_{k}", 0.0) for row in rows) for k in PARTS}
     found["response_tokens"] = sum(row["response_tokens"] for row in rows)
     found["first_replay"] = min(active, default=None)
-    found["replay_groups"] = sum(row["replay_groups"] for row in replayed)
-    found["replay_skipped"] = sum(row["replay_skipped"] for row in replayed)
+    found |= {name: sum(row[name] for row in replayed) for name in ("replay_groups", "replay_skipped")}
     found["arithmetic"] = arithmetic(rows, n_groups)
-    for name in ("ess", "ess_unclipped", "clipped_share", "replay_age"):
-        found[name] = mean(row.get(name) for row in replayed)
+    means = ("ess", "ess_unclipped", "clipped_share", "replay_age")
+    found |= {name: mean(row.get(name) for row in replayed) for name in means}
     return {name: short(value) for name, value in found.items()}
 
 

@@ -157,8 +157,7 @@ def table7(r, folder):
     rows = []
     for family, label in (("base", "Built-in world"), ("tofu", "TOFU text, tiny model")):
         if r.runs(family):
-            of, less = ([family, method, "seconds_stage2"] for method in ("rerule", "rule"))
-            stat = claims.measured(r, {"label": "", "of": of, "less": less, "as": "extra"}, {}).stat
+            stat = change(r, family, "seconds_stage2", **{"as": "extra"})
             methods = [run["methods"]["rerule"] for run in r.runs(family).values()]
             seconds = [[ran[f"seconds_{part}"] for part in records.PARTS] for ran in methods]
             parts = [100 * mean(row[at] / sum(row) for row in seconds) for at in range(len(records.PARTS))]
@@ -180,22 +179,23 @@ def figure3(r, folder):
 def rates(r, folder):
     """The main figure, what it is drawn from, and what the rates were chosen on."""
     figures.rates(r, folder / "rates.png")
-    found, gains = {"retain_recall": [], "leak_64": []}, []
-    for name, label in LABELS.items():
-        for key, rows in found.items():
-            cells = [column(r.at(name, rate), key) for rate in r.rates]
-            bold = [f"**{c}**" if rate == r.chosen[name] else c for c, rate in zip(cells, r.rates, strict=True)]
-            rows.append([label, *bold])
-        for key, words in (("retain_recall", "retain"), ("leak_64", "leak@64")) if name != "rule" else ():
-            pairs = [(r.at(name, rate), r.at("rule", rate)) for rate in (*r.rates, "chosen")]
-            gains.append([f"{label}: {words}", *(interval(paired(*pair, key)) for pair in pairs)])
     selection = sorted({run["seed"] for run in r.records.values()} - r.seeds)
     scores = records.rate_scores(r.records, selection, r.rates)
-    chosen = [[LABELS[name], *(f"**{spread(own)}**" if rate == r.chosen[name] else spread(own)
-                               for rate, own in scores[name].items())] for name in CURVES]  # fmt: skip
+
+    def row(name, cells):
+        """Of all rates, the one chosen in bold."""
+        cells = zip(cells, r.rates, strict=True)
+        return [LABELS[name], *(f"**{cell}**" if rate == r.chosen[name] else cell for cell, rate in cells)]
+
+    retain, leak = (table(row(name, [column(r.at(name, rate), key) for rate in r.rates]) for name in LABELS)
+                    for key in ("retain_recall", "leak_64"))  # fmt: skip
+    gains = [[f"{LABELS[name]}: {words}",
+              *(interval(paired(r.at(name, x), r.at("rule", x), key)) for x in (*r.rates, "chosen"))]
+             for name in LABELS if name != "rule" for key, words in WORDS["gains"].items()]  # fmt: skip
+    chosen = [row(name, map(spread, scores[name].values())) for name in CURVES]
     n_steps = [f"{n} at {rate} ({r.chosen['ratios'][rate]:.2f})" for rate, n in r.chosen["n_steps"].items()]
     return {"rates": " | ".join(r.rates), "lines": "---:|" * len(r.rates), "seeds": ", ".join(map(str, selection)),
-            "retain": table(found["retain_recall"]), "leak": table(found["leak_64"]), "gains": table(gains),
+            "retain": retain, "leak": leak, "gains": table(gains),
             "selection": table(chosen), "n_steps": ", ".join(n_steps), "optimiser_steps": OPTIMISER_STEPS}  # fmt: skip
 
 
@@ -275,10 +275,10 @@ def models_of(r, family):
     return {title: own for title, own in found.items() if any(o["retain_recall"] is not None for o in own.values())}
 
 
-def change(r, family, column, value=lambda figure: figure):
-    """ReRULE − RULE in a column, in one line; value: what of the column's figure is compared."""
-    pair = [{seed: {column: value(o[column])} for seed, o in r.of(family, m).items()} for m in ("rerule", "rule")]
-    return claims.figure(paired(*pair, column))
+def change(r, family, column, **way):
+    """Statistic of ReRULE against RULE in a column; way: "as" or "times", as in `claims.json`."""
+    of, less = ([family, method, column] for method in ("rerule", "rule"))
+    return claims.measured(r, {"label": "", "of": of, "less": less} | way, {}).stat
 
 
 def table5(r, folder):
@@ -287,26 +287,24 @@ def table5(r, folder):
     for row, (title, own) in zip(rows, models_of(r, "tofu").items(), strict=True):
         logs = [0.0 if title == "Retained" else log10(o["forget_quality"]) for o in own.values()]
         row[2:2] = [f"{10 ** mean(logs):.2g}", spread(logs, 1)]
-    told = {"quality": change(r, "tofu", "forget_quality", log10)}
-    return {"table": table(rows), **told, "utility": change(r, "tofu", "model_utility", lambda share: 100 * share)}
+    quality = claims.figure(change(r, "tofu", "forget_quality", **{"as": "log10"}))
+    return {"table": table(rows), "quality": quality,
+            "utility": claims.figure(change(r, "tofu", "model_utility", times=100))}  # fmt: skip
 
 
 def book(r, folder):
     """VerbMem, KnowMem and Utility on a book of our own."""
     names = ("verbmem", "knowmem", "utility")
     rows = compared(r, "book", dict.fromkeys([*names, "forget_refusal", "retain_refusal"], []), "table2", names)
-    return {"table": table(rows), **{name: change(r, "book", name) for name in names}}
+    return {"table": table(rows), **{name: claims.figure(change(r, "book", name)) for name in names}}
 
 
 def attacks_by_type(r, folder):
     """RWKU: a row for each of its columns and for each type of attack; in a cell one figure a seed."""
-    runs, rows = r.runs("rwku"), []
-    titles = [title for title in MODELS if title != "Retained"]
+    runs, rows, titles = r.runs("rwku"), [], [title for title in MODELS if title != "Retained"]
     names = {name for run in runs.values() for name in run["rows"]["Original"] if name.startswith("attack_")}
-    for name in (
-        *WORDS["rwku_columns"],
-        *sorted(name for name in names if "lingual_" not in name),
-    ):  # all languages together
+    names = sorted(name for name in names if "lingual_" not in name)  # all languages together
+    for name in (*WORDS["rwku_columns"], *names):
         found = [[run["rows"][title].get(name) for run in runs.values()] for title in titles]
         cells = [" · ".join("–" if x is None else f"{x:.1f}" for x in figures) for figures in found]
         label = WORDS["rwku_columns"].get(name) or name.removeprefix("attack_").replace("_", " ") + " ↓"
