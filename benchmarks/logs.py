@@ -6,11 +6,8 @@ from engine.files import read_rows
 
 def read_log(path, benchmark, sets=()):
     """Rows of an earlier result of ours (or of its rows alone, as JSON lines), or of a log in the benchmark's own form.
-
-    Args: sets: the sets that a log in its own form must hold; all unless given.
-    Returns: (rows as in "per_example", whether the log is in the benchmark's own form).
-    Raises: InputError naming the file and what is missing in it.
-    """
+    Args: sets: the sets that a log in its own form must hold; all unless given. Returns: (rows as in "per_example",
+    whether the log is in the benchmark's own form). Raises: InputError naming the file and what is missing in it."""
     stored = read_rows(path, {})
     log = stored[0]
     theirs = benchmark.own_log(path, log, sets)

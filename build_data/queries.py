@@ -37,10 +37,8 @@ def items_of(fact):
 
 class Check:
     """What a query must not be; keeps count of what it has turned away and of what it has let in.
-
     gone: names that no boundary query or answer may hold; evaluated: {normal form: split} of evaluation's queries;
-    free: splits that forget queries may share (TOFU evaluates on the questions that it trains on).
-    """
+    free: splits that forget queries may share (TOFU evaluates on the questions that it trains on)."""
 
     def __init__(self, gone, evaluated, free, rejected):
         self.gone, self.evaluated, self.free = gone, evaluated, free
@@ -121,9 +119,7 @@ def matched(o, facts, permitted, bare, check):
 
 def match(facts, neighbours):
     """For each fact the neighbours' facts in order of likeness: the same words asked, the names aside (Jaccard).
-
-    Returns: an iterator of lists of indices into `neighbours`, one a fact; ties stay in the neighbours' order.
-    """
+    Returns: an iterator of lists of indices into `neighbours`, one a fact; ties stay in the neighbours' order."""
     asked, theirs = ([{*words(f.question)} - {*words(f.name)} for f in own] for own in (facts, neighbours))
     for ours in asked:
         like = [len(ours & other) / max(1, len(ours | other)) for other in theirs]
@@ -131,11 +127,9 @@ def match(facts, neighbours):
 
 
 def hold_out(o, facts, found, check):
-    """qa, text: facts and neighbours kept out of training, and RWKU's evaluation files made of them.
-
-    Only a fact with all four queries in order (question, completion, and its neighbour's) is held out.
-    Returns: {file name: rows}, the numbers of the facts held out.
-    """
+    """qa, text: facts and neighbours kept out of training, and RWKU's evaluation files made of them. Only a fact with
+    all four queries in order (question, completion, and its neighbour's) is held out. Returns: {file name: rows}, the
+    numbers of the facts held out."""
 
     def asked(fact):
         return {normal(fact.question), normal(fact.completion)}
@@ -163,10 +157,8 @@ def hold_out(o, facts, found, check):
 
 
 def refusals(names, seed):
-    """One refusal for each name ("" for none), by turns without and with the name.
-
-    `is_refusal` recognises each one, or Stage 2 would punish what Stage 1 has taught.
-    """
+    """One refusal for each name ("" for none), by turns without and with the name. `is_refusal` recognises each one, or
+    Stage 2 would punish what Stage 1 has taught."""
     rng, left, given = random.Random(derive_seed(seed, "refusals")), {"plain": [], "named": []}, []
     for i, name in enumerate(names):
         kind = "named" if name and i % 2 else "plain"

@@ -57,11 +57,8 @@ def normal(text):
 
 
 def authors(rows, block=20):
-    """The author's name of each of TOFU's rows, "" where none is found.
-
-    TOFU keeps an author's 20 rows together; the name is the run of capitalised words that most of the rows hold, in a
-    third of them at least.
-    """
+    """The author's name of each of TOFU's rows, "" where none is found. TOFU keeps an author's 20 rows together; the
+    name is the run of capitalised words that most of the rows hold, in a third of them at least."""
     found = []
     for start in range(0, len(rows), block):
         part = rows[start : start + block]
@@ -173,10 +170,8 @@ def halves(passage):
 
 
 def ask_sentence(sentence, name=""):
-    """A fact from a sentence: its last name, number or closing words become a gap, and the gap a "what". Or None.
-
-    "Orla Finch kept the lamp at Skerry Point." → "Orla Finch kept the lamp at what?", "… at ___.", "Skerry Point".
-    """
+    """A fact from a sentence: its last name, number or closing words become a gap, and the gap a "what". Or None. "Orla
+    Finch kept the lamp at Skerry Point." → "Orla Finch kept the lamp at what?", "… at ___.", "Skerry Point"."""
     body = sentence.rstrip(".!?\"'”’ ")
     if not 5 <= len(body.split()) <= 40 or body.split()[0] in PRONOUNS or any(quote in body for quote in '"“”'):
         return None
@@ -202,9 +197,7 @@ def ask_sentence(sentence, name=""):
 
 def language_model(o, folder):
     """`ask(kind, blanks)` → for each prompt of a kind a reply or None, kept in `<folder>.llm.jsonl`; None without one.
-
-    blanks: what fills the prompt's blanks, a dict a prompt.
-    """
+    blanks: what fills the prompt's blanks, a dict a prompt."""
 
     def ask(kind, blanks):
         prompts = [PROMPTS[kind].format(**blank) for blank in blanks]

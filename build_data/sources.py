@@ -49,9 +49,7 @@ def evaluation_queries(o):
 
 def read_facts(o, ask, rejected):
     """The facts to forget. Their completions are made later, but for MUSE, where they are the passages' halves.
-
-    rejected: list that is told of passages of which the language model made nothing.
-    """
+    rejected: list that is told of passages of which the language model made nothing."""
     place = Path(o.input)
     if o.source == "tofu":
         rows = read_rows(place / "forget01.json", PAIR)

@@ -30,9 +30,7 @@ CHOSEN = WeakKeyDictionary()  # model → {what: way}, as `choose` has found it
 
 def choose(model, what, told):
     """The fast way for `what`, "sample" or "logprobs", if it gives this model's own numbers, else the plain one.
-
-    told: {what and architecture: way and reason}; what is new there is printed.
-    """
+    told: {what and architecture: way and reason}; what is new there is printed."""
     if what == "logprobs" and is_recomputed(model):
         what = "logprobs, layers computed twice"  # they keep no cache
     chosen = CHOSEN.setdefault(model, {})
@@ -183,9 +181,7 @@ def packed_sample(
 
 class RoomAhead(DynamicLayer):
     """A layer's keys and values (N, heads, columns, D) in room kept ahead: a step writes its own and copies no other's.
-
-    Only stands in for a layer that keeps every key in order: its type is compared, as a window's would not do.
-    """
+    Only stands in for a layer that keeps every key in order: its type is compared, as a window's would not do."""
 
     def __init__(self, layer):
         super().__init__()
@@ -221,9 +217,7 @@ class RoomAhead(DynamicLayer):
 
 def move_together(owner, spare):
     """Move open responses together, in the widest rows that leave at most one place in five empty.
-
-    Returns: rows (N',), the row that each new one was cut from; places (N', W') in it; the new owner (N', W').
-    """
+    Returns: rows (N',), the row that each new one was cut from; places (N', W') in it; the new owner (N', W')."""
     counts = (owner < spare).sum(1)  # (N,) open responses
     width, most = owner.shape[1], 1.25 * int(counts.sum())
     while width * int((pieces := -(-counts // width)).sum()) > most:  # pieces: (N,) new rows from each

@@ -76,10 +76,8 @@ def start(config):
 
 
 class Run:
-    """The output folder of one run: its logs, its last saved state and which phases are over.
-
-    Making one only reads and checks; `open` makes the folder, once everything else about the run has been checked too.
-    """
+    """The output folder of one run: its logs, its last saved state and which phases are over. Making one only reads and
+    checks; `open` makes the folder, once everything else about the run has been checked too."""
 
     def __init__(self, config, engine):
         self.config, self.engine, self.folder = config, engine, Path(config.output_dir)
@@ -186,10 +184,8 @@ class Run:
 
 class Phase:
     """One training loop of a run: steps from where its last state was saved, clocks, and a state every few steps.
-
     buffer: what else is saved and restored, by `state` and `restore`. A loop that sets `over`, to True or to the reason
-    why training failed, ends after that step.
-    """
+    why training failed, ends after that step."""
 
     def __init__(self, run, name, steps, model, optimizer, buffer=None):
         self.run, self.name, self.model, self.optimizer, self.buffer = run, name, model, optimizer, buffer

@@ -75,9 +75,7 @@ def shown(part):
 
 def figure(stat, unit="", told=None, bar=0.0):
     """Mean, 95 % interval and its kind, what is told of the test, seeds on both sides of the bar.
-
-    told: a test against 0 without correction unless given.
-    """
+    told: a test against 0 without correction unless given."""
     if stat is None:
         return "–"
     told = f", p = {stat['p']:.2g}" if told is None else told

@@ -51,9 +51,8 @@ def rates(r, path):
 
 def gains(panels, path, best_first=True):
     """What each kind of replay, and each control, gains over RULE at the same rate: mean, 95 % interval, every seed.
-
-    panels: {title: [(label, method as in `engine.plots.LOOKS`, statistic or None)]}, in this order unless `best_first`.
-    """
+    panels: {title: [(label, method as in `engine.plots.LOOKS`, statistic or None)]}, in this order unless
+    `best_first`."""
     heights = [0.8 + 0.3 * len(rows) for rows in panels.values()]
     figure, axes = pyplot().subplots(len(panels), figsize=(10, sum(heights)), height_ratios=heights, squeeze=False,
                                      sharex=True, layout="constrained")  # fmt: skip
@@ -69,9 +68,7 @@ def gains(panels, path, best_first=True):
 
 def matrix(axis, rows, form="{mean:.0f}"):
     """Rows of several methods: marks of their own, one under the other, and a column of numbers a method.
-
-    rows: {label: {method: statistic or None}}, the same methods in each.
-    """
+    rows: {label: {method: statistic or None}}, the same methods in each."""
     from matplotlib.transforms import ScaledTranslation
 
     methods = list(next(iter(rows.values()), ()))
@@ -183,11 +180,9 @@ def lines(axis, steps, values, name, **drawn):
 
 
 def pipeline(path):
-    """Figure 2: the steps of Stage 2 in their order, each box a function of ours.
-
-    `pipeline.json`: boxes, {function: [column, row, what it does]}, the lower row being what ReRULE adds; and arrows,
-    [from, to (numbers of boxes), corners from tail to head, words, where these stand, dash]; and a text beside them.
-    """
+    """Figure 2: the steps of Stage 2 in their order, each box a function of ours. `pipeline.json`: boxes, {function:
+    [column, row, what it does]}, the lower row being what ReRULE adds; and arrows, [from, to (numbers of boxes),
+    corners from tail to head, words, where these stand, dash]; and a text beside them."""
     from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
     from matplotlib.path import Path as Corners
 

@@ -45,9 +45,7 @@ class Job:
 
 def all_jobs(o, records):
     """Every job in the order to start them; what was chosen on the selection seeds is read off `records`.
-
-    o: the report's options: seeds, quick, tofu_dir, rwku_dir.
-    """
+    o: the report's options: seeds, quick, tofu_dir, rwku_dir."""
     selection, rates = (SELECTION[:1], RATES[:2]) if o.quick else (SELECTION, RATES)
     seeds = range(FIRST_SEED, FIRST_SEED + o.seeds)
     few = seeds[:1] if o.quick else seeds  # of all but the main figure

@@ -91,11 +91,9 @@ def totals(rows, n_groups):
 
 
 def arithmetic(rows, n_groups):
-    """Token positions computed, in forwards: one to sample, one for π_ref, three to update, three to replay.
-
-    Replayed groups have about as many tokens as the step's own; those skipped cost nothing, those drawn again to be
-    sampled. No clock is in it, so a number of steps that follows from it is the same on every machine.
-    """
+    """Token positions computed, in forwards: one to sample, one for π_ref, three to update, three to replay. Replayed
+    groups have about as many tokens as the step's own; those skipped cost nothing, those drawn again to be sampled. No
+    clock is in it, so a number of steps that follows from it is the same on every machine."""
     full = max([row.get("replay_groups", 0) for row in rows] + [1])  # what a full replay update draws: a step's groups
     used = [(row.get("replay_groups", 0) - row.get("replay_skipped", 0)) / full for row in rows]
     again = [row.get("redrawn", 0) / n_groups for row in rows]
@@ -118,9 +116,7 @@ def before_replay(base):
 
 def cases(base, prompts, answers):
     """The three hardest forget and the three hardest boundary prompts before replay: [(query, kind, prompt, answer)].
-
-    Equals stand in an order that is arbitrary but fixed.
-    """
+    Equals stand in an order that is arbitrary but fixed."""
     means = {query: mean(values) for query, values in before_replay(base).items()}
     order = sorted(means, key=lambda query: (means[query], random.Random(query).random()))
     own = {"forget": [q for q in order if base["kinds"][q] == "f"]}
@@ -138,10 +134,8 @@ def groups_of(record, method, last=None):
 
 
 def outcome(record, method, base):
-    """The figures of one method in one run that tables compare; `base` is the base run of its seed.
-
-    Of a probe: what `gradients.regions_of` measured, as "<region>_<name>".
-    """
+    """The figures of one method in one run that tables compare; `base` is the base run of its seed. Of a probe: what
+    `gradients.regions_of` measured, as "<region>_<name>"."""
     if "models" in record:
         regions_of = record["models"].get(method, {})
         return {f"{region}_{name}": value for region, row in regions_of.items() for name, value in row.items()}
@@ -181,10 +175,8 @@ def score(row):
 
 
 class Results:
-    """The records of a report, by family of runs and seed, and what tables compare of them.
-
-    A ReRULE that never replayed is refused: its run stands in `refused`, and no comparison has it.
-    """
+    """The records of a report, by family of runs and seed, and what tables compare of them. A ReRULE that never
+    replayed is refused: its run stands in `refused`, and no comparison has it."""
 
     def __init__(self, records, jobs):
         self.records = {job.name: records[job.name] for job in jobs if job.name in records}
@@ -257,10 +249,8 @@ def rate_scores(records, seeds, rates=RATES, names=CURVES, place=place_of):
 
 
 def best_rates(records, seeds, rates=RATES, names=CURVES, place=place_of):
-    """{curve: its best rate on the selection seeds}, among those at which it replayed on all of them.
-
-    None until all selection runs are there, or where a curve has no such rate.
-    """
+    """{curve: its best rate on the selection seeds}, among those at which it replayed on all of them. None until all
+    selection runs are there, or where a curve has no such rate."""
     asked = {f"{place(name, rate, 'select')[0]}_{seed}" for name in names for rate in rates for seed in seeds}
     if not asked or not asked <= set(records):
         return None
@@ -273,9 +263,7 @@ def best_rates(records, seeds, rates=RATES, names=CURVES, place=place_of):
 
 def choose(records, seeds, rates=RATES):
     """What the main figure has chosen: `best_rates`, RULE's for RULE with more steps too, and the steps of the latter.
-
-    Returns: {curve: rate, "n_steps": {rate: steps that give RULE ReRULE's arithmetic}, "ratios": {rate: the ratio}}.
-    """
+    Returns: {curve: rate, "n_steps": {rate: steps that give RULE ReRULE's arithmetic}, "ratios": {rate: the ratio}}."""
     best, steps, ratios = best_rates(records, seeds, rates), {}, {}
     for rate in rates if best else ():
         runs = [records[f"{place_of('rule', rate, 'select')[0]}_{seed}"] for seed in seeds]
@@ -285,11 +273,9 @@ def choose(records, seeds, rates=RATES):
 
 
 def bound(record, base, method="rerule"):
-    """p_H, N_on, N_re, N_eff and √(N_on / N_eff), the last with κ of clipped and of unclipped weights (Eq. 28, 29).
-
-    L is the run's mean rollout length; p_H the share of hard groups before replay, at the run's own τ. N_re counts the
-    groups whose weights κ is of: those of equal rewards are drawn too, and skipped.
-    """
+    """p_H, N_on, N_re, N_eff and √(N_on / N_eff), the last with κ of clipped and of unclipped weights (Eq. 28, 29). L
+    is the run's mean rollout length; p_H the share of hard groups before replay, at the run's own τ. N_re counts the
+    groups whose weights κ is of: those of equal rewards are drawn too, and skipped."""
     ran = record["methods"][method]
     p_hard = hard_share(base, record["tau"])
     n_groups = sum(len(step) for step in ran["rewards"])

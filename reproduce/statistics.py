@@ -17,19 +17,15 @@ WINDOW = 3  # "late" is the last third of a run's steps
 
 def shape(values):
     """Which statistics suit the values: "=" all equal, "BCa" far from normal (Shapiro–Wilk p < 0.01, n ≥ 8), "t" else.
-
-    Below 8 values the test of normality has little power, and t is used.
-    """
+    Below 8 values the test of normality has little power, and t is used."""
     if max(values) - min(values) < 1e-9:
         return "="
     return "BCa" if len(values) >= 8 and scipy.stats.shapiro(values).pvalue < 0.01 else "t"
 
 
 def interval(values):
-    """95 % interval of the mean by the way that suits the values: (low, high, kind); None for a single value.
-
-    Equal values give a point. BCa draws the same resamples at every call.
-    """
+    """95 % interval of the mean by the way that suits the values: (low, high, kind); None for a single value. Equal
+    values give a point. BCa draws the same resamples at every call."""
     if len(values) < 2:
         return None
     kind, mean = shape(values), float(np.mean(values))
@@ -44,11 +40,9 @@ def interval(values):
 
 
 def p_value(values, bar=0.0, sides=2):
-    """p of the hypothesis that the mean is the bar; one-sided (sides 1) on the side on which the mean lies.
-
-    Student's one-sample t whatever the values' shape: flips of the signs of eight values cannot give less than 2/256,
-    which no correction for many tests survives. Equal values: 1 on the bar, else 0.
-    """
+    """p of the hypothesis that the mean is the bar; one-sided (sides 1) on the side on which the mean lies. Student's
+    one-sample t whatever the values' shape: flips of the signs of eight values cannot give less than 2/256, which no
+    correction for many tests survives. Equal values: 1 on the bar, else 0."""
     if shape(values) == "=":
         return float(abs(values[0] - bar) < 1e-9)
     return float(scipy.stats.ttest_1samp(values, bar).pvalue) * sides / 2
@@ -64,9 +58,7 @@ def holm(ps):
 
 def statistic(values):
     """Mean, sd (n − 1), 95 % interval with its kind, seeds above and below 0, and p against 0; None is left out.
-
-    Returns None for fewer than two values.
-    """
+    Returns None for fewer than two values."""
     values = [value for value in values if value is not None]
     if len(values) < 2:
         return None

@@ -106,10 +106,8 @@ def build_prompts(length, vocabulary=VOCABULARY, n=N_PROMPTS):
 
 
 def place(engine, config, build):
-    """(The model to train in float32, the frozen reference as it computes), as the driver has them.
-
-    build() → the same random model at every call.
-    """
+    """(The model to train in float32, the frozen reference as it computes), as the driver has them. build() → the same
+    random model at every call."""
     low = torch.bfloat16 if engine.half else torch.float32
 
     def built(dtype):
@@ -124,9 +122,7 @@ def place(engine, config, build):
 
 def time_stage2(run, method, models, tokenizer, prompts, reward, each):
     """The driver's own loop on (model, reference); `each` is handed the log's row of a step, with the seconds of PARTS.
-
-    run: what the loop asks of an `engine.run.Run`; its logs are replaced.
-    """
+    run: what the loop asks of an `engine.run.Run`; its logs are replaced."""
 
     def write(row):
         row |= {name: row.get(f"seconds_{phase}", 0.0) for name, phase in PARTS.items()}
