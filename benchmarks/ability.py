@@ -230,10 +230,8 @@ def score(name, row, result):
 
 def measure(engine, model, tokenizer, sets, *, batch_size=32, progress=True):
     """General ability of a model on the sets that `read` returns.
-
     Returns: {column of TITLES: mean over its questions, × 100 but for fluency's bits}; one dict a question with set,
-        question, prediction, answer, its scores under the columns' names, and `truncated` where the model wrote.
-    """
+        question, prediction, answer, its scores under the columns' names, and `truncated` where the model wrote."""
     encoded, letters = check(model, tokenizer, sets), letter_ids(tokenizer)
     readers = {"mmlu": lambda logits, ids: logits[0, letters].argmax().item(),
                "truthfulqa": lambda logits, ids: -F.cross_entropy(logits, ids, reduction="sum").item()}  # fmt: skip

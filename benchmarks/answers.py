@@ -55,11 +55,9 @@ def in_batches(run, lengths, batch_size, title, progress=True):
 def sampled(engine, model, tokenizer, prompts, limits, newline, batch_size, group_size=1, temperature=0.0, rng_of=None,
             title="answers", progress=True):  # fmt: skip
     """Answers in words, `group_size` to each prompt; greedy unless a temperature is given.
-
     Args: prompts: lists of token ids; limits: new tokens allowed, per row; newline: whether one ends an answer;
         rng_of(row) → the generator of the batch that begins with this row.
-    Returns: per prompt, list of (text, whether it was cut at its limit).
-    """
+    Returns: per prompt, list of (text, whether it was cut at its limit)."""
     ends = set(stop_ids(tokenizer, model))
     stops = stop_ids(tokenizer, model, newline)
 

@@ -153,10 +153,8 @@ def check_bounds(settings):
 
 def run_command(main, leave=True):
     """The result of a command's `main()`; an `InputError` becomes one line on stderr and exit code 2.
-
     leave: a process of torchrun then ends at once: while an interpreter takes itself apart, a thread of gloo's that
-        still holds a tensor aborts it (pytorch/pytorch#179291), and a run that was done would count as failed.
-    """
+        still holds a tensor aborts it (pytorch/pytorch#179291), and a run that was done would count as failed."""
     code, result = 0, None
     try:
         result = main()

@@ -227,11 +227,9 @@ class Phase:
 
 def descend(run, phase, stage, model, loss_of, *, steps, lr, warmup, stop=None):
     """The loop of every training but Stage 2: an optimiser step on `loss_of(step)`, a scalar with its graph; resumable.
-
     stop(step) → (more for the log, whether to end: False, True, or why training failed).
     Returns: seconds; why training stopped before its time, or None. It stops where a gradient is not finite, with the
-        weights of the step before.
-    """
+        weights of the step before."""
     config, engine = run.config, run.engine
     optimizer = optimizer_for(model, lr, config.weight_decay)
     steps = Phase(run, phase, steps, model, optimizer)

@@ -162,8 +162,7 @@ def operations(model, prompt_tokens, responses, tokens):
     Layers meet `prompt_tokens`, a group's prompt once, and all tokens but each response's last, which nothing follows;
     the head meets a position a token. A tied head multiplies as any other, a look-up of embeddings does not. Gradients
     take a forward pass's for positions, and as much again for those weights that are trained. Left out: attention's
-    products of positions with positions, norms, softmax.
-    """
+    products of positions with positions, norms, softmax."""
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     body = [p for p in model.parameters() if p.dim() > 1 and p is not head and p is not embedding]
     met = [(p, prompt_tokens + tokens - responses) for p in body] + [(head, tokens)]

@@ -52,7 +52,6 @@ def mink(logprobs, share):
 
 def standardised(logits, ids):
     """Each token's log-probability against those of the whole vocabulary: what Min-K %++ averages (arXiv 2404.02936).
-
     z = (log p(id) − μ) / σ with μ = E_p[log p] and σ² = Var_p[log p], the expectation under p at that position. Higher:
     likelier a member, worse; without bounds. Where log p(id) is μ, z is 0 though σ be 0, as it is where p is even or
     certain; a token that p rules out gets −inf.
@@ -60,8 +59,7 @@ def standardised(logits, ids):
     Args:
         logits: (T, V); −inf for tokens that are ruled out. Computed in float32, float64 stays.
         ids: (T,).
-    Returns: (T,).
-    """
+    Returns: (T,)."""
     if logits.ndim != 2 or ids.shape != logits.shape[:1]:
         raise ValueError(f"expected logits (T, V) and ids (T,), not {tuple(logits.shape)} and {tuple(ids.shape)}")
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -174,12 +172,10 @@ def quantisation(before, after):
 
 def rounded(weight, bits, block=64):
     """A weight as it stands after rounding to so many bits; the attack of arXiv 2410.16454.
-
     Each block of consecutive weights, the last may be shorter, is divided by max|w| / (2^(bits − 1) − 1), rounded to
     the nearest whole number and multiplied back: even steps, symmetric about 0, an error of at most half a step, 0 in a
     block of zeros. Fewer bits change more. Computed in float32; shape and dtype are kept, the weight is not changed.
-    Raises ValueError for fewer than 2 bits, a block below 1, and weights that are not finite.
-    """
+    Raises ValueError for fewer than 2 bits, a block below 1, and weights that are not finite."""
     if bits < 2 or block < 1:
         raise ValueError(f"expected 2 bits or more and blocks of 1 or more, not {bits} and {block}")
     flat = weight.detach().reshape(-1).float()
