@@ -5,8 +5,7 @@ before the loop; `--max_age` and `--redraw` work with any.
 
 Deviations
 - DAPO (arXiv 2503.14476) draws prompts until a batch has no group of equal rewards. `refill` does so a given number of
-  times, then takes groups of equal rewards after all, so that each batch has as many groups and the divisors stay.
-"""
+  times, then takes groups of equal rewards after all, so that each batch has as many groups and the divisors stay."""
 
 import torch
 

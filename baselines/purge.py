@@ -3,8 +3,7 @@
 Covers PURGE as the paper compares with it.
 
 Deviations
-- A term matches as whole words, in any case. Terms are taken from the forget rows' answers unless they are given.
-"""
+- A term matches as whole words, in any case. Terms are taken from the forget rows' answers unless they are given."""
 
 import re
 from collections import Counter

@@ -7,8 +7,7 @@ Deviations
   Where a benchmark publishes no answer to a forget prompt (RWKU), y_f is the original model's own greedy answer.
 - Random responses (Eq. 14, 15) are answers to other prompts, of D_r, drawn anew in every step.
 - On one process a batch is one forward: `--baseline_batch_size` bounds memory. Under torchrun and `--offload`
-  `--max_tokens` does: scores are made some rows at a time, and made again for the gradient (`Ranks.scored`).
-"""
+  `--max_tokens` does: scores are made some rows at a time, and made again for the gradient (`Ranks.scored`)."""
 
 import json
 import random

@@ -1,7 +1,6 @@
 """WHP of Appendix B: two models whose logits are combined token by token, sampled, scored and saved as one.
 
-Covers Eq. 17, in the form of its public code, on logits; the paper's words speak of distributions.
-"""
+Covers Eq. 17, in the form of its public code, on logits; the paper's words speak of distributions."""
 
 import json
 from pathlib import Path

@@ -10,8 +10,7 @@ Deviations
 - A prompt has one BOS. RWKU's code puts a second one before a template that writes its own.
 - An answer ends at any EOS that the generation config or the tokenizer names, in every set alike.
 - Without a chat template a model gets the user's text, MMLU's with a newline more before "Answer:".
-- MC2 comes from differences of log-probabilities; exponentials of long choices can all be 0.
-"""
+- MC2 comes from differences of log-probabilities; exponentials of long choices can all be 0."""
 
 import json
 import math

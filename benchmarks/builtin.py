@@ -4,8 +4,7 @@ It stands in for the benchmarks of Section 4. 48 people have six two-word facts,
 phrasings are taught but kept out of unlearning, to see whether it generalises. Six people are to be forgotten. 22 hard
 neighbours carry crossed names, the first name of one target and the last name of another; 20 easy ones share no name
 with them. Boundary queries swap the entity of a forget query (Appendix A.2). Twelve further people are unknown: asked
-about them, the model learns to say so, or Stage 1 would wipe out the facts of everyone before it taught a refusal.
-"""
+about them, the model learns to say so, or Stage 1 would wipe out the facts of everyone before it taught a refusal."""
 
 import json
 import random

@@ -6,8 +6,7 @@ Deviations
 - The paper's judge prompts are not published. The one in `judge.md` is in our own words, so these columns are not
   comparable with the paper's; compare them only between models rated by the same judge.
 - A rating that does not come after five tries is left out and counted in a note, never guessed.
-- The key comes from an environment variable and nothing else is ever sent; requests are made in `engine/llm.py`.
-"""
+- The key comes from an environment variable and nothing else is ever sent; requests are made in `engine/llm.py`."""
 
 from pathlib import Path
 

@@ -1,8 +1,7 @@
 """Metrics that benchmarks share, as their official code computes them: strings and losses in, numbers out.
 
 Covers Appendix C; what only one benchmark has is in its own module. Beside them the refusal and leakage rates, which
-the paper does not report. A "row" is one evaluated query, a dict as `evaluate.py` writes it under "per_example".
-"""
+the paper does not report. A "row" is one evaluated query, a dict as `evaluate.py` writes it under "per_example"."""
 
 import json
 import math

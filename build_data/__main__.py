@@ -2,8 +2,7 @@
 
 Covers Appendix A: refusals for questions (Type II) and completions (Type I), and boundary queries that ask the same of
 a permitted neighbour. A language model at any OpenAI-compatible URL writes them; without one, the rules of `rewrite.py`
-do, and every row says so ("made_by"). A benchmark's evaluation files are copied.
-"""
+do, and every row says so ("made_by"). A benchmark's evaluation files are copied."""
 
 import os
 import random

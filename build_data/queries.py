@@ -9,8 +9,7 @@ Deviations
 - Type I for MUSE are first halves of passages, as raw text is what was trained on; elsewhere statements with a gap.
 - For `qa` and `text` a share of the facts is held out of training for evaluation, with its neighbours, and every fact
   is asked again in a phrasing that training never uses.
-- The refusals are worded by us (`wording.json`), without and with the name of what is to be forgotten.
-"""
+- The refusals are worded by us (`wording.json`), without and with the name of what is to be forgotten."""
 
 import random
 from collections import namedtuple

@@ -7,8 +7,7 @@ found by rule, as in the paper.
 Deviations
 - What the rules write is plainer than a language model's text, and marked as theirs ("made_by") wherever it goes.
 - No rule invents a fact: an answer is always a piece of the text or of the row that it came with.
-- The paper's prompts to GPT-4o-mini are lost. Ours (`prompts.md`) each ask for one thing.
-"""
+- The paper's prompts to GPT-4o-mini are lost. Ours (`prompts.md`) each ask for one thing."""
 
 import json
 import os

@@ -1,8 +1,7 @@
 """What a build starts from: the facts to forget, the permitted neighbours, the queries that evaluation asks.
 
 Covers the sources of Appendix A: RWKU's questions, MUSE's passages, TOFU's rows with their authors' names, and a user's
-own questions or text.
-"""
+own questions or text."""
 
 import json
 import random

@@ -2,8 +2,7 @@
 
 A group's prompt is computed once and its G responses attend to its keys and values. No list of names knows which
 architectures can do that: `choose` tries each way once on a few tokens of the model itself, takes the plain way where
-the numbers differ or the try fails, and says which was taken and why. Symbols and shapes as in `grpo.py`.
-"""
+the numbers differ or the try fails, and says which was taken and why. Symbols and shapes as in `grpo.py`."""
 
 import sys
 import time

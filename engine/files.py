@@ -1,8 +1,7 @@
 """Reading input, and writing output that is never half there.
 
 Every file is written under a temporary name and renamed, so a run that is killed leaves the old file or the new one.
-Every mistake of the user's becomes an `InputError` that names the file, row, field or flag and what was expected.
-"""
+Every mistake of the user's becomes an `InputError` that names the file, row, field or flag and what was expected."""
 
 import json
 import os

@@ -1,7 +1,6 @@
 """Command lines: flags or an earlier run's config.json become settings, presets fill in, bounds are checked.
 
-torch takes seconds to import, so nothing here does: a command reads its flags first.
-"""
+torch takes seconds to import, so nothing here does: a command reads its flags first."""
 
 import json
 import os

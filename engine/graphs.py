@@ -1,8 +1,7 @@
 """Decoding by CUDA graphs: a step of `fast.packed_sample` is recorded once and replayed as one launch.
 
 A recorded step has fixed shapes and places in memory, so keys stand in room that is attended to as a whole, and what of
-it is not filled is masked away. Whenever room grows or rows move together, the step is recorded anew.
-"""
+it is not filled is masked away. Whenever room grows or rows move together, the step is recorded anew."""
 
 import torch
 import torch.nn.functional as F

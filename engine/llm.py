@@ -5,8 +5,7 @@ strict parser; what does not parse, and what the server could not do just now, i
 good reply is on the disk before the next one is looked at, so a command that was stopped goes on where it was.
 
 The key comes from the caller and nothing else is ever sent: without a key a placeholder goes out, so that the client
-does not fall back on a stored Hugging Face token.
-"""
+does not fall back on a stored Hugging Face token."""
 
 import hashlib
 import json

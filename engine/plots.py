@@ -1,8 +1,7 @@
 """Pictures: what all of them share, and the two of a run. Matplotlib is imported when the first one is drawn.
 
 The curves follow the paper's Figures 1 and 3. Hard and easy prompts are told apart by mean reward before replay starts,
-where RULE and ReRULE are the same run: picked by outcome they would flatter replay by regression to the mean.
-"""
+where RULE and ReRULE are the same run: picked by outcome they would flatter replay by regression to the mean."""
 
 import io
 import json

@@ -1,7 +1,6 @@
 """The engine: how models are run, here by one process. `scale.ranks` has the same methods for several, or for offload.
 
-The driver hands it around, so that no equation and no loop knows of processes, micro-batches or fast ways.
-"""
+The driver hands it around, so that no equation and no loop knows of processes, micro-batches or fast ways."""
 
 import gc
 import math

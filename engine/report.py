@@ -1,7 +1,6 @@
 """What a run leaves to be read: a row a step and a group, the table, the answers row by row, the model cards.
 
-docs/training_metrics.md defines every key of metrics.jsonl. The table has the rows of the paper's Tables 1, 2 and 5.
-"""
+docs/training_metrics.md defines every key of metrics.jsonl. The table has the rows of the paper's Tables 1, 2 and 5."""
 
 import json
 import sys

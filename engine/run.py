@@ -1,8 +1,7 @@
 """One run's folder and state: its logs, which phases are over, what resuming needs, and the loop that most phases are.
 
 Each phase saves its state every few steps together with the lengths of both logs; a resumed run cuts the logs back to
-those lengths and goes on. A phase is over once its model's folder is in place.
-"""
+those lengths and goes on. A phase is over once its model's folder is in place."""
 
 import importlib
 import json

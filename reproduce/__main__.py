@@ -2,8 +2,7 @@
 
 Covers every table, figure and ablation of the paper on made-up worlds, Table 5 on real TOFU text with a tiny model, and
 controls that the paper lacks. Kept are records.json, all that the report is made of, which a later call reads and adds
-to, and of each run in runs/ its settings, table, metrics and samples; models go once no other run starts from them.
-"""
+to, and of each run in runs/ its settings, table, metrics and samples; models go once no other run starts from them."""
 
 import os
 import sys

@@ -9,8 +9,7 @@ Deviations
 - RULE's training files ask the world's trained phrasings, questions and blanks, and for the second half of a chapter.
   VerbMem asks for its last four sentences; KnowMem and Utility ask for every fact in a phrasing of their own.
 - A tenth of the forget prompts are about six people of no book. The answer to be forgotten is a refusal there, so that
-  the model has refused before Stage 1.
-"""
+  the model has refused before Stage 1."""
 
 from benchmarks.builtin import ATTRIBUTES, HELD_OUT, World
 from benchmarks.shared import REFUSALS

@@ -8,8 +8,7 @@ sides. "@4e-5" in place of a family is a learning rate, "@chosen" the one chosen
 "@chosen:rule" the one chosen for RULE.
 
 How a verdict follows, and how old the bars are, stands below the table of claims in `template.md`. A claim is not
-tested where `claims.json` says why it is "not_testable"; "since" names the commit of its bar, 9b80cbb unless given.
-"""
+tested where `claims.json` says why it is "not_testable"; "since" names the commit of its bar, 9b80cbb unless given."""
 
 from collections import defaultdict
 from dataclasses import dataclass

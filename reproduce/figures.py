@@ -1,8 +1,7 @@
 """The report's figures, drawn from records. Every panel says what is better, shows seeds, and can do without colour.
 
 Covers the paper's Figures 1, 2 and 3, and pictures of what this repository adds; `rates` is the main one. A title is
-neutral or has the figures that it tells, so that no record can deny it.
-"""
+neutral or has the figures that it tells, so that no record can deny it."""
 
 import textwrap
 

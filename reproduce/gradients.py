@@ -5,8 +5,7 @@ training query with G fresh rollouts; queries keep the region that they had befo
 
 Deviations
 - The gradient is Eq. 3's without the KL term. Its norm in a region is that of the mean over the region's groups; a mean
-  over noisy groups has a norm above 0 even where the expected gradient is 0, so their number stands beside it.
-"""
+  over noisy groups has a norm above 0 even where the expected gradient is 0, so their number stands beside it."""
 
 from functools import partial
 from types import SimpleNamespace

@@ -2,8 +2,7 @@
 
 The paper names no rate for its baselines. A method's score is averaged over the seeds; a run that diverged scores 0.
 What is chosen stands in results/rates_<benchmark>.json, where the driver reads it. One command a benchmark; killed, it
-goes on where it was.
-"""
+goes on where it was."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -9,8 +9,7 @@ Deviations
 - A variant takes over the models before Stage 2 from its seed's base run, so all methods of a seed start alike.
 - Replay starts in the main figure and in every variant once B holds 5 % of the groups sampled so far, so that it runs
   at every rate; the base runs keep the paper's rule, a number of groups.
-- RULE's steps with ReRULE's compute follow from a count of token positions on the selection seeds, not from a clock.
-"""
+- RULE's steps with ReRULE's compute follow from a count of token positions on the selection seeds, not from a clock."""
 
 from dataclasses import dataclass
 

@@ -8,8 +8,7 @@ Hard and easy prompts are told apart at τ by RULE's mean rewards before the ste
 both methods are the same run, once a seed and for every variant of it: prompts picked by how they turned out would
 flatter replay by regression to the mean.
 
-Covers the measurable part of Appendix E (Eq. 28, 29, 31). Symbols as there.
-"""
+Covers the measurable part of Appendix E (Eq. 28, 29, 31). Symbols as there."""
 
 import random
 from functools import cache

@@ -2,8 +2,7 @@
 
 Intervals are Student's t; where the values are far from normal by a fixed rule, BCa bootstrap (Efron, "Better bootstrap
 confidence intervals", 1987). A mean is tested by Student's t. Several tests are corrected together by Holm ("A simple
-sequentially rejective multiple test procedure", 1979).
-"""
+sequentially rejective multiple test procedure", 1979)."""
 
 from math import sqrt
 from statistics import fmean, stdev

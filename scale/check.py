@@ -7,8 +7,7 @@
     lora       the same with adapters
 
 A part that fails says why and leaves the others alone. `check.json` and `check.md` grow part by part; docs/full_size.md
-explains their rows. An update's last kernels may run on a GPU when its clock stops; the next part's clock has them.
-"""
+explains their rows. An update's last kernels may run on a GPU when its clock stops; the next part's clock has them."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Literal

@@ -6,8 +6,7 @@ FakeTensorMode), so any architecture is counted as it is, with the attention tha
 
 Deviations
 - Lengths are the longest that a run may meet: every response at its limit, prompts as the benchmark says.
-- Left out: the process itself, about 1 GB of CUDA's own, and what an allocator cannot use. Keep a tenth free.
-"""
+- Left out: the process itself, about 1 GB of CUDA's own, and what an allocator cannot use. Keep a tenth free."""
 
 import os
 import shutil

@@ -15,8 +15,7 @@ What is shared out, and how it stays the computation of one process:
 Deviations
 - Attacks take one process (`engine.flags.resolve`).
 - With `--offload` weights go up once between two steps: a rollout's serve the update that follows. Gradients stay in
-  fp32 on the GPU until an update's last micro-batch.
-"""
+  fp32 on the GPU until an update's last micro-batch."""
 
 import os
 import shutil

@@ -14,8 +14,7 @@ One JSON line on stdout, medians over the steps after the warm-up:
         the rate of matrix products timed in the same run ↓
     matmul_peak_share                       one over that ↑
 
-`tests/scale/peer.py` lets TRL's GRPOTrainer do the same work, step by step in turn with ours.
-"""
+`tests/scale/peer.py` lets TRL's GRPOTrainer do the same work, step by step in turn with ours."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

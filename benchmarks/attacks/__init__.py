@@ -1,8 +1,7 @@
 """Attacks on a checkpoint: is what it does not say gone, or hidden?
 
 The paper reports greedy answers alone. Each attack is a function `(case) → (columns, rows)`; the formulas are in
-`measures.py`. The checkpoint is never written to, and the model in memory is changed in copies only.
-"""
+`measures.py`. The checkpoint is never written to, and the model in memory is changed in copies only."""
 
 from benchmarks import metrics
 from benchmarks.attacks.case import Case

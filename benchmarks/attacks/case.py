@@ -2,8 +2,7 @@
 
 Deviations
 - A figure is the mean over the forget probes of all targets, where RWKU's own columns are means over targets.
-- TOFU's paraphrased questions, a split of their own, are answered under "prefix" and left out of all others.
-"""
+- TOFU's paraphrased questions, a split of their own, are answered under "prefix" and left out of all others."""
 
 import math
 from dataclasses import dataclass, field

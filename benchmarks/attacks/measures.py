@@ -7,8 +7,7 @@ Deviations
 - `mink` takes at least one token, as open-unlearning does; MUSE's and the paper's code give NaN for a text too short.
 - `extraction_strength` of an answer whose last token is missed is 0; open-unlearning's loop leaves 1/T there.
 - `quantisation` compares what is forgotten before and after; open-unlearning what is known, which is 0 before for a
-  model that answers nothing, so that the least return would count as a full one.
-"""
+  model that answers nothing, so that the least return would count as a full one."""
 
 import math
 import zlib
