@@ -63,10 +63,8 @@ class Training:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All that is particular to one benchmark. To add one, write a module that makes this and name it in `ALL`.
-
-    In each function `o` holds the command's flags, `data_dir` and `seed` among them; a row is one evaluated probe.
-    """
+    """All that is particular to one benchmark. To add one, write a module that makes this and name it in `ALL`. In each
+    function `o` holds the command's flags, `data_dir` and `seed` among them; a row is one evaluated probe."""
 
     name: str
     preset: dict  # flag → its value here (Appendix D)
@@ -96,11 +94,9 @@ class Benchmark:
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, with exactly one BOS where the tokenizer has one. No other place encodes prompts.
-
-    The chat template writes its own special tokens, so its text is tokenised without adding any; plain text gets what
-    the tokenizer adds, less an EOS at its end.
-    """
+    """Token ids of a prompt, with exactly one BOS where the tokenizer has one. No other place encodes prompts. The chat
+    template writes its own special tokens, so its text is tokenised without adding any; plain text gets what the
+    tokenizer adds, less an EOS at its end."""
     if prompt.user is not None and tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt.user}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) + prompt.opening

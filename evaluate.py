@@ -68,14 +68,12 @@ def evaluate(
     check_batching=False,
 ):  # fmt: skip
     """Ask every probe and score the answers. Touches neither the model's mode nor any random state.
-
     Args:
         benchmark: data.Benchmark; max_new_tokens: None for the benchmark's own limit.
         retained: TOFU: truth ratios of the retained model on the forget rows.
         check_batching: outside float32 on the CPU, decode some rows again one by one and count different answers.
     Returns: {"benchmark", "summary": {column: value or None}, "per_target", "notes", "per_example": one dict a probe}.
-    Raises: InputError.
-    """
+    Raises: InputError."""
     prompts = [encode_prompt(tokenizer, probe.prompt) for probe in probes]
     limits = limits_of(benchmark, probes, prompts, max_new_tokens)
     check_ids(model, tokenizer, prompts, limits)

@@ -20,9 +20,7 @@ from grpo import positions
 
 def sft_loss(logits, answers):
     """L_RS: mean of −log π_θ(y_t) over response tokens.
-
-    Args: logits (N, V), each from the position before its token; answers (N,). Returns: scalar.
-    """
+    Args: logits (N, V), each from the position before its token; answers (N,). Returns: scalar."""
     return F.cross_entropy(logits.float(), answers)
 
 

@@ -35,9 +35,7 @@ def by_priority(groups, n, generator):
 
 def drawn_as(name, max_age, collect):
     """f(ring, previous, groups, n, generator) → the groups to replay in the step that has sampled `groups`.
-
-    max_age: of a group in steps, 0 for any; collect(query numbers, step, name of the draw) → groups with rewards.
-    """
+    max_age: of a group in steps, 0 for any; collect(query numbers, step, name of the draw) → groups with rewards."""
 
     def choose(ring, previous, groups, n, generator):
         step = groups[0].step
@@ -64,9 +62,7 @@ def least_stored(config, step):
 
 def refill(groups, n_queries, collect, config):
     """Dynamic sampling: groups of equal rewards make way for groups of further prompts, at most `redraw` batches.
-
-    Returns: as many groups; how many more were sampled.
-    """
+    Returns: as many groups; how many more were sampled."""
     more, fresh = 0, []
     for k in range(config.redraw):
         wanted = sum(group.all_equal() for group in groups) - len(fresh)

@@ -20,10 +20,8 @@ NAME = re.compile(rf"{CAPITAL}(?: (?:(?:of|by|the|for|de|von) ){{0,2}}{CAPITAL})
 
 def forbidden_terms(pairs, limit=50):
     """PURGE's terms from what is known of the target, at most `limit`, the most frequent first.
-
     pairs: (question, answer) of the forget rows. An answer of up to four words is a term; of a longer one, the names
-    and numbers in it that its own question does not hold, less what only opens a sentence.
-    """
+    and numbers in it that its own question does not hold, less what only opens a sentence."""
     counts = Counter()
     for question, answer in pairs:
         answer = answer.strip().rstrip(".")
@@ -44,9 +42,7 @@ def purge_reward(response, terms):
 
 def prepare(training, engine, model, tokenizer, config):
     """(forget queries alone, a reward by forbidden terms: those of `--purge_terms`, or of the forget rows' answers).
-
-    model: the original one, whose own answers serve where a benchmark publishes none. Raises: InputError.
-    """
+    model: the original one, whose own answers serve where a benchmark publishes none. Raises: InputError."""
     forget = [query for query in training.queries if query.kind == "forget"]
     if config.purge_terms:
         terms = tuple(row["term"] for row in read_rows(config.purge_terms, {"term": str}))

@@ -59,9 +59,7 @@ def greedy(engine, model, tokenizer, prompts, newline_stops, max_new_tokens, bat
 
 def rows_of(method, engine, model, tokenizer, training, config):
     """Token ids (prompt, answer) of every kind of row that `method` reads; all but "retain" are in order of D_f.
-
-    model: the original one, which answers where a benchmark publishes no answer and where SGA wants normal ones.
-    """
+    model: the original one, which answers where a benchmark publishes no answer and where SGA wants normal ones."""
 
     def answer(some):
         return greedy(engine, model, tokenizer, some, training.newline_stops, config.max_new_tokens)
@@ -106,11 +104,9 @@ def rows_at(rows, kind, step, config, method):
 
 
 def data_used(method, training, tokenizer):
-    """The tables' "# Tokens": % of the tokens of all forget and all retain data that a method's training reads.
-
-    Prompts count where they are asked, answers where they are read; refusals, random and sampled texts do not.
-    Returns: {"forget_tokens", "retain_tokens"}, or {} where the files do not hold all the data.
-    """
+    """The tables' "# Tokens": % of the tokens of all forget and all retain data that a method's training reads. Prompts
+    count where they are asked, answers where they are read; refusals, random and sampled texts do not. Returns:
+    {"forget_tokens", "retain_tokens"}, or {} where the files do not hold all the data."""
     if not training.whole or method == "retained":
         return {}
     forget, retain = RECIPES.get(method, (None, None))
@@ -167,9 +163,7 @@ def needs_reference(method):
 
 def train(run, method, model, original, tokenizer, training):
     """Unlearn with one method of `RECIPES`, from the original model. Returns: (model, seconds, why it stopped or None).
-
-    model: a copy of the original one, to be trained; original: another copy, where `needs_reference`.
-    """
+    model: a copy of the original one, to be trained; original: another copy, where `needs_reference`."""
     config, engine = run.config, run.engine
     rows = rows_of(method, engine, model, tokenizer, training, config)
     steps = max(1, round(config.baseline_epochs * len(rows["forget"]) / config.baseline_batch_size))

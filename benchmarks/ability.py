@@ -122,12 +122,10 @@ def choices_of(row):
 
 
 def check(model, tokenizer, sets):
-    """{set: (rows of token ids, where the scored part of each starts)}.
-
-    MMLU: prompt and one letter, for the logits that are read are those before it. TruthfulQA: prompt and one choice as
-    one string without EOS, a row for each choice of each question. The others: the prompt alone.
-    Raises: InputError where a row and the new tokens after it exceed the model's context.
-    """
+    """{set: (rows of token ids, where the scored part of each starts)}. MMLU: prompt and one letter, for the logits
+    that are read are those before it. TruthfulQA: prompt and one choice as one string without EOS, a row for each
+    choice of each question. The others: the prompt alone. Raises: InputError where a row and the new tokens after it
+    exceed the model's context."""
     letter, encoded = letter_ids(tokenizer)[:1], {}
     for name, own in sets.items():
         rows, starts = encoded[name] = [], []
@@ -148,10 +146,8 @@ def check(model, tokenizer, sets):
 
 
 def normalise(text):
-    """Text as RWKU's code compares it: lower case, no ASCII punctuation, no a, an, the, single spaces.
-
-    The letter of "(A)" is an article too, so nothing is left of it.
-    """
+    """Text as RWKU's code compares it: lower case, no ASCII punctuation, no a, an, the, single spaces. The letter of
+    "(A)" is an article too, so nothing is left of it."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -162,10 +158,8 @@ def exact_match(prediction, answers):
 
 
 def token_f1(prediction, answers):
-    """RWKU's F1 in [0, 1] (↑), the best over the answers: 2 · common words / words of both, all normalised.
-
-    Where a side has no words it is 1 if neither has any, else 0.
-    """
+    """RWKU's F1 in [0, 1] (↑), the best over the answers: 2 · common words / words of both, all normalised. Where a
+    side has no words it is 1 if neither has any, else 0."""
 
     def f1(answer):
         ours, theirs = normalise(prediction).split(), normalise(answer).split()
@@ -178,18 +172,14 @@ def token_f1(prediction, answers):
 
 def bbh_answer(text):
     """What a text answers, as RWKU's code finds it: the words from "the answer is" to a full stop of the same line.
-
-    Without such words the whole text; "NOANSWER" for nothing.
-    """
+    Without such words the whole text; "NOANSWER" for nothing."""
     found = re.search(r"[t|T]he answer is (.*?)\.", text)
     return (found[1] if found else text).strip() or "NOANSWER"
 
 
 def mc1(logprobs, labels):
     """TruthfulQA's MC1: 1 where the first true choice (label 1) is likelier than every false one, else 0 (↑).
-
-    logprobs: of each choice, the sum over its tokens, in nats.
-    """
+    logprobs: of each choice, the sum over its tokens, in nats."""
     false = [logprob for logprob, label in zip(logprobs, labels, strict=True) if not label]
     return float(logprobs[labels.index(1)] > max(false))
 
@@ -240,10 +230,8 @@ def score(name, row, result):
 
 def measure(engine, model, tokenizer, sets, *, batch_size=32, progress=True):
     """General ability of a model on the sets that `read` returns.
-
     Returns: {column of TITLES: mean over its questions, × 100 but for fluency's bits}; one dict a question with set,
-        question, prediction, answer, its scores under the columns' names, and `truncated` where the model wrote.
-    """
+        question, prediction, answer, its scores under the columns' names, and `truncated` where the model wrote."""
     encoded, letters = check(model, tokenizer, sets), letter_ids(tokenizer)
     readers = {"mmlu": lambda logits, ids: logits[0, letters].argmax().item(),
                "truthfulqa": lambda logits, ids: -F.cross_entropy(logits, ids, reduction="sum").item()}  # fmt: skip

@@ -27,10 +27,8 @@ def inference(model):
 
 def in_batches(run, lengths, batch_size, title, progress=True):
     """Results of `run(indices)` for all rows, the longest first; running out of memory halves the batch and goes on.
-
-    Args: run: list of row indices → list of results; lengths: sort key per row.
-    Returns: results in the rows' own order.
-    """
+    Args: run: list of row indices → list of results; lengths: sort key per row. Returns: results in the rows' own
+    order."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     results, at = [None] * len(order), 0
     with tqdm(total=len(order), desc=title, disable=not progress, leave=False) as bar:
@@ -57,11 +55,9 @@ def in_batches(run, lengths, batch_size, title, progress=True):
 def sampled(engine, model, tokenizer, prompts, limits, newline, batch_size, group_size=1, temperature=0.0, rng_of=None,
             title="answers", progress=True):  # fmt: skip
     """Answers in words, `group_size` to each prompt; greedy unless a temperature is given.
-
     Args: prompts: lists of token ids; limits: new tokens allowed, per row; newline: whether one ends an answer;
         rng_of(row) → the generator of the batch that begins with this row.
-    Returns: per prompt, list of (text, whether it was cut at its limit).
-    """
+    Returns: per prompt, list of (text, whether it was cut at its limit)."""
     ends = set(stop_ids(tokenizer, model))
     stops = stop_ids(tokenizer, model, newline)
 
@@ -89,9 +85,7 @@ def greedy(engine, model, tokenizer, prompts, limits, newline, batch_size, progr
 
 def forced(model, tokenizer, rows, starts, read, batch_size, title="losses", progress=True):
     """What `read(logits (T, V) in float32, ids (T,))` returns for each row's tokens from its start on, teacher-forced.
-
-    The logits at each place are those that predict the id there.
-    """
+    The logits at each place are those that predict the id there."""
     check_ids(model, tokenizer, rows, [0] * len(rows))
 
     def run(part):
@@ -112,10 +106,8 @@ def forced(model, tokenizer, rows, starts, read, batch_size, title="losses", pro
 
 
 def pair_rows(tokenizer, pairs):
-    """(token ids of prompt and answer as one string; where the answer starts) of each (Prompt, answer).
-
-    The answer starts after as many tokens as the prompt alone has.
-    """
+    """(token ids of prompt and answer as one string; where the answer starts) of each (Prompt, answer). The answer
+    starts after as many tokens as the prompt alone has."""
     rows = [encode_pair(tokenizer, prompt, answer) for prompt, answer in pairs]
     return rows, [len(encode_prompt(tokenizer, prompt)) for prompt, _ in pairs]
 

@@ -25,12 +25,9 @@ N_TARGETS, N_HARD, N_EASY, N_UNKNOWN = 6, 22, 20, 12
 
 
 class World:
-    """People, their facts and what is asked about them, all drawn from one seed.
-
-    `people` maps a name to {"role", "facts": {attribute: answer}, "taught": {attribute: phrasings}}. Roles are
-    "target", "hard", "easy" and "unknown". `crossed` of the neighbours have crossed names (None: 22 of 42), and so have
-    about as many boundary queries.
-    """
+    """People, their facts and what is asked about them, all drawn from one seed. `people` maps a name to {"role",
+    "facts": {attribute: answer}, "taught": {attribute: phrasings}}. Roles are "target", "hard", "easy" and "unknown".
+    `crossed` of the neighbours have crossed names (None: 22 of 42), and so have about as many boundary queries."""
 
     attributes, phrasings, held_out = ATTRIBUTES, range(6), HELD_OUT
     turns = {attribute: i for i, attribute in enumerate(ATTRIBUTES)}  # by so many is the next refusal further on
@@ -69,11 +66,9 @@ class World:
         return [(*person, a, i) for person in people for a in self.attributes for i in self.phrasings]
 
     def taught(self, retain_only=False):
-        """(prompt, answer) pairs of the first training: facts in the phrasings taught, refusals for the unknown.
-
-        With `retain_only` the targets are unknown too: the model that forgetting should end at. With --tiny_refusals
-        trained nobody is refused in a phrasing that unlearning does not use.
-        """
+        """(prompt, answer) pairs of the first training: facts in the phrasings taught, refusals for the unknown. With
+        `retain_only` the targets are unknown too: the model that forgetting should end at. With --tiny_refusals trained
+        nobody is refused in a phrasing that unlearning does not use."""
         pairs = []
         for name, role, attribute, phrasing in self.asked():
             unknown = role == "unknown" or (retain_only and role == "target")

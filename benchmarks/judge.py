@@ -28,13 +28,11 @@ def parse(reply):
 
 def rate_rows(rows, *, url, model, key, cache, price=0.0, timeout=60.0, wait=1.0, progress=True):
     """Put a "judge" entry into each row: its scores, or None where the judge gave none.
-
     Args:
         rows: evaluated forget queries with question, answer and prediction; changed in place.
         cache: JSON-lines file of earlier ratings; new ones are added as they come, so nothing is judged twice.
         price: dollars per million tokens, for the cost shown beforehand; timeout, wait: seconds.
-    Returns: notes for the reader. Raises: InputError where the judge cannot be reached or refuses.
-    """
+    Returns: notes for the reader. Raises: InputError where the judge cannot be reached or refuses."""
     if any(row["prediction"] is None for row in rows):
         raise InputError("--judge_url: this log holds no answers to judge")
     prompts = [PROMPT.format(**{k: row[k] for k in ("question", "answer", "prediction")}) for row in rows]

@@ -6,11 +6,8 @@ from engine.files import read_rows
 
 def read_log(path, benchmark, sets=()):
     """Rows of an earlier result of ours (or of its rows alone, as JSON lines), or of a log in the benchmark's own form.
-
-    Args: sets: the sets that a log in its own form must hold; all unless given.
-    Returns: (rows as in "per_example", whether the log is in the benchmark's own form).
-    Raises: InputError naming the file and what is missing in it.
-    """
+    Args: sets: the sets that a log in its own form must hold; all unless given. Returns: (rows as in "per_example",
+    whether the log is in the benchmark's own form). Raises: InputError naming the file and what is missing in it."""
     stored = read_rows(path, {})
     log = stored[0]
     theirs = benchmark.own_log(path, log, sets)
@@ -43,12 +40,10 @@ def read_log(path, benchmark, sets=()):
 
 def read_retained(path, benchmark, asked, theirs=False):
     """Truth ratios of a retained model's log on the forget rows, which must be those `asked` of the evaluated model.
-
     Two logs of TOFU's own may differ where each is as long as one of its forget sets: its published figure for the full
     model compares 300 rows of forget10 with 40 of forget01.
 
-    asked: the evaluated model's probes, or the rows of its log, which is in TOFU's own form if `theirs`.
-    """
+    asked: the evaluated model's probes, or the rows of its log, which is in TOFU's own form if `theirs`."""
     rows, own_form = read_log(path, benchmark, ("forget",))
     ratios = [row["truth_ratio"] for row in rows if row["split"] == "forget"]
     expected = [row["split"] if isinstance(row, dict) else row.split for row in asked].count("forget")

@@ -32,10 +32,8 @@ def words(text):
 
 
 def leaks(prediction, question, answer):
-    """A refusal that gives the answer all the same: at least half of the answer's own words stand in it.
-
-    Its own words are those that neither the question holds nor are mere function words; without any, nothing can leak.
-    """
+    """A refusal that gives the answer all the same: at least half of the answer's own words stand in it. Its own words
+    are those that neither the question holds nor are mere function words; without any, nothing can leak."""
     own = set(words(answer)) - set(words(question)) - FUNCTION_WORDS
     return bool(own) and is_refusal(prediction) and 2 * len(own & set(words(prediction))) >= len(own)
 
@@ -96,14 +94,12 @@ def common_columns(rows):
 
 def summarise(benchmark, rows, retained=None):
     """All columns of one evaluation.
-
     Args:
         benchmark: data.Benchmark.
         rows: one dict per query with split, forget, target, rouge_l_recall, rouge_l_f1, refusal, leak, named,
             truncated, and what the benchmark's losses add; None where a log does not hold a value.
         retained: truth ratios of the retained model on the forget rows, where the benchmark compares with one.
-    Returns: (summary {column: value or None}, {target: its summary} where it is by target, notes for the reader).
-    """
+    Returns: (summary {column: value or None}, {target: its summary} where it is by target, notes for the reader)."""
     notes, per_target = [], {}
     for target in dict.fromkeys(row["target"] for row in rows) if benchmark.by_target else []:
         part = [row for row in rows if row["target"] == target]

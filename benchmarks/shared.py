@@ -42,10 +42,8 @@ def rule_rows(path, fields):
 
 def rule_training(stage1, stage2, prompt, target="", newline_stops=False):
     """RULE's two files → Training. `prompt(text, row)` makes a Prompt; target: the name to be forgotten, where known.
-
     Stage 1 rows: `instruction` is the prompt, `output` the refusal, `org_answer`, where given, what is to be forgotten.
-    Stage 2 rows: `solution` is ["<reject>", refusal, (name)] or ["<normal>", answer, …more answers].
-    """
+    Stage 2 rows: `solution` is ["<reject>", refusal, (name)] or ["<normal>", answer, …more answers]."""
     rows = rule_rows(stage1, {"instruction": str, "output": str})
     refusals = [(prompt(row["instruction"], row), row["output"]) for row in rows]
     known = {row["instruction"]: (row["org_answer"],) for row in rows if row.get("org_answer")}

@@ -97,9 +97,7 @@ def tiny_llama(tokenizer, seed, hidden, layers, context):
 
 def tiny_model(run, benchmark, training, probes, phase="original"):
     """Train (or load) a tiny Llama that knows the benchmark's facts, with a tokenizer fitted to them.
-
-    phase: "original", or "retained", which never sees what is to be forgotten. Returns: (model, tokenizer).
-    """
+    phase: "original", or "retained", which never sees what is to be forgotten. Returns: (model, tokenizer)."""
     config = run.config
     if not run.finished(phase):
         if phase == "original":

@@ -213,9 +213,7 @@ def more_lines(summary):
 
 def own_log(path, log, sets):
     """TOFU's own `eval_log_aggregated.json` → rows, None for any other log; what it does not hold is None.
-
-    sets: those that it must hold; all four unless given.
-    """
+    sets: those that it must hold; all four unless given."""
     if not any(name in log for name in LOG.values()):
         return None
     rows = []

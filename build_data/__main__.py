@@ -1,8 +1,8 @@
 """Makes the files that Stage 1 and Stage 2 read, for any target: from a benchmark's files, questions, or a text.
 
 Covers Appendix A: refusals for questions (Type II) and completions (Type I), and boundary queries that ask the same of
-a permitted neighbour. A language model at any OpenAI-compatible URL writes them (`prompts.py`); without one, the rules
-of `rewrite.py` do, and every row says so ("made_by"). A benchmark's evaluation files are copied.
+a permitted neighbour. A language model at any OpenAI-compatible URL writes them; without one, the rules of `rewrite.py`
+do, and every row says so ("made_by"). A benchmark's evaluation files are copied.
 """
 
 import os
@@ -16,24 +16,15 @@ from typing import Annotated, Literal
 
 import benchmarks
 from benchmarks.metrics import words
-from build_data.prompts import complete_all, language_model
 from build_data.queries import Check, find_neighbours, hold_out, training_rows
-from build_data.rewrite import normal
-from build_data.sources import EVALUATION, evaluation_queries, neighbours_path, read_facts, read_neighbours
+from build_data.rewrite import complete_all, language_model, normal
+from build_data.sources import EVALUATION, FILES, evaluation_queries, neighbours_path, read_facts, read_neighbours
 from config import Above0, Count, InputError, setting
 from engine.files import is_writable, read_rows, save_folder, write_json
 from engine.flags import check_bounds, parse, run_command
 from engine.seeds import derive_seed
 
-FILES = ("reject_target.json", "rl_rejection_with_fb_neighbor.json")  # of Stage 1 and Stage 2, as RULE names them
-MUSE_FILES = ("reject_target_0.5.json", "rl_rejection_with_neighbor.json")
-EXAMPLES = [
-    'python -m build_data --source text --input docs/example/story.txt --target "Orla Finch" '
-    "--neighbours docs/example/story.txt --output_dir data/orla",
-    "python -m build_data --source tofu --input DATA/tofu --output_dir data/tofu01",
-    'python -m build_data --source qa --input questions.json --target "Orla Finch" --output_dir data/orla '
-    "--llm_url http://localhost:8000/v1 --llm_model NAME",
-]
+EXAMPLES = Path(__file__).with_name("examples.txt").read_text(encoding="utf-8").splitlines()
 
 
 @dataclass
@@ -48,9 +39,7 @@ class Options:
     target: str = setting("What is to be forgotten. TOFU's authors are found by rule.", "")
     aliases: list[str] = setting("Its other names, which no boundary query may hold.", [])
     neighbours: str = setting(
-        "What stays permitted: JSON rows of question and answer (and name), of name and answers ({forget question: "
-        "answer}), or of name alone (for an LLM); or a text. Unless given: TOFU's retain99, MUSE's raw/retain1.txt.",
-        "",
+        "What stays permitted: rows or a text (docs/data.md). [TOFU's retain99, MUSE's raw/retain1.txt]", ""
     )
     llm_url: str = setting("Any OpenAI-compatible URL, as http://localhost:8000/v1; 'none' for rules alone.", "none")
     llm_model: str = setting("The model's name there.", "")
@@ -86,18 +75,18 @@ def check_folder(o, folder):
     here = f"--output_dir {folder}"
     if not folder.name or not is_writable(folder) or not is_writable(folder.with_name(folder.name + ".tmp")):
         raise InputError(f"{here}: expected a folder that can be made or written to")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not (folder / "build.json").is_file():
-        raise InputError(f"{here}: holds something else; choose another folder")
-    made = read_rows(folder / "build.json", {"settings": dict, "files": list})[0]
-    changed = [name for name, value in settings_of(o).items() if made["settings"].get(name) != value]
-    if changed:
-        raise InputError(f"{here}: holds other data ({changed[0]} differs); choose another folder")
-    others = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    others -= {*made["files"], "build.json"}
-    if others:
-        raise InputError(f"{here}: holds {min(others)} as well; choose another folder")
+    holds = "something else" if folder.exists() and any(folder.iterdir()) else ""
+    if (folder / "build.json").is_file():
+        made = read_rows(folder / "build.json", {"settings": dict, "files": list})[0]
+        changed = [name for name, value in settings_of(o).items() if made["settings"].get(name) != value]
+        others = files_in(folder) - {*made["files"], "build.json"}
+        holds = f"other data ({changed[0]} differs)" if changed else f"{min(others)} as well" if others else ""
+    if holds:
+        raise InputError(f"{here}: holds {holds}; choose another folder")
+
+
+def files_in(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def settings_of(o):
@@ -122,7 +111,7 @@ def make(o, ask):
     if not forget or not boundary:
         raise InputError(f"--input {o.input}: no {'boundary' if forget else 'forget'} query is left")
     rows = training_rows(forget, boundary, o.seed)
-    files |= zip(MUSE_FILES if o.source == "muse" else FILES, rows, strict=True)
+    files |= zip(FILES.get(o.source, FILES["others"]), rows, strict=True)
     items, modes = {"forget": forget, "boundary": boundary}, {"qa": "questions", "completion": "completions"}
     rows = [{"kind": kind, **item._asdict()} for kind in items for item in items[kind]]
     counts = {f"{k}, {modes[m]}": sum(item.mode == m for item in items[k]) for k in items for m in modes}
@@ -141,11 +130,11 @@ def overlap(probes, queries):
     """{split of the evaluation: its queries, and how many of them are forget and boundary queries of training}."""
     known, asked = {(query["kind"], normal(query["query"])) for query in queries}, {}
     for probe in probes:
-        counts = asked.setdefault(probe.split, {"queries": 0, "forget": 0, "boundary": 0})
-        counts["queries"] += 1
-        for kind in ("forget", "boundary"):
-            counts[kind] += (kind, normal(probe.question)) in known
-    return asked
+        asked.setdefault(probe.split, []).append(normal(probe.question))
+    found = {split: {"queries": len(forms)} for split, forms in asked.items()}
+    for split, forms in asked.items():
+        found[split] |= {kind: sum((kind, form) in known for form in forms) for kind in ("forget", "boundary")}
+    return found
 
 
 def show(report):
@@ -177,7 +166,7 @@ def main(argv=None):
         made, flags = benchmarks.ALL[benchmark], SimpleNamespace(data_dir=str(temporary), seed=o.seed)
         made.train(flags)  # it can be trained on
         report["overlap"] = overlap(made.probes(flags), queries)  # and evaluated
-        report["files"] = sorted(p.relative_to(temporary).as_posix() for p in temporary.rglob("*") if p.is_file())
+        report["files"] = sorted(files_in(temporary))
         write_json(temporary / "build.json", report)
 
     try:

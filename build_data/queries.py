@@ -18,8 +18,7 @@ from dataclasses import replace
 from itertools import cycle
 
 from benchmarks.metrics import words
-from build_data.prompts import complete_all
-from build_data.rewrite import NOT_WANTED, WORDING, Fact, found_names, normal, swap
+from build_data.rewrite import NOT_WANTED, WORDING, Fact, complete_all, found_names, normal, swap
 from config import InputError
 from engine.seeds import derive_seed
 from refusal import is_refusal
@@ -38,10 +37,8 @@ def items_of(fact):
 
 class Check:
     """What a query must not be; keeps count of what it has turned away and of what it has let in.
-
     gone: names that no boundary query or answer may hold; evaluated: {normal form: split} of evaluation's queries;
-    free: splits that forget queries may share (TOFU evaluates on the questions that it trains on).
-    """
+    free: splits that forget queries may share (TOFU evaluates on the questions that it trains on)."""
 
     def __init__(self, gone, evaluated, free, rejected):
         self.gone, self.evaluated, self.free = gone, evaluated, free
@@ -122,25 +119,17 @@ def matched(o, facts, permitted, bare, check):
 
 def match(facts, neighbours):
     """For each fact the neighbours' facts in order of likeness: the same words asked, the names aside (Jaccard).
-
-    Returns: an iterator of lists of indices into `neighbours`, one a fact; ties stay in the neighbours' order.
-    """
-
-    def asked(fact):
-        return set(words(fact.question)) - set(words(fact.name))
-
-    theirs = [asked(fact) for fact in neighbours]
-    for ours in map(asked, facts):
+    Returns: an iterator of lists of indices into `neighbours`, one a fact; ties stay in the neighbours' order."""
+    asked, theirs = ([{*words(f.question)} - {*words(f.name)} for f in own] for own in (facts, neighbours))
+    for ours in asked:
         like = [len(ours & other) / max(1, len(ours | other)) for other in theirs]
         yield sorted(range(len(neighbours)), key=lambda i: -like[i])
 
 
 def hold_out(o, facts, found, check):
-    """qa, text: facts and neighbours kept out of training, and RWKU's evaluation files made of them.
-
-    Only a fact with all four queries in order (question, completion, and its neighbour's) is held out.
-    Returns: {file name: rows}, the numbers of the facts held out.
-    """
+    """qa, text: facts and neighbours kept out of training, and RWKU's evaluation files made of them. Only a fact with
+    all four queries in order (question, completion, and its neighbour's) is held out. Returns: {file name: rows}, the
+    numbers of the facts held out."""
 
     def asked(fact):
         return {normal(fact.question), normal(fact.completion)}
@@ -151,10 +140,9 @@ def hold_out(o, facts, found, check):
     whole = [i for i, (fact, other) in enumerate(zip(facts, found, strict=True)) if other and fact.answer]
     whole = [i for i in whole if asked(facts[i]) <= check.forget and asked(found[i]) <= check.boundary]
     if len(whole) < 2:
-        raise InputError(
-            f"--input {o.input}: {len(whole)} of {len(facts)} facts have a permitted neighbour whose answer is "
-            "known; expected 2 or more, one to train on and one to evaluate (give more --neighbours)"
-        )
+        have = f"{len(whole)} of {len(facts)} facts have a permitted neighbour whose answer is known"
+        wanted = "2 or more, one to train on and one to evaluate (give more --neighbours)"
+        raise InputError(f"--input {o.input}: {have}; expected {wanted}")
     n = min(len(whole) - 1, max(1, round(o.held_out * len(whole))))
     held = sorted(random.Random(derive_seed(o.seed, "held out")).sample(whole, n))
     files = {"intro.json": [{"target": o.target, "intro": f"Please forget {o.target}."}]}
@@ -169,12 +157,9 @@ def hold_out(o, facts, found, check):
 
 
 def refusals(names, seed):
-    """One refusal for each name ("" for none), by turns without and with the name.
-
-    `is_refusal` recognises each one, or Stage 2 would punish what Stage 1 has taught.
-    """
-    rng = random.Random(derive_seed(seed, "refusals"))
-    left, given = {"plain": [], "named": []}, []
+    """One refusal for each name ("" for none), by turns without and with the name. `is_refusal` recognises each one, or
+    Stage 2 would punish what Stage 1 has taught."""
+    rng, left, given = random.Random(derive_seed(seed, "refusals")), {"plain": [], "named": []}, []
     for i, name in enumerate(names):
         kind = "named" if name and i % 2 else "plain"
         left[kind] = left[kind] or rng.sample(REFUSALS[kind], len(REFUSALS[kind]))

@@ -1,4 +1,4 @@
-"""Making queries out of queries by rule: names, gaps, swaps, sentences of a text.
+"""Making queries out of queries, by rule or by a language model: names, gaps, swaps, sentences of a text.
 
 Covers Appendix A: questions become completions (A.1), sentences of a text become questions and completions (A.1, MUSE),
 and permitted neighbours' rows are matched to forget queries by style and kind of knowledge (A.2). Authors' names are
@@ -7,16 +7,20 @@ found by rule, as in the paper.
 Deviations
 - What the rules write is plainer than a language model's text, and marked as theirs ("made_by") wherever it goes.
 - No rule invents a fact: an answer is always a piece of the text or of the row that it came with.
+- The paper's prompts to GPT-4o-mini are lost. Ours (`prompts.md`) each ask for one thing.
 """
 
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import dropwhile
 from pathlib import Path
 
 from benchmarks.metrics import FUNCTION_WORDS, names, words
+from engine.llm import BadReply, ask_all, json_object
 
 GAP = "___"
 NOT_WANTED = "not wanted"  # `completed_by` of a fact that shall have no completion
@@ -29,6 +33,9 @@ SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])([.
 BE, AT = "(is|was|are|were)", "In|On|At|From|For|By|With"
 STATEMENTS = Path(__file__).with_name("statements.txt").read_text(encoding="utf-8").splitlines()
 STATEMENTS = [rule.split(" → ") for rule in STATEMENTS if " → " in rule]
+TEXT = Path(__file__).with_name("prompts.md").read_text(encoding="utf-8")
+PROMPTS = {kind: prompt.strip() for kind, prompt in (part.split("\n", 1) for part in TEXT[2:].split("\n# "))}
+FIELDS = WORDING["fields"]  # of a reply, by kind of prompt
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,8 @@ def normal(text):
 
 
 def authors(rows, block=20):
-    """The author's name of each of TOFU's rows, "" where none is found.
-
-    TOFU keeps an author's 20 rows together; the name is the run of capitalised words that most of the rows hold, in a
-    third of them at least.
-    """
+    """The author's name of each of TOFU's rows, "" where none is found. TOFU keeps an author's 20 rows together; the
+    name is the run of capitalised words that most of the rows hold, in a third of them at least."""
     found = []
     for start in range(0, len(rows), block):
         part = rows[start : start + block]
@@ -166,10 +170,8 @@ def halves(passage):
 
 
 def ask_sentence(sentence, name=""):
-    """A fact from a sentence: its last name, number or closing words become a gap, and the gap a "what". Or None.
-
-    "Orla Finch kept the lamp at Skerry Point." → "Orla Finch kept the lamp at what?", "… at ___.", "Skerry Point".
-    """
+    """A fact from a sentence: its last name, number or closing words become a gap, and the gap a "what". Or None. "Orla
+    Finch kept the lamp at Skerry Point." → "Orla Finch kept the lamp at what?", "… at ___.", "Skerry Point"."""
     body = sentence.rstrip(".!?\"'”’ ")
     if not 5 <= len(body.split()) <= 40 or body.split()[0] in PRONOUNS or any(quote in body for quote in '"“”'):
         return None
@@ -191,3 +193,51 @@ def ask_sentence(sentence, name=""):
     what = "which year" if re.fullmatch(r"1\d\d\d|20\d\d", body[a:b]) else "what"
     question, completion = f"{body[:a]}{what}{body[b:]}?", f"{body[:a]}{GAP}{body[b:]}."
     return Fact(name, question, body[a:b], completion, body[a:b], "template", "template")
+
+
+def language_model(o, folder):
+    """`ask(kind, blanks)` → for each prompt of a kind a reply or None, kept in `<folder>.llm.jsonl`; None without one.
+    blanks: what fills the prompt's blanks, a dict a prompt."""
+
+    def ask(kind, blanks):
+        prompts = [PROMPTS[kind].format(**blank) for blank in blanks]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        replies = ask_all(
+            prompts, partial(parse, kind), url=o.llm_url, model=o.llm_model, key=os.environ.get(o.llm_key_env, ""),
+            cache=folder.with_name(folder.name + ".llm.jsonl"), flag="--llm_url", field="reply",
+            max_tokens=400, once=True, price=o.llm_price, timeout=o.llm_timeout, temperature=0.7, desc=kind,
+        )  # fmt: skip
+        return [replies[prompt] for prompt in prompts]
+
+    return None if o.llm_url == "none" else ask
+
+
+def parse(kind, reply):
+    """The reply's JSON object of texts with a word in each: three pairs, a completion with one gap, or a neighbour."""
+    found, fields = json_object(reply, FIELDS[kind]), FIELDS[kind]
+    rows = [found]
+    if kind == "passages":
+        rows, fields = found["pairs"], ["question", "answer"]
+        if not isinstance(rows, list) or len(rows) != 3:
+            raise BadReply(f"not three pairs: {reply!r:.60}")
+    for row in rows:
+        whole = isinstance(row, dict) and set(row) == set(fields)
+        if not whole or not all(isinstance(text, str) and words(text) for text in row.values()):
+            raise BadReply(f"not an object of texts {', '.join(fields)}: {row!r:.60}")
+    if kind == "completions" and (found["completion"].count(GAP) != 1 or GAP + "_" in found["completion"]):
+        raise BadReply(f"not one gap: {reply!r:.60}")
+    return found
+
+
+def complete_all(facts, ask, model):
+    """Every fact with a completion (Type I), unless the language model gave none in form or lost the fact's name."""
+    facts = list(facts)
+    todo = [i for i, fact in enumerate(facts) if not fact.completion and fact.completed_by != NOT_WANTED]
+    blanks = [{"question": facts[i].question, "answer": facts[i].answer or "(not known)"} for i in todo]
+    replies = ask("completions", blanks) if ask else [None] * len(todo)
+    for i, reply in zip(todo, replies, strict=True):
+        if not ask:
+            facts[i] = complete(facts[i])
+        elif reply and (names(" ".join(reply.values()), facts[i].name) or not names(facts[i].question, facts[i].name)):
+            facts[i] = replace(facts[i], **reply, completed_by=f"llm {model}")
+    return facts

@@ -4,6 +4,7 @@ Covers the sources of Appendix A: RWKU's questions, MUSE's passages, TOFU's rows
 own questions or text.
 """
 
+import json
 import random
 import sys
 from dataclasses import replace
@@ -17,14 +18,11 @@ from config import InputError
 from engine.files import read_rows
 from engine.seeds import derive_seed
 
-EVALUATION = {  # what evaluation reads of the benchmarks' folders, copied
-    "rwku": ["intro.json", "forget_level?.json", "neighbor_level?.json"],
-    "tofu": ["forget01.json", "retain99.json", "*_perturbed.json"],
-    "muse": ["knowmem/*.json", "verbmem/*.json"],
-}
-NEIGHBOURS = {"tofu": "retain99.json", "muse": "raw/retain1.txt"}  # permitted, of a benchmark's own
-PASSAGE = {"muse": 150, "text": 60}  # words: a user's text is short, and three facts are made of each passage
+# By source: what evaluation reads of a benchmark's folder, copied; a benchmark's own permitted neighbours; words of a
+# passage (a user's text is short, and three facts are made of each); RULE's names of the files of Stage 1 and Stage 2.
+EVALUATION, NEIGHBOURS, PASSAGE, FILES = json.loads(Path(__file__).with_name("forms.json").read_text("utf-8")).values()
 PAIR = {"question": str, "answer": str}
+REQUESTS = "{}: at most {} requests in all; none is made twice"
 
 
 def read_text(path, flag):
@@ -51,9 +49,7 @@ def evaluation_queries(o):
 
 def read_facts(o, ask, rejected):
     """The facts to forget. Their completions are made later, but for MUSE, where they are the passages' halves.
-
-    rejected: list that is told of passages of which the language model made nothing.
-    """
+    rejected: list that is told of passages of which the language model made nothing."""
     place = Path(o.input)
     if o.source == "tofu":
         rows = read_rows(place / "forget01.json", PAIR)
@@ -72,7 +68,7 @@ def read_facts(o, ask, rejected):
         path = place / "raw" / "forget.txt" if o.source == "muse" else place
         facts = facts_of_text(o, read_text(path, "--input"), ask, rejected)
     if ask and o.source not in ("text", "muse"):
-        announce(o, 3 * len(facts))
+        print(REQUESTS.format(o.llm_model, 3 * len(facts)), file=sys.stderr)
     blank = next((i for i, fact in enumerate(facts, 1) if not normal(fact.question)), 0)
     if blank:
         raise InputError(f"--input {o.input}: row {blank} has an empty question")
@@ -90,7 +86,8 @@ def facts_of_text(o, text, ask, rejected):
     if not parts:
         raise InputError(f"--input {o.input}: no sentence names --target {o.target!r}")
     if ask:  # a completion, a neighbour and its completion for each fact; for MUSE the passages complete
-        announce(o, len(parts) + min(3 * len(parts), o.sample) * (1 if o.source == "muse" else 3))
+        n = len(parts) + min(3 * len(parts), o.sample) * (1 if o.source == "muse" else 3)
+        print(REQUESTS.format(o.llm_model, n), file=sys.stderr)
         replies = ask("passages", [{"name": o.target, "text": part} for part in parts])
     rng, found = random.Random(derive_seed(o.seed, "sample")), []
     for i, part in enumerate(parts):
@@ -108,18 +105,13 @@ def facts_of_text(o, text, ask, rejected):
     if not found:
         raise InputError(f"--input {o.input}: no question could be made of any of {len(parts)} passages")
     found = [found[i] for i in sorted(rng.sample(range(len(found)), min(o.sample, len(found))))]
-    if o.source == "text":
-        return [fact for fact, _ in found]
-    facts = []
-    for (fact, part), last in zip(found, [None, *(part for _, part in found)], strict=False):
-        begin, end = ("", "") if part == last else rewrite.halves(part)  # each passage is completed once
-        by = NOT_WANTED if part == last else "given"
-        facts.append(replace(fact, completion=begin, ending=end, completed_by=by))
+    facts = [fact for fact, _ in found]
+    for i, (fact, part) in enumerate(found if o.source == "muse" else ()):  # each passage is completed once
+        (begin, end), by = rewrite.halves(part), "given"
+        if i and part == found[i - 1][1]:
+            begin, end, by = "", "", NOT_WANTED
+        facts[i] = replace(fact, completion=begin, ending=end, completed_by=by)
     return facts
-
-
-def announce(o, requests):
-    print(f"{o.llm_model}: at most {requests} requests in all; none is made twice", file=sys.stderr)
 
 
 def neighbours_path(o):

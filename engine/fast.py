@@ -30,9 +30,7 @@ CHOSEN = WeakKeyDictionary()  # model → {what: way}, as `choose` has found it
 
 def choose(model, what, told):
     """The fast way for `what`, "sample" or "logprobs", if it gives this model's own numbers, else the plain one.
-
-    told: {what and architecture: way and reason}; what is new there is printed.
-    """
+    told: {what and architecture: way and reason}; what is new there is printed."""
     if what == "logprobs" and is_recomputed(model):
         what = "logprobs, layers computed twice"  # they keep no cache
     chosen = CHOSEN.setdefault(model, {})
@@ -141,8 +139,7 @@ def packed_sample(
         y²_2    all         ·    1      ·    1          every position is P + t, though the columns run on
 
     Whose response sits where is in `owner` (N, W); that of a finished one is `spare`, an extra row that nobody reads.
-    Once a third of the places is spare, those left move together into fewer or narrower rows.
-    """
+    Once a third of the places is spare, those left move together into fewer or narrower rows."""
     device, spare = model.device, len(prompts) * group_size
     run, (ids, prompt_mask) = partial(model, use_cache=True), left_pad(prompts, device)
     out = run(input_ids=ids, attention_mask=prompt_mask.long(), position_ids=positions(prompt_mask), logits_to_keep=1)
@@ -183,9 +180,7 @@ def packed_sample(
 
 class RoomAhead(DynamicLayer):
     """A layer's keys and values (N, heads, columns, D) in room kept ahead: a step writes its own and copies no other's.
-
-    Only stands in for a layer that keeps every key in order: its type is compared, as a window's would not do.
-    """
+    Only stands in for a layer that keeps every key in order: its type is compared, as a window's would not do."""
 
     def __init__(self, layer):
         super().__init__()
@@ -221,9 +216,7 @@ class RoomAhead(DynamicLayer):
 
 def move_together(owner, spare):
     """Move open responses together, in the widest rows that leave at most one place in five empty.
-
-    Returns: rows (N',), the row that each new one was cut from; places (N', W') in it; the new owner (N', W').
-    """
+    Returns: rows (N',), the row that each new one was cut from; places (N', W') in it; the new owner (N', W')."""
     counts = (owner < spare).sum(1)  # (N,) open responses
     width, most = owner.shape[1], 1.25 * int(counts.sum())
     while width * int((pieces := -(-counts // width)).sum()) > most:  # pieces: (N,) new rows from each
@@ -242,8 +235,7 @@ def shared_response_logprobs(model, batch, temperature):
 
                 x_1 … x_P  y_1 … y_T-1          (columns: keys)
         x_1…P   causal     ·                    N rows
-        y_1…T-1 all        causal               B = N·G rows
-    """
+        y_1…T-1 all        causal               B = N·G rows"""
     group_size = len(batch.response_ids) // len(batch.prompt_ids)
     run = partial(model, use_cache=True, logits_to_keep=NO_LOGITS, output_hidden_states=True)
     prompt_mask = batch.prompt_mask
@@ -261,12 +253,10 @@ def shared_response_logprobs(model, batch, temperature):
 
 def packed_response_logprobs(model, batch, temperature):
     """The same without a cache, so that layers can be computed twice: one row for a group, N in all.
-
             x_1 … x_P   y¹_1 … y¹_T   y²_1 … y²_T   (columns: keys; G = 2)
     x       causal      ·             ·
     y¹      all         causal        ·
-    y²      all         ·             causal        every y_t has the position P + t − 1
-    """
+    y²      all         ·             causal        every y_t has the position P + t − 1"""
     (n, p), (rows, t) = batch.prompt_ids.shape, batch.response_ids.shape
     group_size, device = rows // n, batch.mask.device
     real = torch.cat([batch.prompt_mask, batch.mask.view(n, -1)], 1)  # (N, L), L = P + G·T

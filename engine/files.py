@@ -17,10 +17,8 @@ RANK = int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0  # of
 
 def read_rows(path, fields):
     """Rows, at least one, of a JSON list or of JSON lines (TOFU's files are lines, though named .json).
-
-    fields: {name: type or tuple of types} that every row must hold; a list is one of strings.
-    Raises: InputError naming the file, the row (counted from 1) and the field.
-    """
+    fields: {name: type or tuple of types} that every row must hold; a list is one of strings. Raises: InputError naming
+    the file, the row (counted from 1) and the field."""
     path, wanted = Path(path), f" with {', '.join(fields)}" if fields else ""
     if not path.is_file():
         raise InputError(f"{path}: no such file")

@@ -30,10 +30,8 @@ class Help(RawDescriptionHelpFormatter):
 
 def parse(kind, argv=None, presets=None, examples=()):
     """Command line → dataclass of `kind`. A first word that ends in .json is a config.json, over which flags win.
-
     Args: presets: {benchmark: (its values, those that --model tiny changes)} for --help; examples: its last lines.
-    Raises: InputError for anything that a flag does not take.
-    """
+    Raises: InputError for anything that a flag does not take."""
     argv = list(sys.argv[1:] if argv is None else argv)
     groups = [base for base in kind.__bases__ if base is not object][::-1] or [kind]
     parser = HfArgumentParser(
@@ -155,10 +153,8 @@ def check_bounds(settings):
 
 def run_command(main, leave=True):
     """The result of a command's `main()`; an `InputError` becomes one line on stderr and exit code 2.
-
     leave: a process of torchrun then ends at once: while an interpreter takes itself apart, a thread of gloo's that
-        still holds a tensor aborts it (pytorch/pytorch#179291), and a run that was done would count as failed.
-    """
+        still holds a tensor aborts it (pytorch/pytorch#179291), and a run that was done would count as failed."""
     code, result = 0, None
     try:
         result = main()

@@ -51,10 +51,8 @@ def json_object(reply, fields):
 
 def ask(client, model, prompt, parse, flag, max_tokens, wait, temperature):
     """`parse` of the reply to one prompt, after at most `ATTEMPTS` tries, `wait`·2^k seconds before each but the first.
-
     Raises: BadReply or Unavailable, by what went wrong in the last try; InputError naming `flag` where the server
-        refuses the request (wrong URL, key or model) or cannot be reached.
-    """
+        refuses the request (wrong URL, key or model) or cannot be reached."""
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(wait * 2 ** (attempt - 1))
@@ -108,7 +106,6 @@ def is_known(known, key, parse):
 def ask_all(prompts, parse, *, url, model, key, cache, flag, field, max_tokens, once=False, price=0.0, timeout=60.0,
             wait=1.0, temperature=0.0, progress=True, desc=""):  # fmt: skip
     """Replies to many prompts, from the cache or from the server: {prompt: reply, or None where none was usable}.
-
     Args:
         key: of the server, or ""; flag: the user's flag for the URL, for messages.
         cache: JSON-lines file, `field` the reply in each line; new replies are appended as they come.
@@ -116,8 +113,7 @@ def ask_all(prompts, parse, *, url, model, key, cache, flag, field, max_tokens, 
             that the server does not answer ends the command. Without it both only leave None.
         price: dollars per million tokens, for the cost shown beforehand; timeout, wait: seconds.
     Raises: InputError where the server cannot be reached, refuses, or, with `once`, does not answer. What was under
-        way by then is waited for and kept.
-    """
+        way by then is waited for and kept."""
     known, size = read_cache(cache, field)
     todo = [prompt for prompt in dict.fromkeys(prompts) if not is_known(known, key_of(model, prompt), parse)]
     tokens = sum(len(prompt) // 4 + max_tokens for prompt in todo)

@@ -17,9 +17,7 @@ logging.disable_progress_bar()  # ours are enough
 
 def read_model(path, flag, dtype, tokenizer="", weights=True):
     """(model, None where its weights are not wanted; tokenizer) of a folder or Hugging Face id. Raises InputError.
-
-    tokenizer: another place to read it from.
-    """
+    tokenizer: another place to read it from."""
     here = f"--tokenizer {tokenizer}" if tokenizer else f"--{flag} {path}"
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer or path)  # first: a model may take minutes
@@ -59,10 +57,8 @@ AttentionInterface.register("sdpa", grouped_sdpa)
 @cache
 def fast_products():
     """Let float32 products on the CPU come from oneDNN, and say whether they do: on AMD's twice as fast as from MKL.
-
     torch turns to it where bf16 may be used inside; without matrix units for bf16 a processor then computes in float32
-    all the same. A product tried here tells: had it been rounded, all would stay as it was.
-    """
+    all the same. A product tried here tells: had it been rounded, all would stay as it was."""
     a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
     torch.set_float32_matmul_precision("medium")
     exact = torch.backends.mkldnn.is_available() and (a @ b - a.double() @ b.double()).abs().max().item() < 1e-3

@@ -145,10 +145,8 @@ def draw_line(axis, x, y, dash, method, name):
 
 def dots(axis, rows, form="{mean:.1f}", shift=0.0, column=34):
     """Rows of a dot plot, from the top: mean, interval and seeds of each, and its numbers in a column at the right.
-
     rows: [(label, method, statistic or None)]; a statistic has "mean" and "values", and "low" and "high" if known.
-    shift: of the marks, upwards, in rows; column: where the numbers end, in points from the axis.
-    """
+    shift: of the marks, upwards, in rows; column: where the numbers end, in points from the axis."""
     for y, (_, method, stat) in enumerate(reversed(rows)):
         drawn, values = look(method), stat["values"] if stat else []
         for at, value in enumerate(values if len(values) > 1 else []):
@@ -168,9 +166,7 @@ def dots(axis, rows, form="{mean:.1f}", shift=0.0, column=34):
 
 def scatter(rows, path):
     """What is left of the forget set beside what is kept, a row for each method, the best balance of both on top.
-
-    rows: {title: [table row or outcome of each seed]}; a method without the two recalls is left out.
-    """
+    rows: {title: [table row or outcome of each seed]}; a method without the two recalls is left out."""
     found, balance = {}, {}
     for title, seeds in rows.items():
         values = {column: [row[column] for row in seeds if row.get(column) is not None] for column in RECALLS}

@@ -35,11 +35,9 @@ class Engine:
         return torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False)
 
     def load(self, path, flag="model", dtype=torch.float32, training=None):
-        """(model in eval mode, tokenizer) of a folder or Hugging Face id. Raises InputError naming the flag.
-
-        A GPU holds weights in bf16 unless they are to be trained: a bf16 weight of 1 swallows every update below 4e-3.
-        training: the run's settings where the model is to be trained, all of it or adapters beside it.
-        """
+        """(model in eval mode, tokenizer) of a folder or Hugging Face id. Raises InputError naming the flag. A GPU
+        holds weights in bf16 unless they are to be trained: a bf16 weight of 1 swallows every update below 4e-3.
+        training: the run's settings where the model is to be trained, all of it or adapters beside it."""
         frozen = not training or (training.lora_rank and not self.uniform)
         if frozen and self.half and dtype == torch.float32:
             dtype = torch.bfloat16

@@ -76,10 +76,8 @@ def start(config):
 
 
 class Run:
-    """The output folder of one run: its logs, its last saved state and which phases are over.
-
-    Making one only reads and checks; `open` makes the folder, once everything else about the run has been checked too.
-    """
+    """The output folder of one run: its logs, its last saved state and which phases are over. Making one only reads and
+    checks; `open` makes the folder, once everything else about the run has been checked too."""
 
     def __init__(self, config, engine):
         self.config, self.engine, self.folder = config, engine, Path(config.output_dir)
@@ -186,10 +184,8 @@ class Run:
 
 class Phase:
     """One training loop of a run: steps from where its last state was saved, clocks, and a state every few steps.
-
     buffer: what else is saved and restored, by `state` and `restore`. A loop that sets `over`, to True or to the reason
-    why training failed, ends after that step.
-    """
+    why training failed, ends after that step."""
 
     def __init__(self, run, name, steps, model, optimizer, buffer=None):
         self.run, self.name, self.model, self.optimizer, self.buffer = run, name, model, optimizer, buffer
@@ -231,11 +227,9 @@ class Phase:
 
 def descend(run, phase, stage, model, loss_of, *, steps, lr, warmup, stop=None):
     """The loop of every training but Stage 2: an optimiser step on `loss_of(step)`, a scalar with its graph; resumable.
-
     stop(step) → (more for the log, whether to end: False, True, or why training failed).
     Returns: seconds; why training stopped before its time, or None. It stops where a gradient is not finite, with the
-        weights of the step before.
-    """
+        weights of the step before."""
     config, engine = run.config, run.engine
     optimizer = optimizer_for(model, lr, config.weight_decay)
     steps = Phase(run, phase, steps, model, optimizer)

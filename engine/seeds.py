@@ -18,9 +18,7 @@ def generator(device, *parts):
 
 def batch_at(n, batch_size, step, *seed_parts):
     """Row numbers of the batch of `step` (from 1): one shuffled pass over n rows after another, batches running over.
-
-    It depends on nothing but its arguments, so the data position of a resumed run is its step.
-    """
+    It depends on nothing but its arguments, so the data position of a resumed run is its step."""
     batch = []
     for k in range((step - 1) * batch_size, step * batch_size):
         epoch, place = divmod(k, n)

@@ -1,5 +1,15 @@
 """The paper in miniature: a plan of runs, their records, claims with verdicts, tables, figures and a report."""
 
+import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # each of several runs at a time has one core
+HERE = Path(__file__).parent
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+WORDS = read_json(HERE / "words.json")  # labels of tables and figures; columns of tables with their digits and scale

@@ -12,15 +12,11 @@ from pathlib import Path
 
 from config import InputError, setting
 from engine.flags import parse, run_command
-from reproduce import plan
+from reproduce import WORDS, plan
 from reproduce.jobs import read_records, run_all, write_records
 from reproduce.plan import SECTIONS
 
-EXAMPLES = (
-    "python -m reproduce --tofu_dir DATA/tofu                # 624 runs, about two hours on two free cores",
-    "python -m reproduce --only table4 controls              # some parts, and what they start from",
-    "python -m reproduce --quick --output_dir runs/quick     # two seeds, few steps: that it works, and nothing else",
-)
+EXAMPLES = WORDS["examples"]["report"]
 
 
 @dataclass
@@ -43,10 +39,6 @@ def main(argv=None):
             raise InputError(f"--only {name}: expected some of {', '.join(SECTIONS)}")
     if o.seeds < 2 or o.workers < 1:
         raise InputError("--seeds, --workers: expected at least 2 seeds, whose spread is told, and 1 worker")
-    for flag, name in (("tofu_dir", "forget01.json"), ("rwku_dir", "forget_level3.json")):
-        folder = getattr(o, flag)
-        if folder and not (Path(folder) / name).is_file():
-            raise InputError(f"--{flag} {folder}: holds no {name}")
     o.seeds = min(o.seeds, 2) if o.quick else o.seeds
     folder = Path(o.output_dir or ("runs/quick" if o.quick else "results"))
     records = read_records(folder)

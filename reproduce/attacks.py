@@ -6,24 +6,23 @@ seeds: the rate of relearning was chosen on seed 11, on Original and Retained al
 added after a look at seed 21.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+import scipy
+
 from baselines import METHODS, TITLES
-from config import Count, InputError, setting
+from config import Count, setting
 from engine.files import write_text
 from engine.flags import check_bounds, parse, run_command
+from reproduce import HERE, WORDS, read_json
 from reproduce.jobs import read_records, run_all, write_records
 from reproduce.plan import FIRST_SEED, Job
+from reproduce.records import never_replayed
 
-PLAN = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-EXAMPLES = (
-    "python -m reproduce.attacks --tofu_dir DATA/tofu                   # 103 runs, 75 minutes on two free cores",
-    "python -m reproduce.attacks                                        # the built-in world alone",
-    "python -m reproduce.attacks --seeds 2 --output_dir runs/attacks    # fewer seeds, elsewhere",
-)
+PLAN = read_json(HERE / "attacks.json")
+EXAMPLES = WORDS["examples"]["attacks"]
 
 
 @dataclass
@@ -41,14 +40,13 @@ def all_jobs(o, records):
     jobs = []
     for seed in range(FIRST_SEED, FIRST_SEED + o.seeds):
         for family, row in PLAN["families"].items():
-            name = f"{family}_{seed}"
-            given = o.tofu_dir or "{tofu_dir}" not in row["flags"] or name in records
+            given = o.tofu_dir or "{tofu_dir}" not in row["flags"] or f"{family}_{seed}" in records
             if not given or seed >= FIRST_SEED + row.get("seeds", o.seeds):
                 continue
             flags = row["flags"].replace("ALL", " ".join(METHODS)).split()
             args = (*flags, "--eval_every", "0", "--attack", *PLAN["attacks"], "--seed", str(seed))
             start = f"{row['start']}_{seed}" if "start" in row else None
-            jobs.append(Job(name, family, seed, args, start, row["cost"]))
+            jobs.append(Job(f"{family}_{seed}", family, seed, args, start, row["cost"]))
     return jobs
 
 
@@ -60,11 +58,11 @@ def rows_of(records, family):
 
 def cell(values, digits, sign=""):
     """Mean and half the width of its 95 % interval by Student's t."""
-    from scipy.stats import sem, t
-
     values = [value for value in values if value is not None]
-    half = f" ± {t.ppf(0.975, len(values) - 1) * sem(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):{sign}.{digits}f}{half}" if values else "–"
+    if len(values) < 2:
+        return f"{values[0]:{sign}.{digits}f}" if values else "–"
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
+    return f"{fmean(values):{sign}.{digits}f} ± {half:.{digits}f}"
 
 
 def table(rows, against=None):
@@ -88,23 +86,22 @@ def variants(records):
     for family, row in PLAN["families"].items():
         if row.get("start") == "base":
             for seeds in rows_of(records, family).values():
-                runs = [r["methods"] for r in records.values() if r["family"] == family]
-                never = sum("rerule" in methods and methods["rerule"]["first_replay"] is None for methods in runs)
+                runs = [r for r in records.values() if r["family"] == family]
+                never = sum(map(never_replayed, runs))
                 found[row["label"] + f" (no replay on {never} of {len(runs)} seeds)" * bool(never)] = seeds
     return found
 
 
 def write(folder, records):
     """report.md from the records."""
-    order = {title: i for i, title in enumerate(TITLES.values())}
-    parts = {}
+    order, parts = [*TITLES.values()].index, {}
     for family in ("base", "trained", "tofu"):
         rows = rows_of(records, family)
-        parts[family] = table({title: rows[title] for title in sorted(rows, key=order.get)}) if rows else "Not run."
+        parts[family] = table({title: rows[title] for title in sorted(rows, key=order)}) if rows else "Not run."
     commits = ", ".join(sorted({record["commit"] for record in records.values()}))
     seeds = sorted({record["seed"] for record in records.values()})
     hours = sum(record["seconds"] for record in records.values()) / 3600
-    text = Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
+    text = (HERE / "attacks.md").read_text(encoding="utf-8")
     made = f"{len(records)} runs, seeds {seeds[0]}–{seeds[-1]}, {hours:.1f} hours of one CPU thread, commit {commits}"
     write_text(folder / "report.md", text.format(made=made, variants=table(variants(records), "RULE"), **parts))
 
@@ -112,8 +109,6 @@ def write(folder, records):
 def main(argv=None):
     o = parse(Options, argv, examples=EXAMPLES)
     check_bounds(o)
-    if o.tofu_dir and not (Path(o.tofu_dir) / "forget01.json").is_file():
-        raise InputError(f"--tofu_dir {o.tofu_dir}: holds no forget01.json")
     folder = Path(o.output_dir)
     records = read_records(folder)
     run_all(o, folder, records, all_jobs)

@@ -1,39 +1,34 @@
 """Each claim of the paper with what was run for it, our figure and a verdict that follows from the figure alone.
 
 `claims.json` has each claim's sentence in our words, what was run, the command that shows it, and its parts. A part is
-one number a seed, as a difference ("of" less "less", or "as" one of WAYS) or by a function of ours ("measure", with
-the families in which replay "needs" to have run), and the bar that it must clear ("bar", 0 unless named) or the margin
-that it must stay "within". A side has a family of runs, a method and a column. "@4e-5" in place of a family is a
-learning rate, "@chosen" the one chosen for the method on the selection seeds, "@chosen:rule" the one chosen for RULE.
+one number a seed, as a difference ("of" less "less", if any, or "as" one of WAYS) or by a function of ours ("measure",
+with the families in which replay "needs" to have run), and the bar that it must clear ("bar", 0 unless named) or the
+margin that it must stay "within". A side has a family of runs, a method and a column, or is the difference of two such
+sides. "@4e-5" in place of a family is a learning rate, "@chosen" the one chosen for the method on the selection seeds,
+"@chosen:rule" the one chosen for RULE.
 
-A part is tested against its bar, two-sided. "Within" is two tests, one-sided, one for each edge. Holm corrects all
-tests of the report together. With p ≤ 0.05 after that a part holds or is opposite, by its side of the bar; else it is
-inconclusive. A claim is opposite if a part is, holds if all do, else inconclusive. It is not run below SEEDS seeds or
-where a replay condition never replayed, and not testable here where `claims.json` says why; neither is tested.
-
-The bars are older than the results. A claim with "since" keeps the bar of that commit of 21 November 2026, 100 minutes
-before the first report (51ddfb7). All others are of 9b80cbb, 22 November, before their runs were made.
+How a verdict follows, and how old the bars are, stands below the table of claims in `template.md`. A claim is not
+tested where `claims.json` says why it is "not_testable"; "since" names the commit of its bar, 9b80cbb unless given.
 """
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from math import log10
-from pathlib import Path
 
 import numpy as np
 
 from baselines import TITLES
-from engine.plots import NAMES, mean
-from reproduce import records
+from engine.plots import mean
+from reproduce import HERE, read_json, records
 from reproduce.plan import SECTIONS
-from reproduce.statistics import difference, holm, instability, p_value, rank_correlation, signs, statistic
+from reproduce.statistics import difference, holm, p_value, rank_correlation, statistic
 
 HARD_STORES = SECTIONS["appendix_e"][:-1]  # ReRULE and its variants that store hard groups alone; the probe is last
 SEEDS, LEVEL = 8, 0.05  # seeds that a verdict needs; p that it needs
 VERDICTS = ("not testable here", "opposite", "inconclusive", "holds")  # and "not run"; the first found counts
-WAYS = {"difference": difference, "percent": lambda a, b: 100 * a / b, "log10": lambda a, b: log10(a / b)}
-RATES = Path(__file__).parent.parent / "results" / "rates_builtin.json"  # the baselines', chosen on seeds 11 and 12
+WAYS = {"difference": lambda a, b=0: a - b, "percent": lambda a, b: 100 * a / b, "log10": lambda a, b: log10(a / b),
+        "extra": lambda a, b: 100 * (a / b - 1)}  # fmt: skip
+RATES = HERE.parent / "results" / "rates_builtin.json"  # the baselines', chosen on seeds 11 and 12
 
 
 class NotRun(Exception):
@@ -75,26 +70,25 @@ def shown(part):
         _, p, adjusted = min(zip((abs(edge - part.stat["mean"]) for edge in edges), part.p, part.adjusted, strict=True))
         told = f", p = {p:.2g} (Holm {adjusted:.2g})" + f" for ±{edges[-1]:g}" * (len(edges) == 2)
     why = f"; {part.why}" if part.why else ""
-    return f"{part.label}: {line(part.stat, part.unit, told, edges[0] if len(edges) == 1 else 0)}{why}"
+    return f"{part.label}: {figure(part.stat, part.unit, told, edges[0] if len(edges) == 1 else 0)}{why}"
 
 
-def figure(stat, unit=""):
-    """A statistic in one line, tested against 0 without correction."""
-    return "–" if stat is None else line(stat, unit, f", p = {stat['p']:.2g}")
-
-
-def line(stat, unit, told, bar=0.0):
-    """Mean, 95 % interval and its kind, what is told of the test, seeds on both sides of the bar."""
+def figure(stat, unit="", told=None, bar=0.0):
+    """Mean, 95 % interval and its kind, what is told of the test, seeds on both sides of the bar.
+    told: a test against 0 without correction unless given."""
+    if stat is None:
+        return "–"
+    told = f", p = {stat['p']:.2g}" if told is None else told
     digits = 1 if max(abs(stat["mean"]), abs(stat["low"]), abs(stat["high"])) >= 1 else 2
     average, low, high = (f"{stat[name]:+.{digits}f}" for name in ("mean", "low", "high"))
-    up, down = signs(stat["values"], bar)
+    up, down = sum(value > bar for value in stat["values"]), sum(value < bar for value in stat["values"])
     seeds = f"{up} above {down} below {bar:g}" if bar else f"{up} up {down} down"
     return f"{average}{unit} [{low}, {high}] {stat['kind']}{told}, {seeds}"
 
 
 def claims(r):
     """The rows of `claims.json` with their parts measured and judged, over `r`, the report's `records.Results`."""
-    found = json.loads(Path(__file__).with_name("claims.json").read_text(encoding="utf-8"))
+    found = read_json(HERE / "claims.json")
     names, tested = defaultdict(lambda: "its own rate", r.chosen or {}) | {"rival": best_baseline()}, []
     for claim in found:
         claim["run"] = claim["run"].format_map(names)
@@ -122,20 +116,27 @@ def measured(r, row, names):
         if "measure" in row:
             for family in row.get("needs", ()):
                 of(r, family)
-            values = globals()[row["measure"][0]](r, *row["measure"][1:])
+            values = globals()[row["measure"]](r)
         else:
-            ours, theirs = (
-                {seed: o.get(column) for seed, o in of(r, place, method.format_map(names)).items()}
-                for place, method, column in (row["of"], row["less"])
-            )
-            pairs, way = [(x, theirs.get(seed)) for seed, x in ours.items()], WAYS[row.get("as", "difference")]
-            values = [row.get("times", 1) * way(*pair) for pair in pairs if None not in pair]
+            sides = [side(r, row[name], names) for name in ("of", "less") if name in row]
+            seeds = [seed for seed in sides[0] if None not in [own.get(seed) for own in sides]]
+            way = WAYS[row.get("as", "difference")]
+            values = [row.get("times", 1) * way(*(own[seed] for own in sides)) for seed in seeds]
     except NotRun as reason:
         part.why = str(reason)
         return part
     part.stat, n = statistic(values), sum(value is not None for value in values)
     part.why = f"{n} seeds of the {SEEDS} asked for" if n < SEEDS else ""
     return part
+
+
+def side(r, what, names):
+    """{seed: value} of a part's side."""
+    if isinstance(what[0], list):
+        ours, theirs = (side(r, one, names) for one in what)
+        return {seed: difference(value, theirs.get(seed)) for seed, value in ours.items()}
+    place, method, column = what
+    return {seed: o.get(column) for seed, o in of(r, place, method.format_map(names)).items()}
 
 
 def of(r, place, method="rerule"):
@@ -152,42 +153,6 @@ def of(r, place, method="rerule"):
     return r.of(place, method)
 
 
-def stays_low(r):
-    """% of hard prompts whose mean reward under RULE is still below τ in the last third of the steps."""
-    shares = []
-    for base in r.runs("base").values():
-        place, late = records.regions(base), {}
-        for _, query, reward in records.groups_of(base, "rule", last=True):
-            if place.get(query) == "hard":
-                late.setdefault(query, []).append(reward)
-        shares.append(mean(100 * (mean(rewards) < base["tau"]) for rewards in late.values()))
-    return shares
-
-
-def boundary_share(r):
-    """Share of hard groups among prompts about crossed neighbours less that among those about plain ones, in points."""
-    kinds = [[records.hard_share(base, base["tau"], kind) for kind in "he"] for base in r.runs("base").values()]
-    return [None if None in pair else 100 * (pair[0] - pair[1]) for pair in kinds]
-
-
-def terms(r, of, less):
-    """One of Eq. 4's terms, P(region) × the norm of its mean gradient, less another. of, less: model, region."""
-    probes = [run["models"] for run in r.runs("probe").values() if len(run["models"]["RULE"]) == 2]  # both regions
-    return [models[of[0]][of[1]]["weighted"] - models[less[0]][less[1]]["weighted"] for models in probes]
-
-
-def gains(r, family):
-    """{seed: ReRULE's retain recall less RULE's}."""
-    ours, theirs = r.of(family), r.of(family, "rule")
-    return {seed: ours[seed]["retain_recall"] - theirs[seed]["retain_recall"] for seed in ours}
-
-
-def gain_between_worlds(r):
-    """ReRULE's gain in the world of 30 crossed names less that in the world of none."""
-    plain, crossed = (gains(r, world) for world in ("world0", "world30"))
-    return [crossed[seed] - plain[seed] for seed in plain if seed in crossed]
-
-
 def tau_fall(r):
     """Points of retain recall lost from τ 0.4 to 1.0 by a straight line through the four."""
     rows = {0.4: r.at("rerule", "4e-5"), **{t: r.of(f"tau{t}") for t in (0.6, 0.8, 1.0)}}
@@ -195,22 +160,10 @@ def tau_fall(r):
     return [-0.6 * np.polyfit([*rows], [row[s]["retain_recall"] for row in rows.values()], 1)[0] for s in seeds]
 
 
-def extra_time(r, family):
-    """Stage 2's extra seconds under ReRULE, in % of RULE's."""
-    ours, theirs = r.of(family), r.of(family, "rule")
-    return [100 * (ours[seed]["seconds_stage2"] / theirs[seed]["seconds_stage2"] - 1) for seed in ours]
-
-
-def instability_gap(r):
-    """sd of retain recall about a straight line over the last third of the steps, RULE's less ReRULE's."""
-    runs = [[base["methods"][method]["evaluations"] for method in NAMES] for base in r.runs("base").values()]
-    return [difference(*(instability(evaluations)[1] for evaluations in pair)) for pair in runs]
-
-
 def best_baseline():
     """The fine-tuning baseline with the best mean score at its best rate, on the seeds on which rates were chosen."""
-    rows = json.loads(RATES.read_text(encoding="utf-8"))
-    best = {name: max(map(mean, row["scores"].values())) for name, row in rows.items() if name != "purge"}
+    rows = read_json(RATES).items()
+    best = {name: max(map(mean, row["scores"].values())) for name, row in rows if name != "purge"}
     return TITLES[max(best, key=best.get)]
 
 

@@ -4,35 +4,28 @@ Covers the paper's Figures 1, 2 and 3, and pictures of what this repository adds
 neutral or has the figures that it tells, so that no record can deny it.
 """
 
-import json
 import textwrap
-from pathlib import Path
 
 import numpy as np
 
 from engine.plots import GREY, NAMES, dots, look, mark_start, mean, pyplot, save, smooth
-from reproduce import claims, records
+from reproduce import HERE, WORDS, claims, read_json, records
 from reproduce.plan import FAMILIES, SECTIONS
 from reproduce.statistics import paired, rank_correlation, statistic
 
-LINES = NAMES | {"random": "random groups", "recent": "previous batch", "current": "same batch twice"}
-BOXES, ARROWS = json.loads(Path(__file__).with_name("pipeline.json").read_text(encoding="utf-8")).values()
+LINES = NAMES | WORDS["replays"]
+BOXES, ARROWS, BESIDE = read_json(HERE / "pipeline.json").values()
 ABOVE = {"loc": "outside upper center", "ncols": 5, "frameon": False}
 BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "frameon": False, "fontsize": 9.5}
 PROBED = ("Rej. Steer", "RULE", "ReRULE")
 SHARED = f"rerule@{records.RATES[0]}"  # starts replay as its variants do; the base runs, by the paper's rule
-TOWN = {"Original": ("town", "Original"), "Retained": ("town", "Retained"), "Rej. Steer": ("town", "Rej. Steer"),
-        "RULE": ("town_rule", "rule"), "ReRULE": ("town_rerule", "rerule"), "random": ("town_random", "rerule"),
-        "recent": ("town_recent", "rerule")}  # fmt: skip
+TOWN = {name: tuple(place) for name, place in WORDS["town_models"].items()}  # family, method
 
 
 def rates(r, path):
     """The main figure: what is kept, and what many samples still tell, by learning rate. Each kind of replay beside
     RULE with as many batches, as many optimiser steps, as much computation."""
-    panels = {"rule": "As many batches of rollouts", "steps": "As many optimiser steps\n(RULE: more batches)",
-              "compute": "As much computation\n(RULE: more batches)"}  # fmt: skip
-    rows = {"retain_recall": "Recall of what must be kept, %\n(↑ better)",
-            "leak_64": "Forgotten facts in the best of\n64 samples, recall, % (↓ better)"}  # fmt: skip
+    panels, rows = WORDS["panels"], WORDS["kept_and_told"]
     figure, axes = pyplot().subplots(2, 3, figsize=(10, 6.6), sharex=True, sharey="row", layout="constrained")
     for axis, column, alone in zip(axes.flat, np.repeat(list(rows), 3), [*panels] * 2, strict=True):
         told = []
@@ -58,9 +51,8 @@ def rates(r, path):
 
 def gains(panels, path, best_first=True):
     """What each kind of replay, and each control, gains over RULE at the same rate: mean, 95 % interval, every seed.
-
-    panels: {title: [(label, method as in `engine.plots.LOOKS`, statistic or None)]}, in this order unless `best_first`.
-    """
+    panels: {title: [(label, method as in `engine.plots.LOOKS`, statistic or None)]}, in this order unless
+    `best_first`."""
     heights = [0.8 + 0.3 * len(rows) for rows in panels.values()]
     figure, axes = pyplot().subplots(len(panels), figsize=(10, sum(heights)), height_ratios=heights, squeeze=False,
                                      sharex=True, layout="constrained")  # fmt: skip
@@ -76,9 +68,7 @@ def gains(panels, path, best_first=True):
 
 def matrix(axis, rows, form="{mean:.0f}"):
     """Rows of several methods: marks of their own, one under the other, and a column of numbers a method.
-
-    rows: {label: {method: statistic or None}}, the same methods in each.
-    """
+    rows: {label: {method: statistic or None}}, the same methods in each."""
     from matplotlib.transforms import ScaledTranslation
 
     methods = list(next(iter(rows.values()), ()))
@@ -137,14 +127,13 @@ def age(r, path, edges=(2, 4, 8, 16)):
             axes[0].annotate(f"{y:.2f}", (x, y), (0, up), textcoords="offset points", ha="center", fontsize=9.5)
     axes[0].set_xscale("log", base=2)
     axes[0].xaxis.set_major_formatter("{x:.0f}")
-    axes[0].set(title="ReRULE's weights before clipping, update by update", ylim=(-0.08, 1.12),
-                xlabel="Mean age of the replayed groups, steps", ylabel="Share, 0–1")  # fmt: skip
     axes[0].legend(**BELOW)
     rule, labels = r.of("base", "rule"), {f"age{e}": f"at most {e} steps old" for e in edges} | {SHARED: "of any age"}
     stats = {words: paired(r.of(family), rule, "retain_recall") for family, words in labels.items()}
     dots(axes[1], [(words, "rerule", stat) for words, stat in stats.items() if stat], "{mean:+.1f}")
     axes[1].axvline(0, color="black", linewidth=1)
-    axes[1].set(title="ReRULE with replay of groups …", xlabel="Retain recall, ReRULE − RULE, points (→ better)")
+    for axis, words in zip(axes, WORDS["age"], strict=True):
+        axis.set(**words)
     save(figure, path)
 
 
@@ -191,11 +180,9 @@ def lines(axis, steps, values, name, **drawn):
 
 
 def pipeline(path):
-    """Figure 2: the steps of Stage 2 in their order, each box a function of ours.
-
-    `pipeline.json`: boxes, {function: [column, row, what it does]}, the lower row being what ReRULE adds; and arrows,
-    [from, to (numbers of boxes), corners from tail to head, words, where these stand, dash].
-    """
+    """Figure 2: the steps of Stage 2 in their order, each box a function of ours. `pipeline.json`: boxes, {function:
+    [column, row, what it does]}, the lower row being what ReRULE adds; and arrows, [from, to (numbers of boxes),
+    corners from tail to head, words, where these stand, dash]; and a text beside them."""
     from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
     from matplotlib.path import Path as Corners
 
@@ -211,8 +198,7 @@ def pipeline(path):
         arrow = dict(arrowstyle="-|>", mutation_scale=14, linewidth=1.4, color="black", linestyle=dash, shrinkB=0)
         axis.add_patch(FancyArrowPatch(path=Corners(corners), **arrow))
         axis.text(*place, words, ha="center", va="center", fontsize=9.5)
-    told = "Blue, dashed boxes:\nRULE. Orange boxes:\nwhat ReRULE adds.\n\nActive: step > warm-up"
-    axis.text(-0.44, 0, f"{told}\nand |B| ≥ min_groups.", fontsize=9.5, va="center")
+    axis.text(-0.44, 0, BESIDE, fontsize=9.5, va="center")
     axis.set(xlim=(-0.47, 4.47), ylim=(-0.58, 2.05))
     save(figure, path)
 
@@ -232,9 +218,7 @@ def over_steps(r, path):
         steps = [row["step"] for row in own[0]]
         for axis, x, values in zip(axes, (steps, steps, range(1, len(hard) + 1)), [*drawn, rewards], strict=True):
             lines(axis, x, values, name, **look(method) | {"marker": ""})
-    titles = ("Recall on all neighbours, %\n(↑ better)", "Refusals of forget probes, greedy, %\n(↑ better)",
-              "Hard prompts' mean reward, 0–1\n(↑ better)")  # fmt: skip
-    for axis, title in zip(axes, titles, strict=True):
+    for axis, title in zip(axes, WORDS["over_steps"], strict=True):
         mark_start(axis, [base["methods"]["rerule"]["first_replay"] for base in bases])
         axis.set_title(title, fontsize=10)
         axis.legend(**BELOW)
@@ -266,20 +250,17 @@ def theory(r, path):
         axis.plot(*np.reshape(own, (-1, 2)).T, marker, color=shade, markersize=5.5, alpha=0.85, label=label)
     rho = mean(rank_correlation(*zip(*[row[1:] for row in rows], strict=True)) for rows in points if len(rows) >= 4)
     axis.axhline(0, color="black", linewidth=1)
-    axis.set(title=f"Bound against gain: rank correlation within a seed {'–' if rho is None else format(rho, '+.2f')}",
-             xlabel="How much tighter: 1 − √(N_on / N_eff)",
-             ylabel="Hard prompts' late reward, ReRULE − RULE (↑ better)")  # fmt: skip
+    axis.set_title(f"Bound against gain: rank correlation within a seed {'–' if rho is None else format(rho, '+.2f')}")
+    axis.set(**WORDS["bound_axes"])
     axis.legend(**BELOW, ncols=3)
     rows = {"terms": {}, "rates": {}}
-    for panel, label, key in (("terms", "{} region", "weighted"), ("rates", "forget, {}:\nanswered", "missed"),
-                              ("rates", "boundary, {}:\nrefused", "false")):  # fmt: skip
+    for panel, label, key in WORDS["probe_rows"]:
         for region in ("easy", "hard"):
-            probes = [run["models"] for run in r.runs("probe").values()]
-            found = {name: statistic([p[name].get(region, {}).get(key) for p in probes]) for name in PROBED}
+            probes = {name: r.of("probe", name).values() for name in PROBED}
+            found = {name: statistic([o.get(f"{region}_{key}") for o in own]) for name, own in probes.items()}
             rows[panel] |= {label.format(region): found} if any(found.values()) else {}
-    axes["terms"].set_xlabel("Eq. 4: P(region) × norm of its mean gradient")
-    axes["rates"].set_xlabel("Eq. 27: share of sampled answers (← better)")
     for panel, own in rows.items():
+        axes[panel].set_xlabel(WORDS["probe_axes"][panel])
         matrix(axes[panel], own, "{mean:.2f}")
     save(figure, path)
 

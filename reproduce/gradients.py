@@ -8,7 +8,6 @@ Deviations
   over noisy groups has a norm above 0 even where the expected gradient is 0, so their number stands beside it.
 """
 
-import json
 from functools import partial
 from types import SimpleNamespace
 
@@ -19,6 +18,7 @@ from engine.plots import mean
 from engine.process import Engine
 from grpo import on_policy_gradient
 from refusal import is_refusal
+from reproduce import read_json
 from reproduce.records import regions, short
 from reproduce.statistics import difference
 from rerule import rollout, score
@@ -27,7 +27,7 @@ from reward import query_reward
 
 def probe(folder, base):
     """{"models": {name: {region: figures}}} of the models in a base run's folder; `base` is its record."""
-    config = SimpleNamespace(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config = SimpleNamespace(**read_json(folder / "config.json"))
     engine = Engine("cpu", config.max_tokens, config.rollout_prompts)
     training, place, found = World(config.seed, config.crossed).training(), regions(base), {}
     for phase in ("rej_steer", "rule", "rerule"):

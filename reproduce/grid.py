@@ -5,7 +5,6 @@ What is chosen stands in results/rates_<benchmark>.json, where the driver reads 
 goes on where it was.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +13,12 @@ from config import Config, Count, InputError, setting
 from engine.files import write_json, write_text
 from engine.flags import check_bounds, parse, run_command
 from engine.plots import mean
+from reproduce import WORDS, read_json
 from reproduce.jobs import read_records, run_all
 from reproduce.plan import BASELINES, Job
 from reproduce.records import score
 
-EXAMPLES = (
-    "python -m reproduce.grid",
-    "python -m reproduce.grid --method ga npo --rates 1e-4 3e-4 --seeds 11 12 13 --results runs/grid",
-    "python -m reproduce.grid --benchmark tofu --data_dir DATA/tofu --seeds 11",
-)
+EXAMPLES = WORDS["examples"]["grid"]
 
 
 @dataclass
@@ -77,11 +73,11 @@ def main(argv=None):
     for name in o.method:
         if name not in BASELINES:
             raise InputError(f"--method {name}: expected some of {', '.join(BASELINES)}")
-    if stored.exists() and not set(json.loads(stored.read_text(encoding="utf-8"))) <= set(o.method):
+    if stored.exists() and not set(read_json(stored)) <= set(o.method):
         raise InputError(f"--results {o.results}: {stored.name} holds methods that --method leaves out; choose another")
     run_all(o, folder, read_records(folder), all_jobs)
-    files = {(seed, rate): folder / "runs" / f"{seed}_{rate:g}" / "table.json" for seed in o.seeds for rate in o.rates}
-    found = outcome({key: json.loads(file.read_text(encoding="utf-8")) for key, file in files.items()}, o)
+    runs = [(seed, rate) for seed in o.seeds for rate in o.rates]
+    found = outcome({run: read_json(folder / "runs" / "{}_{:g}".format(*run) / "table.json") for run in runs}, o)
     stored.parent.mkdir(parents=True, exist_ok=True)
     write_json(stored, found)
     write_text(stored.with_suffix(".md"), table(found, o))

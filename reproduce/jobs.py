@@ -20,9 +20,11 @@ from tqdm import tqdm
 
 from config import InputError
 from engine.files import write_json, write_text
+from reproduce import HERE, read_json
 from reproduce.records import record_of
 
 BAR = "{desc} |{bar}| {percentage:3.0f} %, {elapsed} gone, {remaining} left"
+TEXTS = {"tofu_dir": "forget01.json", "rwku_dir": "forget_level3.json", "data_dir": ""}  # a file that each must hold
 KEPT = ("config.json", "table.json", "metrics.jsonl", "record.json", "samples.jsonl.gz")  # of a finished run
 
 
@@ -52,7 +54,7 @@ def work(job, runs, folders, about):
                 from reproduce.gradients import probe
 
                 folder.mkdir(exist_ok=True)
-                record = probe(runs / job.start, json.loads((runs / job.start / "record.json").read_text()))
+                record = probe(runs / job.start, read_json(runs / job.start / "record.json"))
             else:
                 import rerule
 
@@ -84,13 +86,12 @@ def trim(folder):
 
 def about():
     """What a record says of where it comes from: the code's commit and the versions."""
-    here = Path(__file__).parents[1]
 
     def git(*args):
-        done = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True)
+        done = subprocess.run(["git", "-C", str(HERE.parent), *args], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    changed = git("status", "--porcelain", "--", "*.py", "refusal.txt", "reproduce/families.json", ":!tests")
+    changed = git("status", "--porcelain", "--", "*.py", "refusal.txt", "reproduce/*.json", ":!tests")
     commit = (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" with uncommitted changes" if changed else "")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "scipy")}
     return {"commit": commit, "versions": {"python": platform.python_version(), **versions}}
@@ -101,11 +102,11 @@ def read_records(folder):
     path, records = folder / "records.json", {}
     if path.exists():
         try:
-            records = json.loads(path.read_text(encoding="utf-8"))["runs"]
+            records = read_json(path)["runs"]
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise InputError(f"{path}: cannot be read ({error!r:.80}); choose another --output_dir") from None
     for path in sorted(folder.glob("runs/*/record.json")):
-        records.setdefault(path.parent.name, json.loads(path.read_text(encoding="utf-8")))
+        records.setdefault(path.parent.name, read_json(path))
     return records
 
 
@@ -116,9 +117,12 @@ def write_records(folder, records):
 
 
 def run_all(o, folder, records, jobs_of):
-    """Run what is missing of the jobs, longest chains first, and put every record into `records`."""
-    runs, source = folder / "runs", about()
-    folders = {name: getattr(o, name, "") for name in ("tofu_dir", "rwku_dir", "data_dir")}  # of real text
+    """Run what is missing of the jobs, longest chains first, and put every record into `records`.
+    Raises: InputError for a folder of real text without its files, and for a run that failed."""
+    runs, source, folders = folder / "runs", about(), {flag: getattr(o, flag, "") for flag in TEXTS}
+    for flag, place in folders.items():
+        if place and not Path(place, TEXTS[flag]).exists():
+            raise InputError(f"--{flag} {place}: holds no {TEXTS[flag]}")
     is_done = lambda job: job.name in records and tuple(records[job.name]["args"]) == job.args  # noqa: E731
     if all(is_done(job) for job in jobs_of(o, records)):
         return
@@ -155,7 +159,7 @@ def run_all(o, folder, records, jobs_of):
                     bar.write(f"{problem} (see {runs / 'logs' / job.name}.log)")
                     raise InputError(f"the run {job.name} failed; once that is mended, the same command goes on")
                 if not is_done(job):
-                    records[job.name] = json.loads((runs / job.name / "record.json").read_text(encoding="utf-8"))
+                    records[job.name] = read_json(runs / job.name / "record.json")
                 bar.update(round(job.cost))
     bar.close()
 

@@ -12,18 +12,16 @@ Deviations
 - RULE's steps with ReRULE's compute follow from a count of token positions on the selection seeds, not from a clock.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from baselines import METHODS
+from reproduce import HERE, read_json
 from reproduce.records import NAMES, RATES, best_rates, choose, in_town, town_rates
 
 SELECTION, FIRST_SEED = (11, 12, 13, 14), 21  # seeds to choose on; first of the report
 REPLAYS = ("random", "recent", "current")  # beside hard groups, in the main figure
 BASELINES = [name for name in METHODS if name not in ("rej_steer", "rule", "rerule")]
-PLAN = json.loads(Path(__file__).with_name("families.json").read_text(encoding="utf-8"))
-REPLAY, FAMILIES, TEXT, SECTIONS = PLAN.values()
+REPLAY, FAMILIES, TEXT, SECTIONS = read_json(HERE / "families.json").values()
 SECTIONS["claims"] = list(dict.fromkeys(family for own in SECTIONS.values() for family in own))
 VARIANTS = [family for family, row in FAMILIES.items() if "flags" in row]  # the base run's models, other flags
 DECIDING = [f"{name}{at}" for at in ("", "_best") for name in ("fresh", "easy", "medium", "priority", "dynamic")]
@@ -47,9 +45,7 @@ class Job:
 
 def all_jobs(o, records):
     """Every job in the order to start them; what was chosen on the selection seeds is read off `records`.
-
-    o: the report's options: seeds, quick, tofu_dir, rwku_dir.
-    """
+    o: the report's options: seeds, quick, tofu_dir, rwku_dir."""
     selection, rates = (SELECTION[:1], RATES[:2]) if o.quick else (SELECTION, RATES)
     seeds = range(FIRST_SEED, FIRST_SEED + o.seeds)
     few = seeds[:1] if o.quick else seeds  # of all but the main figure

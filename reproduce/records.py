@@ -11,7 +11,6 @@ flatter replay by regression to the mean.
 Covers the measurable part of Appendix E (Eq. 28, 29, 31). Symbols as there.
 """
 
-import json
 import random
 from functools import cache
 from math import sqrt
@@ -20,22 +19,15 @@ import numpy as np
 
 from engine.files import read_lines
 from engine.plots import NAMES, mean
-from reproduce.statistics import WINDOW
+from reproduce import HERE, read_json
+from reproduce.statistics import WINDOW, instability
 
 LEVELS = "0123456789abcdefg"
 PARTS = ("rollout", "reference", "update", "replay")  # of a step, each with a clock
-KEPT = (
-    "forget_recall forget_refusal forget_trained_recall forget_heldout_recall forget_trained_refusal "
-    "forget_heldout_refusal retain_recall retain_refusal leakage seconds stopped forget_tokens retain_tokens "
-    "forget_quality model_utility forget_rouge_l forget_paraphrased_recall forget_paraphrased_refusal leak_64 verbmem "
-    "knowmem utility forget_fb forget_qa forget_aa retain_fb retain_qa"
-).split()  # columns of a table that records keep
-ATTACKED = ("leak_", "answer_", "extraction_", "exact_", "membership_", "privleak", "prefix_", "relearn_", "quantize_",
-            "forget_recall_", "retain_recall_", "attack_")  # how more of them begin  # fmt: skip
-KINDS = {"hard": "h", "easy": "e"}  # of boundary queries of the built-in world; others are "b", forget queries "f"
-# Phrasings of a split that training uses; two more are held out.
-PHRASINGS = {"hard": 4, "easy": 4, "surname": 3, "place": 3, "trade": 3, "far": 3}
+# Columns of a table that records keep, how more begin, how many phrasings of a split training uses (two are held out).
+KEPT, ATTACKED, PHRASINGS = read_json(HERE / "columns.json").values()
 KEPT += [f"{kind}_{part}_recall" for kind in PHRASINGS for part in ("trained", "heldout")]
+KINDS = {"hard": "h", "easy": "e"}  # of boundary queries of the built-in world; others are "b", forget queries "f"
 RATES = ("4e-5", "8e-5", "1.6e-4", "3.2e-4", "6.4e-4")  # of the main figure; the first is the shared one
 CURVES = ("rule", "rerule", "random", "recent", "current")  # of the main figure
 OWN_BASE = ("base", "select", "world0", "world30", "town", "tofu", "book", "rwku")  # families read with themselves
@@ -43,7 +35,7 @@ OWN_BASE = ("base", "select", "world0", "world30", "town", "tofu", "book", "rwku
 
 def record_of(folder, whole=True):
     """The record of a finished run's folder; without `whole`, no group's reward and no curve is in it."""
-    config, table = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "table.json"))
+    config, table = (read_json(folder / name) for name in ("config.json", "table.json"))
     metrics = [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == 2]
     samples, methods, queries = read_lines(folder / "samples.jsonl"), {}, []
     for method in dict.fromkeys(row["method"] for row in samples):
@@ -56,41 +48,32 @@ def record_of(folder, whole=True):
         methods[method] = totals(own, config["prompts_per_step"])
         if not whole:
             continue
-        methods[method]["rewards"] = ["".join(level(row["rewards"]) for row in rows) for rows in groups]
-        of_age = ("replay_age", "ess_unclipped", "clipped_share")
-        replayed = [row for row in own if row.get("replay_groups")]
-        methods[method]["by_age"] = [[short(row.get(name)) for name in of_age] for row in replayed]
-        methods[method]["evaluations"] = [
-            {"step": row["step"]} | {k: short(row[f"eval_{k}"]) for k in KEPT if f"eval_{k}" in row}
-            for row in own if "eval_retain_recall" in row
-        ]  # fmt: skip
+        of_age, replayed = ("replay_age", "ess_unclipped", "clipped_share"), [r for r in own if r.get("replay_groups")]
+        evaluated = [row for row in own if "eval_retain_recall" in row]
+        columns = [{k: short(row[f"eval_{k}"]) for k in KEPT if f"eval_{k}" in row} for row in evaluated]
+        methods[method] |= {
+            "rewards": ["".join(LEVELS[round(16 * mean(row["rewards"]))] for row in rows) for rows in groups],
+            "by_age": [[short(row.get(name)) for name in of_age] for row in replayed],
+            "evaluations": [{"step": row["step"]} | own for row, own in zip(evaluated, columns, strict=True)],
+        }
     early = ("Original", "Retained", "Rej. Steer") if config["start_from"] else ()  # the base run's own
-    rows = {name: row for name, row in table.items() if name not in early}
-    found = {name: config[name] for name in ("tau", "lr", "steps", "group_size")}
-    for name, row in rows.items():
-        kept = [k for k in row if (k in KEPT or k.startswith(ATTACKED)) and row[k] is not None]
-        rows[name] = {k: short(row[k]) for k in kept}
+    found, rows = {name: config[name] for name in ("tau", "lr", "steps", "group_size")}, {}
+    for name in [name for name in table if name not in early]:
+        kept = [k for k in table[name] if k in KEPT or k.startswith(tuple(ATTACKED))]
+        rows[name] = {k: short(table[name][k]) for k in kept if table[name][k] is not None}
     found |= {"rows": rows, "methods": methods} | ({"queries": queries} if whole else {})
     if whole and {"rule", "rerule"} <= set(methods):  # a base run: what its variants are read with
         asked = {row["query"]: row for row in samples}
+        letters = {i: "f" if row["kind"] == "forget" else KINDS.get(row["group"], "b") for i, row in asked.items()}
         answers = {row["question"]: row["answer"] for row in read_lines(folder / "predictions" / "original.jsonl")}
-        found["kinds"] = "".join(kind_of(asked[i]) if i in asked else "-" for i in range(max(asked) + 1))
+        found["kinds"] = "".join(letters.get(i, "-") for i in range(max(asked) + 1))
         found["cases"] = cases(found, {i: row["prompt"] for i, row in asked.items()}, answers)
     return found
-
-
-def kind_of(row):
-    return "f" if row["kind"] == "forget" else KINDS.get(row["group"], "b")
 
 
 def short(value):
     """Five significant digits: enough for any table."""
     return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def level(rewards):
-    """A group's mean reward as one character."""
-    return LEVELS[round(16 * sum(rewards) / len(rewards))]
 
 
 def totals(rows, n_groups):
@@ -100,20 +83,17 @@ def totals(rows, n_groups):
     found = {f"seconds_{k}": sum(row.get(f"seconds_{k}", 0.0) for row in rows) for k in PARTS}
     found["response_tokens"] = sum(row["response_tokens"] for row in rows)
     found["first_replay"] = min(active, default=None)
-    found["replay_groups"] = sum(row["replay_groups"] for row in replayed)
-    found["replay_skipped"] = sum(row["replay_skipped"] for row in replayed)
+    found |= {name: sum(row[name] for row in replayed) for name in ("replay_groups", "replay_skipped")}
     found["arithmetic"] = arithmetic(rows, n_groups)
-    for name in ("ess", "ess_unclipped", "clipped_share", "replay_age"):
-        found[name] = mean(row.get(name) for row in replayed)
+    means = ("ess", "ess_unclipped", "clipped_share", "replay_age")
+    found |= {name: mean(row.get(name) for row in replayed) for name in means}
     return {name: short(value) for name, value in found.items()}
 
 
 def arithmetic(rows, n_groups):
-    """Token positions computed, in forwards: one to sample, one for π_ref, three to update, three to replay.
-
-    Replayed groups have about as many tokens as the step's own; those skipped cost nothing, those drawn again to be
-    sampled. No clock is in it, so a number of steps that follows from it is the same on every machine.
-    """
+    """Token positions computed, in forwards: one to sample, one for π_ref, three to update, three to replay. Replayed
+    groups have about as many tokens as the step's own; those skipped cost nothing, those drawn again to be sampled. No
+    clock is in it, so a number of steps that follows from it is the same on every machine."""
     full = max([row.get("replay_groups", 0) for row in rows] + [1])  # what a full replay update draws: a step's groups
     used = [(row.get("replay_groups", 0) - row.get("replay_skipped", 0)) / full for row in rows]
     again = [row.get("redrawn", 0) / n_groups for row in rows]
@@ -136,9 +116,7 @@ def before_replay(base):
 
 def cases(base, prompts, answers):
     """The three hardest forget and the three hardest boundary prompts before replay: [(query, kind, prompt, answer)].
-
-    Equals stand in an order that is arbitrary but fixed.
-    """
+    Equals stand in an order that is arbitrary but fixed."""
     means = {query: mean(values) for query, values in before_replay(base).items()}
     order = sorted(means, key=lambda query: (means[query], random.Random(query).random()))
     own = {"forget": [q for q in order if base["kinds"][q] == "f"]}
@@ -156,7 +134,11 @@ def groups_of(record, method, last=None):
 
 
 def outcome(record, method, base):
-    """The figures of one method in one run that tables compare; `base` is the base run of its seed."""
+    """The figures of one method in one run that tables compare; `base` is the base run of its seed. Of a probe: what
+    `gradients.regions_of` measured, as "<region>_<name>"."""
+    if "models" in record:
+        regions_of = record["models"].get(method, {})
+        return {f"{region}_{name}": value for region, row in regions_of.items() for name, value in row.items()}
     row, ran = record["rows"].get(NAMES.get(method, method), {}), record["methods"].get(method)
     found = {name: row.get(name) for name in KEPT}
     for kind, n_trained in PHRASINGS.items():
@@ -170,10 +152,17 @@ def outcome(record, method, base):
     found["balance"] = score(row) if row.get("retain_recall") is not None else None
     if ran:
         found["seconds_stage2"] = sum(ran[f"seconds_{part}"] for part in PARTS)
+    if ran and ran.get("evaluations"):
+        found["late_sd"], found["late_unrest"] = instability(ran["evaluations"])
     if ran and base and "rewards" in ran:
-        place, late = regions(base), groups_of(record, method, last=True)
-        for region in ("hard", "easy"):
+        place, late, by_query = regions(base), groups_of(record, method, last=True), {}
+        for _, query, reward in late:
+            by_query.setdefault((place.get(query), query), []).append(reward)
+        for region, kind in KINDS.items():  # the late reward of a region; how many of a kind's groups were hard before
             found[f"late_{region}"] = mean(r for _, query, r in late if place.get(query) == region)
+            found[f"below_{region}"] = hard_share(base, base["tau"], kind)
+        low = [mean(own) < base["tau"] for (region, _), own in by_query.items() if region == "hard"]
+        found["late_below"] = mean(100 * one for one in low)  # % of hard prompts that are still below τ
         chosen = {query for query, *_ in base["cases"]}
         found["late_cases"] = mean(r for _, query, r in late if query in chosen)
     return found
@@ -186,10 +175,8 @@ def score(row):
 
 
 class Results:
-    """The records of a report, by family of runs and seed, and what tables compare of them.
-
-    A ReRULE that never replayed is refused: its run stands in `refused`, and no comparison has it.
-    """
+    """The records of a report, by family of runs and seed, and what tables compare of them. A ReRULE that never
+    replayed is refused: its run stands in `refused`, and no comparison has it."""
 
     def __init__(self, records, jobs):
         self.records = {job.name: records[job.name] for job in jobs if job.name in records}
@@ -223,7 +210,7 @@ class Results:
 
 
 def hard_share(base, tau, kinds="fbhe"):
-    """Share of groups with r̄ < τ before replay. kinds: of prompts, letters of `kind_of`; all unless given."""
+    """Share of groups with r̄ < τ before replay. kinds: of prompts, letters as in a record; all unless given."""
     seen = before_replay(base)
     return mean(r < tau for query, values in seen.items() if base["kinds"][query] in kinds for r in values)
 
@@ -262,10 +249,8 @@ def rate_scores(records, seeds, rates=RATES, names=CURVES, place=place_of):
 
 
 def best_rates(records, seeds, rates=RATES, names=CURVES, place=place_of):
-    """{curve: its best rate on the selection seeds}, among those at which it replayed on all of them.
-
-    None until all selection runs are there, or where a curve has no such rate.
-    """
+    """{curve: its best rate on the selection seeds}, among those at which it replayed on all of them. None until all
+    selection runs are there, or where a curve has no such rate."""
     asked = {f"{place(name, rate, 'select')[0]}_{seed}" for name in names for rate in rates for seed in seeds}
     if not asked or not asked <= set(records):
         return None
@@ -278,9 +263,7 @@ def best_rates(records, seeds, rates=RATES, names=CURVES, place=place_of):
 
 def choose(records, seeds, rates=RATES):
     """What the main figure has chosen: `best_rates`, RULE's for RULE with more steps too, and the steps of the latter.
-
-    Returns: {curve: rate, "n_steps": {rate: steps that give RULE ReRULE's arithmetic}, "ratios": {rate: the ratio}}.
-    """
+    Returns: {curve: rate, "n_steps": {rate: steps that give RULE ReRULE's arithmetic}, "ratios": {rate: the ratio}}."""
     best, steps, ratios = best_rates(records, seeds, rates), {}, {}
     for rate in rates if best else ():
         runs = [records[f"{place_of('rule', rate, 'select')[0]}_{seed}"] for seed in seeds]
@@ -290,11 +273,9 @@ def choose(records, seeds, rates=RATES):
 
 
 def bound(record, base, method="rerule"):
-    """p_H, N_on, N_re, N_eff and √(N_on / N_eff), the last with κ of clipped and of unclipped weights (Eq. 28, 29).
-
-    L is the run's mean rollout length; p_H the share of hard groups before replay, at the run's own τ. N_re counts the
-    groups whose weights κ is of: those of equal rewards are drawn too, and skipped.
-    """
+    """p_H, N_on, N_re, N_eff and √(N_on / N_eff), the last with κ of clipped and of unclipped weights (Eq. 28, 29). L
+    is the run's mean rollout length; p_H the share of hard groups before replay, at the run's own τ. N_re counts the
+    groups whose weights κ is of: those of equal rewards are drawn too, and skipped."""
     ran = record["methods"][method]
     p_hard = hard_share(base, record["tau"])
     n_groups = sum(len(step) for step in ran["rewards"])

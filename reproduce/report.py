@@ -2,32 +2,27 @@
 
 The text is `template.md`, whose order is that of a reader's questions: what holds, against which controls, then the
 paper's tables and figures one by one, each with the command that makes it. What fills a section's blanks is a function
-of the records, `r`, and the report's folder; a section that lacks runs says so.
+of the records, `r`, and the report's folder; a section that lacks runs says so. Tables of real text are of tiny models.
 """
 
+from math import log10
 from pathlib import Path
 
 from engine.files import write_text
 from engine.plots import NAMES, mean, scatter
-from reproduce import claims, figures, real_text, records
+from reproduce import HERE, WORDS, claims, figures, read_json, records
 from reproduce.plan import FAMILIES, OPTIMISER_STEPS, SECTIONS
-from reproduce.real_text import PAPER, table
 from reproduce.records import CURVES, RATES
-from reproduce.statistics import instability, paired, spread, statistic
+from reproduce.statistics import paired, spread, statistic
 
-DIFFERENCES = """\
-| Stage 2 | Retain ↑ | difference to RULE | seeds up | hard neighbours ↑ | difference to RULE | leak@64 ↓ | \
-difference to RULE | hard prompts' reward, late ↑ | forget refusal ↑ | over-refusal ↓ | seconds |
-|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"""
-LABELS = NAMES | {
-    "random": "random groups", "recent": "the previous batch again", "current": "the same batch twice",
-    "steps": f"RULE, {OPTIMISER_STEPS} steps: as many updates", "compute": "RULE, longer: as much arithmetic",
-}  # fmt: skip
+PAPER = read_json(HERE / "paper.json")
+MODELS = {name: name for name in ("Original", "Retained", "Rej. Steer")} | {"RULE": "rule", "ReRULE": "rerule"}
+LABELS = NAMES | {name: words.format(n=OPTIMISER_STEPS) for name, words in WORDS["rows"].items()}
 
 
 def write(folder, o, runs, jobs):
     """report.md and all figures whose runs are there, in `folder`. runs: {name: record}."""
-    r, template = records.Results(runs, jobs), Path(__file__).with_name("template.md").read_text(encoding="utf-8")
+    r, template = records.Results(runs, jobs), (HERE / "template.md").read_text(encoding="utf-8")
     first, second, *sections = template.split("\n## ")
     filled = [first.format(**head(r, o, jobs)), second.format(**verdicts(r))]
     for (name, part), section in zip(PARTS.items(), sections, strict=True):
@@ -45,16 +40,14 @@ def head(r, o, jobs):
     runs, seeds = r.records.values(), sorted(r.runs("base"))
     commits = ", ".join(sorted({run["commit"] for run in runs}))
     versions = "; ".join(sorted({", ".join(f"{k} {v}" for k, v in run["versions"].items()) for run in runs}))
-    missing = sum(job.name not in r.records for job in jobs)
-    hours = sum(run["seconds"] for run in runs) / 3600
+    missing, hours = sum(job.name not in r.records for job in jobs), sum(run["seconds"] for run in runs) / 3600
     command = "python -m reproduce" + (" --quick" if o.quick else f" --seeds {o.seeds}")
     command += " --tofu_dir DATA/tofu" * r.has("tofu") + " --rwku_dir DATA/rwku" * r.has("rwku")
     told = f"{len(runs)} runs, {hours:.1f} hours of one CPU thread; commit {commits}; {versions}"
     made_by = f"Command `{command}`; {told}. Report seeds {seeds[0]}–{seeds[-1]}." if seeds else "No runs yet."
-    refused = f"\n\nNo condition of replay, for it never ran there: {', '.join(r.refused)}." if r.refused else ""
-    quick = "\n\n**This is a quick run: few seeds, few steps. It shows that everything works, and nothing else.**"
-    lacks = f"\n\n{missing} of {len(jobs)} runs are missing; parts without theirs say so."
-    return {"made_by": made_by, "notes": refused + quick * o.quick + lacks * bool(missing)}
+    holds = {"refused": r.refused, "quick": o.quick, "missing": missing}
+    notes = [WORDS["notes"][name].format(", ".join(r.refused), missing, len(jobs)) for name in holds if holds[name]]
+    return {"made_by": made_by, "notes": "".join(notes)}
 
 
 def verdicts(r):
@@ -68,21 +61,30 @@ def verdicts(r):
     return {"counts": f"{len(found)} claims: {told}.", "table": table(rows)}
 
 
-def column(outcomes, name, digits=1):
-    return spread([o.get(name) for o in outcomes.values()], digits)
+def table(rows):
+    """Rows of a Markdown table, whose header the template has."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def column(outcomes, name, *look):
+    return spread([o.get(name) for o in outcomes.values()], *look)
 
 
 def interval(stat, digits=1):
     """Paired difference with its interval, in a cell; "b" where that is BCa's."""
-    if not stat:
-        return "–"
-    told = f"{stat['mean']:+.{digits}f} [{stat['low']:+.{digits}f}, {stat['high']:+.{digits}f}]"
-    return told + " b" * (stat["kind"] == "BCa")
+    told = f"{{mean:+.{digits}f}} [{{low:+.{digits}f}}, {{high:+.{digits}f}}]"
+    return told.format(**stat) + " b" * (stat["kind"] == "BCa") if stat else "–"
+
+
+def theirs(number, title, name):
+    """A figure of the paper's in a cell, empty where it has none."""
+    value = PAPER[number].get(title, {}).get(name)
+    return "" if value is None else f"{value:g}"
 
 
 def sign(stat):
     """How many seeds went up."""
-    return f"{stat['up']} of {stat['n']}" if stat else "–"
+    return "{up} of {n}".format(**stat) if stat else "–"
 
 
 def difference_table(r, section, rate=RATES[0]):
@@ -95,29 +97,24 @@ def difference_table(r, section, rate=RATES[0]):
     for label, outcomes in own.items():
         stats = {name: paired(outcomes, rule, name) for name in ("retain_recall", "hard", "leak_64")}
         cells = [(column(outcomes, name), "" if outcomes is rule else interval(stat)) for name, stat in stats.items()]
-        rows.append([label, *cells[0], "" if outcomes is rule else sign(stats["retain_recall"]), *cells[1], *cells[2]])
-        rest = ("forget_refusal", "retain_refusal", "seconds_stage2")
-        rows[-1] += [column(outcomes, "late_hard", 2), *(column(outcomes, name) for name in rest)]
-    return f"{DIFFERENCES}\n{table(rows)}"
+        up = "" if outcomes is rule else sign(stats["retain_recall"])
+        rest = [column(outcomes, name) for name in ("forget_refusal", "retain_refusal", "seconds_stage2")]
+        rows.append([label, *cells[0], up, *cells[1], *cells[2], column(outcomes, "late_hard", 2), *rest])
+    return "\n".join([*WORDS["differences"], table(rows)])
 
 
 def table1(r, folder):
     """Tables 1 and 2 in shape, with the paper's figures beside ours."""
-    rows = {name: r.of("base", name) for name in ("Original", "Retained")}
-    rows |= {name: r.of("baselines", name) for name in next(iter(r.runs("baselines").values()))["rows"]}
-    rows |= {"Rej. Steer": r.of("base", "Rej. Steer"), "RULE": r.of("base", "rule"), "ReRULE": r.of("base")}
-    if r.chosen:
-        rows |= {f"{name}, own rate": r.at(key, "chosen") for key, name in NAMES.items()}
-    theirs = {"table1": ("forget_all", "retain_all"), "table2": ("knowmem", "utility")}
-    columns = ("retain_recall", "hard", "easy", "retain_refusal", "forget_refusal", "forget_recall", "leak_64")
+    base, baselines = {name: r.of("base", method) for name, method in MODELS.items()}, r.runs("baselines").values()
+    rows = {name: base[name] for name in ("Original", "Retained")}
+    rows |= {name: r.of("baselines", name) for name in next(iter(baselines))["rows"]} | base
+    rows |= {f"{name}, own rate": r.at(key, "chosen") for key, name in NAMES.items()} if r.chosen else {}
     rows, lines = {name: o for name, o in rows.items() if o}, []
     for name, outcomes in rows.items():
         stopped = any(o.get("stopped") for o in outcomes.values())
-        tokens = [column(outcomes, key, 0) for key in ("forget_tokens", "retain_tokens")]
-        paper = [PAPER[number].get(name, {}).get(key) for number, keys in theirs.items() for key in keys]
-        ours = [column(outcomes, key) for key in columns]
-        paper = ["" if value is None else f"{value:g}" for value in paper]
-        lines.append([name + "†" * stopped, str(len(outcomes)), *tokens, *ours, *paper])
+        ours = [column(outcomes, *key_and_look) for key_and_look in WORDS["methods_columns"]]
+        paper = [theirs(number, name, key) for number, key in WORDS["papers_columns"]]
+        lines.append([name + "†" * stopped, str(len(outcomes)), *ours, *paper])
     scatter({name: list(outcomes.values()) for name, outcomes in rows.items()}, folder / "methods.png")
     return {"table": table(lines)}
 
@@ -138,10 +135,10 @@ def table3(r, folder):
 
 def table4(r, folder):
     """Hard against random storage."""
-    pairs = {"separate": (r.at("rerule", RATES[0]), r.at("random", RATES[0])),
-             "combined": (r.of("combined"), r.of("combined_random"))}  # fmt: skip
-    changes = {name: paired(*pair, "retain_recall") for name, pair in pairs.items()}
-    return {name: claims.figure(stat) for name, stat in changes.items()} | {"table": difference_table(r, "table4")}
+    separate = paired(r.at("rerule", RATES[0]), r.at("random", RATES[0]), "retain_recall")
+    combined = paired(r.of("combined"), r.of("combined_random"), "retain_recall")
+    told = {"separate": claims.figure(separate), "combined": claims.figure(combined)}
+    return told | {"table": difference_table(r, "table4")}
 
 
 def table6(r, folder):
@@ -160,7 +157,7 @@ def table7(r, folder):
     rows = []
     for family, label in (("base", "Built-in world"), ("tofu", "TOFU text, tiny model")):
         if r.runs(family):
-            stat = statistic(claims.extra_time(r, family))
+            stat = change(r, family, "seconds_stage2", **{"as": "extra"})
             methods = [run["methods"]["rerule"] for run in r.runs(family).values()]
             seconds = [[ran[f"seconds_{part}"] for part in records.PARTS] for ran in methods]
             parts = [100 * mean(row[at] / sum(row) for row in seconds) for at in range(len(records.PARTS))]
@@ -175,32 +172,30 @@ def table7(r, folder):
 def figure3(r, folder):
     """Curves over steps, and instability as a number."""
     figures.over_steps(r, folder / "steps.png")
-    rows = []
-    for method, name in NAMES.items():
-        pairs = [instability(base["methods"][method]["evaluations"]) for base in r.runs("base").values()]
-        rows.append([name, *(spread([pair[at] for pair in pairs], 2) for at in (0, 1))])
-    return {"table": table(rows)}
+    own, keys = {name: r.of("base", method) for method, name in NAMES.items()}, ("late_sd", "late_unrest")
+    return {"table": table([name, *(column(o, key, 2) for key in keys)] for name, o in own.items())}
 
 
 def rates(r, folder):
     """The main figure, what it is drawn from, and what the rates were chosen on."""
     figures.rates(r, folder / "rates.png")
-    found, gains = {"retain_recall": [], "leak_64": []}, []
-    for name, label in LABELS.items():
-        for key, rows in found.items():
-            cells = [column(r.at(name, rate), key) for rate in r.rates]
-            bold = [f"**{c}**" if rate == r.chosen[name] else c for c, rate in zip(cells, r.rates, strict=True)]
-            rows.append([label, *bold])
-        for key, words in (("retain_recall", "retain"), ("leak_64", "leak@64")) if name != "rule" else ():
-            pairs = [(r.at(name, rate), r.at("rule", rate)) for rate in (*r.rates, "chosen")]
-            gains.append([f"{label}: {words}", *(interval(paired(*pair, key)) for pair in pairs)])
     selection = sorted({run["seed"] for run in r.records.values()} - r.seeds)
     scores = records.rate_scores(r.records, selection, r.rates)
-    chosen = [[LABELS[name], *(f"**{spread(own)}**" if rate == r.chosen[name] else spread(own)
-                               for rate, own in scores[name].items())] for name in CURVES]  # fmt: skip
+
+    def row(name, cells):
+        """Of all rates, the one chosen in bold."""
+        cells = zip(cells, r.rates, strict=True)
+        return [LABELS[name], *(f"**{cell}**" if rate == r.chosen[name] else cell for cell, rate in cells)]
+
+    retain, leak = (table(row(name, [column(r.at(name, rate), key) for rate in r.rates]) for name in LABELS)
+                    for key in ("retain_recall", "leak_64"))  # fmt: skip
+    gains = [[f"{LABELS[name]}: {words}",
+              *(interval(paired(r.at(name, x), r.at("rule", x), key)) for x in (*r.rates, "chosen"))]
+             for name in LABELS if name != "rule" for key, words in WORDS["gains"].items()]  # fmt: skip
+    chosen = [row(name, map(spread, scores[name].values())) for name in CURVES]
     n_steps = [f"{n} at {rate} ({r.chosen['ratios'][rate]:.2f})" for rate, n in r.chosen["n_steps"].items()]
     return {"rates": " | ".join(r.rates), "lines": "---:|" * len(r.rates), "seeds": ", ".join(map(str, selection)),
-            "retain": table(found["retain_recall"]), "leak": table(found["leak_64"]), "gains": table(gains),
+            "retain": retain, "leak": leak, "gains": table(gains),
             "selection": table(chosen), "n_steps": ", ".join(n_steps), "optimiser_steps": OPTIMISER_STEPS}  # fmt: skip
 
 
@@ -210,9 +205,7 @@ def controls(r, folder):
     for section, rate in (("controls", RATES[0]), ("controls_best", r.chosen and r.chosen["rule"])):
         rule = r.at("rule", rate) if rate else {}
         lines = {"ReRULE: hard groups": ("rerule", r.at("rerule", rate))} if rule else {}
-        curves = {"replay of random groups": "random", "replay of the previous batch": "recent",
-                  "two updates on every batch": "current"}  # fmt: skip
-        lines |= {words: (name, r.at(name, rate)) for words, name in curves.items()} if rule else {}
+        lines |= {words: (name, r.at(name, rate)) for name, words in WORDS["controls"].items()} if rule else {}
         for family in SECTIONS[section]:
             method = FAMILIES[family].get("method", "rerule")
             lines[FAMILIES[family]["plain"]] = ("RULE, changed" if method == "rule" else family, r.of(family, method))
@@ -224,19 +217,11 @@ def controls(r, folder):
     return {"table": difference_table(r, "controls"), "best": best, "rate": r.chosen["rule"] if r.chosen else "–"}
 
 
-def age(r, folder):
-    """What the age of the replayed groups does."""
-    figures.age(r, folder / "age.png")
-    return {"table": difference_table(r, "age")}
-
-
 def town(r, folder):
     """A world where forgetting and keeping compete."""
-    columns = {"forgotten people": "forget_recall", "same surname": "surname", "same place": "place",
-               "same trade": "trade", "far": "far"}  # fmt: skip
-    figures.town(r, columns, folder / "town.png")
-    rows, rule = [], r.of("town_rule", "rule")
-    shown = ("forget_recall", "leak_64", "retain_recall", *list(columns.values())[1:], "retain_refusal")
+    figures.town(r, WORDS["town_columns"], folder / "town.png")
+    (forgotten, *near), rows, rule = WORDS["town_columns"].values(), [], r.of("town_rule", "rule")
+    shown = (forgotten, "leak_64", "retain_recall", *near, "retain_refusal")
     for name, (family, method) in figures.TOWN.items():
         own = r.of(family, method)
         stats = [paired(own, rule, key) if method == "rerule" else None for key in ("retain_recall", "leak_64")]
@@ -262,33 +247,79 @@ def appendix_e(r, folder):
     """The bound's figures, Eq. 4 and Eq. 27."""
     figures.theory(r, folder / "theory.png")
     rule, bases, rows, models = r.of("base", "rule"), r.runs("base"), [], []
-    shown = {"p_hard": (2, 1), "kappa_clipped": (3, 1), "kappa_unclipped": (3, 1), "clipped_share": (2, 1),
-             "n_on": (1, 1e-3), "n_eff_clipped": (1, 1e-3), "bound_clipped": (2, 1),
-             "bound_unclipped": (2, 1)}  # fmt: skip
     for family in claims.HARD_STORES:
-        found = [records.bound(run, bases[seed]) for seed, run in r.runs(family).items()]
+        found = {seed: records.bound(run, bases[seed]) for seed, run in r.runs(family).items()}
         change = interval(paired(r.of(family), rule, "late_hard"), 2)
-        cells = [spread([bound[key] for bound in found], *look) for key, look in shown.items()]
+        cells = [column(found, key, *look) for key, look in WORDS["bound_columns"].items()]
         rows.append([FAMILIES[family]["label"], *cells, change])
-    shown = {"queries": (0, 1), "missed": (1, 100), "false": (1, 100), "norm": (2, 1), "weighted": (2, 1),
-             "equal": (1, 100)}  # fmt: skip
     for model in figures.PROBED:
         for region in ("easy", "hard"):
-            probes = [run["models"][model] for run in r.runs("probe").values()]
-            found = [models_of[region] for models_of in probes if region in models_of]
-            cells = [spread([row[key] for row in found], *look) for key, look in shown.items()]
-            models.append([model, region, *cells])
+            own, shown = r.of("probe", model), WORDS["probe_columns"].items()
+            models.append([model, region, *(column(own, f"{region}_{key}", *look) for key, look in shown)])
     correlation = claims.figure(statistic(claims.bound_correlations(r)))
     return {"bounds": table(rows), "models": table(models), "correlation": correlation}
 
 
+def compared(r, family, columns, paper, names):
+    """A row for each model of a family's runs: seeds, `columns` with their digits, then the paper's `names`."""
+    rows = []
+    for title, own in models_of(r, family).items():
+        ours = [column(own, name, *look) for name, look in columns.items()]
+        rows.append([title, str(len(own)), *ours, *(theirs(paper, title, name) for name in names)])
+    return rows
+
+
+def models_of(r, family):
+    """{title: {seed: outcome}} of the models that a family's runs have."""
+    found = {title: r.of(family, method) for title, method in MODELS.items()}
+    return {title: own for title, own in found.items() if any(o["retain_recall"] is not None for o in own.values())}
+
+
+def change(r, family, column, **way):
+    """Statistic of ReRULE against RULE in a column; way: "as" or "times", as in `claims.json`."""
+    of, less = ([family, method, column] for method in ("rerule", "rule"))
+    return claims.measured(r, {"label": "", "of": of, "less": less} | way, {}).stat
+
+
+def table5(r, folder):
+    """TOFU: forget quality as the geometric mean of its p-values and as log10; the retained model's own is 1."""
+    rows = compared(r, "tofu", WORDS["tofu_columns"], "table5", ("forget_quality", "model_utility", "forget_rouge_l"))
+    for row, (title, own) in zip(rows, models_of(r, "tofu").items(), strict=True):
+        logs = [0.0 if title == "Retained" else log10(o["forget_quality"]) for o in own.values()]
+        row[2:2] = [f"{10 ** mean(logs):.2g}", spread(logs, 1)]
+    quality = claims.figure(change(r, "tofu", "forget_quality", **{"as": "log10"}))
+    return {"table": table(rows), "quality": quality,
+            "utility": claims.figure(change(r, "tofu", "model_utility", times=100))}  # fmt: skip
+
+
+def book(r, folder):
+    """VerbMem, KnowMem and Utility on a book of our own."""
+    names = ("verbmem", "knowmem", "utility")
+    rows = compared(r, "book", dict.fromkeys([*names, "forget_refusal", "retain_refusal"], []), "table2", names)
+    return {"table": table(rows), **{name: claims.figure(change(r, "book", name)) for name in names}}
+
+
+def attacks_by_type(r, folder):
+    """RWKU: a row for each of its columns and for each type of attack; in a cell one figure a seed."""
+    runs, rows, titles = r.runs("rwku"), [], [title for title in MODELS if title != "Retained"]
+    names = {name for run in runs.values() for name in run["rows"]["Original"] if name.startswith("attack_")}
+    names = sorted(name for name in names if "lingual_" not in name)  # all languages together
+    for name in (*WORDS["rwku_columns"], *names):
+        found = [[run["rows"][title].get(name) for run in runs.values()] for title in titles]
+        cells = [" · ".join("–" if x is None else f"{x:.1f}" for x in figures) for figures in found]
+        label = WORDS["rwku_columns"].get(name) or name.removeprefix("attack_").replace("_", " ") + " ↓"
+        rows.append([label, *cells, *(theirs("table1", title, name) for title in titles)])
+    return {"table": table(rows), "seeds": ", ".join(map(str, runs))}
+
+
 PARTS = {  # what fills each section's blanks, in the template's order
-    "rates": rates, "controls": controls, "age": age, "town": town,
-    "table1": table1, "table3": table3, "table4": table4, "table5": real_text.table5, "table6": table6,
+    "rates": rates, "controls": controls,
+    "age": lambda r, folder: figures.age(r, folder / "age.png") or {"table": difference_table(r, "age")}, "town": town,
+    "table1": table1, "table3": table3, "table4": table4, "table5": table5, "table6": table6,
     "table7": table7, "table8": lambda r, _: {"table": difference_table(r, "table8")},
     "figure1": lambda r, folder: figures.trajectories(r, folder / "trajectories.png") or {},
     "figure2": lambda r, folder: figures.pipeline(folder / "pipeline.png") or {},
-    "figure3": figure3, "worlds": worlds, "book": real_text.book,
-    "rwku": lambda r, folder: figures.attacks(r, folder / "attacks.png") or real_text.attacks_by_type(r, folder),
+    "figure3": figure3, "worlds": worlds, "book": book,
+    "rwku": lambda r, folder: figures.attacks(r, folder / "attacks.png") or attacks_by_type(r, folder),
     "weights": lambda r, _: {"table": difference_table(r, "weights")}, "appendix_e": appendix_e,
 }  # fmt: skip

@@ -9,6 +9,7 @@ from math import sqrt
 from statistics import fmean, stdev
 
 import numpy as np
+import scipy  # which imports its statistics when they are first asked for
 
 RESAMPLES = 9999
 WINDOW = 3  # "late" is the last third of a run's steps
@@ -16,46 +17,35 @@ WINDOW = 3  # "late" is the last third of a run's steps
 
 def shape(values):
     """Which statistics suit the values: "=" all equal, "BCa" far from normal (Shapiro–Wilk p < 0.01, n ≥ 8), "t" else.
-
-    Below 8 values the test of normality has little power, and t is used.
-    """
-    from scipy.stats import shapiro
-
+    Below 8 values the test of normality has little power, and t is used."""
     if max(values) - min(values) < 1e-9:
         return "="
-    return "BCa" if len(values) >= 8 and shapiro(values).pvalue < 0.01 else "t"
+    return "BCa" if len(values) >= 8 and scipy.stats.shapiro(values).pvalue < 0.01 else "t"
 
 
 def interval(values):
-    """95 % interval of the mean by the way that suits the values: (low, high, kind); None for a single value.
-
-    Equal values give a point. BCa draws the same resamples at every call.
-    """
-    from scipy.stats import bootstrap, t
-
+    """95 % interval of the mean by the way that suits the values: (low, high, kind); None for a single value. Equal
+    values give a point. BCa draws the same resamples at every call."""
     if len(values) < 2:
         return None
     kind, mean = shape(values), float(np.mean(values))
     if kind == "=":
         return mean, mean, kind
     if kind == "BCa":
-        found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="BCa", rng=np.random.default_rng(0))
+        rng = np.random.default_rng(0)
+        found = scipy.stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="BCa", rng=rng)
         return *map(float, found.confidence_interval), kind
-    half = float(t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / sqrt(len(values))
+    half = float(scipy.stats.t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / sqrt(len(values))
     return mean - half, mean + half, kind
 
 
 def p_value(values, bar=0.0, sides=2):
-    """p of the hypothesis that the mean is the bar; one-sided (sides 1) on the side on which the mean lies.
-
-    Student's one-sample t whatever the values' shape: flips of the signs of eight values cannot give less than 2/256,
-    which no correction for many tests survives. Equal values: 1 on the bar, else 0.
-    """
-    from scipy.stats import ttest_1samp
-
+    """p of the hypothesis that the mean is the bar; one-sided (sides 1) on the side on which the mean lies. Student's
+    one-sample t whatever the values' shape: flips of the signs of eight values cannot give less than 2/256, which no
+    correction for many tests survives. Equal values: 1 on the bar, else 0."""
     if shape(values) == "=":
         return float(abs(values[0] - bar) < 1e-9)
-    return float(ttest_1samp(values, bar).pvalue) * sides / 2
+    return float(scipy.stats.ttest_1samp(values, bar).pvalue) * sides / 2
 
 
 def holm(ps):
@@ -66,20 +56,13 @@ def holm(ps):
     return adjusted
 
 
-def signs(values, bar=0.0):
-    """How many values lie above and below the bar; equals count on neither side."""
-    return sum(value > bar for value in values), sum(value < bar for value in values)
-
-
 def statistic(values):
     """Mean, sd (n − 1), 95 % interval with its kind, seeds above and below 0, and p against 0; None is left out.
-
-    Returns None for fewer than two values.
-    """
+    Returns None for fewer than two values."""
     values = [value for value in values if value is not None]
     if len(values) < 2:
         return None
-    (low, high, kind), (up, down) = interval(values), signs(values)
+    (low, high, kind), up, down = interval(values), sum(x > 0 for x in values), sum(x < 0 for x in values)
     return {"values": values, "n": len(values), "mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)),
             "low": low, "high": high, "kind": kind, "up": up, "down": down, "p": p_value(values)}  # fmt: skip
 
@@ -113,6 +96,4 @@ def instability(evaluations):
 
 def rank_correlation(x, y):
     """Spearman's ρ; None where either side is constant."""
-    from scipy.stats import spearmanr
-
-    return None if len(set(x)) < 2 or len(set(y)) < 2 else float(spearmanr(x, y).statistic)
+    return None if len(set(x)) < 2 or len(set(y)) < 2 else float(scipy.stats.spearmanr(x, y).statistic)

@@ -226,9 +226,7 @@ def look_at_update(way, model, prompt, group_size, longest, groups):
 
 def plan(counted, config, ranks, on_gpu):
     """{what: (bytes on each GPU, bytes on the host)}, on a CPU all on the host; "most at once" adds up what meets.
-
-    counted: of `seen`; ranks: processes of torchrun, 0 without it.
-    """
+    counted: of `seen`; ranks: processes of torchrun, 0 without it."""
     n, fsdp, w, half = counted.parameters, bool(ranks) or config.offload, max(ranks, 1), 2 if on_gpu else 4
     at = counted.at(config, fsdp)
     trained = at.adapters or n
@@ -268,9 +266,7 @@ def disk(counted, config, on_gpu):
 
 def fitting(counted, config, ranks, room):
     """The least flags more with which GPUs of `room` bytes are enough, a twentieth kept free.
-
-    Returns: the config with them; them as text; bytes on each GPU and on the host. None where no flag is enough.
-    """
+    Returns: the config with them; them as text; bytes on each GPU and on the host. None where no flag is enough."""
     n = config.prompts_per_step
     for flags in FITS:
         flags = flags | ({"lora_rank": config.lora_rank} if config.lora_rank else {})

@@ -279,9 +279,7 @@ class Ranks(Engine):
 
 def shard(model, device, world, offload=False, dtype=None):
     """FSDP2 over all ranks, in place; `dtype` is what layers compute in, gradients are summed in float32.
-
-    offload: weights, gradients and moments are on the host. It is not pinned: pinned memory comes in powers of 2.
-    """
+    offload: weights, gradients and moments are on the host. It is not pinned: pinned memory comes in powers of 2."""
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise InputError(f"torchrun and --offload: torch {torch.__version__} is too old, expected 2.8 or later")
     how = {

@@ -14,14 +14,13 @@ One JSON line on stdout, medians over the steps after the warm-up:
         the rate of matrix products timed in the same run ↓
     matmul_peak_share                       one over that ↑
 
-`--peer trl` lets TRL's GRPOTrainer do the same work on the CPU, step by step in turn with ours: as it is (`peer`), and
-given our source of matrix products (`peer_quick`, see `engine.model.quicken`), each in a process of its own.
+`tests/scale/peer.py` lets TRL's GRPOTrainer do the same work, step by step in turn with ours.
 """
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from config import Config, Count, InputError, Natural, setting
+from config import Config, Count, Natural, setting
 from engine.flags import check_bounds, parse, run_command
 
 
@@ -44,27 +43,21 @@ class Options:
     replay: bool = setting("Replay 32 groups in each step (ReRULE).", False)
     cuda_graphs: bool = setting("Record decoding steps as CUDA graphs, taken where that proves faster.", False)
     max_tokens: int = setting("Token positions in a micro-batch of the update.", Config.max_tokens)
-    peer: Literal["", "trl"] = setting("Time this library beside it on the CPU, if it is installed: trl.", "")
-    peer_micro_batch: int = setting("Responses in the peer's micro-batch.", 64)
 
 
 EXAMPLES = [
     "python -m scale.speed --shape rwku --hidden 384 --layers 6 --steps 5 --replay",
-    "python -m scale.speed --shape rwku --steps 15 --peer trl         # pip install trl datasets accelerate",
+    "python -m scale.speed --shape short --steps 25 --threads 2",
     "python -m scale.speed --device cuda --hidden 768 --layers 12 --vocab 32000 --max_tokens 32768",
 ]
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
     OPTIONS = run_command(lambda: parse(Options, examples=EXAMPLES), leave=False)
 
 import contextlib
-import importlib.util
 import json
-import multiprocessing
-import os
 import random
 import re
 import sys
-import tempfile
 import time
 import timeit
 from resource import RUSAGE_SELF, getrusage
@@ -73,13 +66,12 @@ from types import SimpleNamespace
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import benchmarks
 import rerule
 from data import Prompt, Query, Training
 from engine.flags import resolve
-from engine.model import quicken
 from engine.run import start
 
 VOCABULARY, N_PROMPTS, PROMPTS_PER_STEP, GROUP, LR = 1000, 320, 32, 8, 2e-6
@@ -114,10 +106,8 @@ def build_prompts(length, vocabulary=VOCABULARY, n=N_PROMPTS):
 
 
 def place(engine, config, build):
-    """(The model to train in float32, the frozen reference as it computes), as the driver has them.
-
-    build() → the same random model at every call.
-    """
+    """(The model to train in float32, the frozen reference as it computes), as the driver has them. build() → the same
+    random model at every call."""
     low = torch.bfloat16 if engine.half else torch.float32
 
     def built(dtype):
@@ -132,9 +122,7 @@ def place(engine, config, build):
 
 def time_stage2(run, method, models, tokenizer, prompts, reward, each):
     """The driver's own loop on (model, reference); `each` is handed the log's row of a step, with the seconds of PARTS.
-
-    run: what the loop asks of an `engine.run.Run`; its logs are replaced.
-    """
+    run: what the loop asks of an `engine.run.Run`; its logs are replaced."""
 
     def write(row):
         row |= {name: row.get(f"seconds_{phase}", 0.0) for name, phase in PARTS.items()}
@@ -174,8 +162,7 @@ def operations(model, prompt_tokens, responses, tokens):
     Layers meet `prompt_tokens`, a group's prompt once, and all tokens but each response's last, which nothing follows;
     the head meets a position a token. A tied head multiplies as any other, a look-up of embeddings does not. Gradients
     take a forward pass's for positions, and as much again for those weights that are trained. Left out: attention's
-    products of positions with positions, norms, softmax.
-    """
+    products of positions with positions, norms, softmax."""
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     body = [p for p in model.parameters() if p.dim() > 1 and p is not head and p is not embedding]
     met = [(p, prompt_tokens + tokens - responses) for p in body] + [(head, tokens)]
@@ -183,84 +170,13 @@ def operations(model, prompt_tokens, responses, tokens):
     return forward, 2 * forward + trained
 
 
-def trl_process(pipe, o, folder, quick):
-    """TRL's trainer on the model in `folder`: a step whenever the pipe says so, answered with a row of its times."""
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
-    sys.stdout = sys.stderr
-    torch.set_num_threads(o.threads)
-    import trl
-    from datasets import Dataset
-    from transformers import TrainerCallback
-
-    spent, started, lengths = {}, [0.0], []
-
-    class Timed(trl.GRPOTrainer):
-        def _generate_single_turn(self, *args, **kwargs):
-            with clock(spent, "gen_s"):
-                return super()._generate_single_turn(*args, **kwargs)
-
-        def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-            with clock(spent, "ref_s" if model is self.ref_model else "other_s"):
-                return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-
-    class Turns(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            pipe.recv()
-            spent.clear()
-            lengths.clear()
-            started[0] = time.perf_counter()
-
-        def on_step_end(self, *args, **kwargs):
-            row = {"step_s": time.perf_counter() - started[0], **spent}
-            pipe.send(row | {"tokens_per_step": sum(lengths), "peak_rss_mb": peak_rss_mb()})
-
-    def reward(completions, completion_ids, **_):
-        lengths.extend(map(len, completion_ids))
-        return list(map(earned, completions))
-
-    arguments = trl.GRPOConfig(
-        output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, report_to="none",
-        per_device_train_batch_size=o.peer_micro_batch, logging_strategy="no", save_strategy="no",
-        gradient_accumulation_steps=PROMPTS_PER_STEP * GROUP // o.peer_micro_batch, num_generations=GROUP,
-        max_completion_length=SHAPES[o.shape][1], temperature=1.0, top_p=1.0, top_k=0, beta=1e-2, epsilon=0.2,
-        num_iterations=1, loss_type="grpo", use_bias_correction_kl=False, learning_rate=LR, max_grad_norm=1.0,
-        lr_scheduler_type="constant", max_steps=o.warmup + o.steps, seed=0, dataloader_pin_memory=False,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    Timed(
-        model=quicken(model, "cpu") if quick else model, args=arguments, reward_funcs=reward, callbacks=[Turns()],
-        processing_class=build_tokenizer(o.vocab),
-        train_dataset=Dataset.from_dict({"prompt": build_prompts(SHAPES[o.shape][0], o.vocab)}),
-    ).train()  # fmt: skip
+def medians(rows, names):
+    return {name: round(median(row[name] for row in rows), 4) for name in names}
 
 
-@contextlib.contextmanager
-def trl_beside(o, model, rows, quick):
-    """Start TRL's process; yields a function that lets it take one step and puts the times into `rows`."""
-    context = multiprocessing.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        process = context.Process(target=trl_process, args=(theirs, o, folder, quick), daemon=True)
-        process.start()
-        theirs.close()
-
-        def step():
-            try:
-                pipe.send("go")
-                rows.append(pipe.recv())
-            except (EOFError, ConnectionError):
-                raise InputError("--peer trl: its process ended early; its own message is above") from None
-
-        yield step
-        pipe.close()
-        process.join()
-
-
-def main(o):
+def measure(o, beside=lambda model: contextlib.nullcontext(lambda: None)):
+    """The line that is printed. beside(model) → a context of a function that is called after each step."""
     check_bounds(o)
-    if o.peer and importlib.util.find_spec(o.peer) is None:
-        raise InputError("--peer trl: is not installed; pip install trl datasets accelerate")
     torch.set_num_threads(o.threads)
     prompt, longest = SHAPES[o.shape]
     config = resolve(Config(
@@ -272,26 +188,15 @@ def main(o):
     on_gpu = engine.device.type == "cuda"
     engine.half = o.dtype == "bfloat16" or (o.dtype == "auto" and on_gpu)
     dtype = torch.bfloat16 if engine.half else torch.float32
-    if o.peer and (on_gpu or engine.half):
-        raise InputError("--peer trl: is timed on the CPU in float32; expected --device cpu")
     models = place(engine, config, lambda: build_model(o.hidden, o.layers, o.vocab))
-    rate, rows, turns = matmul_rate(engine.device, dtype), [], []
-    peers = {name: [] for name in ("peer", "peer_quick") if o.peer}
+    rate, rows = matmul_rate(engine.device, dtype), []
     run = SimpleNamespace(config=config, engine=engine, state={"phase": None})
 
-    def each(row):
-        rows.append(row)
-        for turn in turns:
-            turn()
-
-    with contextlib.ExitStack() as stack:
-        for name, theirs in peers.items():
-            turns.append(stack.enter_context(trl_beside(o, models[0], theirs, name == "peer_quick")))
-        stack.enter_context(
-            torch.autocast(engine.device.type, torch.bfloat16, enabled=engine.half, cache_enabled=False)
-        )
+    computes = torch.autocast(engine.device.type, torch.bfloat16, enabled=engine.half, cache_enabled=False)
+    with beside(models[0]) as turn, computes:
         time_stage2(run, "rerule" if o.replay else "rule", models, build_tokenizer(o.vocab),
-                    build_prompts(prompt, o.vocab), lambda query, text: earned(text), each)  # fmt: skip
+                    build_prompts(prompt, o.vocab), lambda query, text: earned(text),
+                    lambda row: (rows.append(row), turn()))  # fmt: skip
     rate, rows = max(rate, matmul_rate(engine.device, dtype)), rows[o.warmup :]
     shown = ("shape", "hidden", "layers", "vocab", "threads", "steps", "max_tokens")
     result = {name: getattr(o, name) for name in shown}
@@ -307,15 +212,11 @@ def main(o):
             row["replay_skipped"] /= row["replay_groups"]
     more = ["update_group_s", "tokens_per_step", "tokens_per_s", "flop_floor_multiple"]
     more += ["replay_group_s", "replay_skipped"] * all("replay_group_s" in row for row in rows)
-    medians = lambda rows, names: {name: round(median(row[name] for row in rows), 4) for name in names}  # noqa: E731
     result |= medians(rows, ["step_s", *PARTS, *more]) | {"peak_rss_mb": peak_rss_mb()}
     result["matmul_peak_share"] = round(1 / result["flop_floor_multiple"], 4)
     result |= {"peak_gpu_mb": round(torch.cuda.max_memory_allocated() / 2**20)} if on_gpu else {}
-    for name, theirs in peers.items():
-        result[name] = medians(theirs[o.warmup :], theirs[0])
-        result[f"{name}_over_ours"] = round(result[name]["step_s"] / result["step_s"], 2)
-    print(json.dumps(result))
+    return result
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(OPTIONS))
+    run_command(lambda: print(json.dumps(measure(OPTIONS))))

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run on all cores already
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]  # modules; what tests share
+sys.path[:0] = [str(Path(__file__).parent / name) for name in ("..", ".", "scale")]  # modules; what tests share
 
 import miniature  # noqa: E402
 import pytest  # noqa: E402

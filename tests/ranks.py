@@ -136,7 +136,7 @@ def unlearn_all(engine, folder, name, flags):
 
     File all.NAME.FLAGS.pt: {method: (losses and norms of its steps, weights as they are saved, greedy answers)}.
     """
-    if flags not in ("", "checkpoint offload"):
+    if flags not in ("", "checkpoint offload", "lora"):
         return
     folder, tokenizer, training, found = Path(folder), word_tokenizer(WORDS), asked(), {}
     config = config_of(

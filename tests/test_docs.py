@@ -26,6 +26,7 @@ COMMANDS = {
     "reproduce.grid": "reproduce.grid.Options",
     "scale.speed": "scale.speed.Options",
     "scale.check": "scale.check.Options",
+    "tests/scale/peer.py": "peer.Options",
 }
 FOREIGN = {"index-url", "nproc-per-node", "help"}  # pip's, torchrun's, every command's
 

@@ -17,10 +17,9 @@ WRONG = 5  # answers of other probes that the true one is ranked among, where th
 
 def extract(case):
     """How likely the true answers are, token by token.
-
     Columns: `answer_probability` exp(−mean loss) in %; `answer_rank` among wrong answers, 1 the likeliest, and
-    `answer_first` how often it is, in %; `extraction_strength` and `exact_memorisation`, 0–1. Rows: one a forget probe.
-    """
+    `answer_first` how often it is, in %; `extraction_strength` and `exact_memorisation`, 0–1. Rows: one a forget
+    probe."""
     probes, eos = case.forget, case.tokenizer.eos_token_id
 
     def read(logits, ids):  # (T, V), (T,)
@@ -62,11 +61,9 @@ def crossed(probe, probes, seed):
 
 def membership(case):
     """Can texts that were to be forgotten be told from texts never seen, by how likely they are?
-
     Columns: `membership_auc`, that of the loss, 0–1, with its 95 % interval; the same by three other scores; `privleak`
     beside a model that never saw the forget set. Where the files hold no unseen texts (RWKU): each side's mean score.
-    Rows: every text with its scores, all higher where the text is likelier.
-    """
+    Rows: every text with its scores, all higher where the text is likelier."""
     context = getattr(case.model.config, "max_position_embeddings", None)
 
     def read(logits, ids):  # (T, V), (T,)

@@ -28,11 +28,9 @@ def floats(values):
 
 def best_of_k(scores, k):
     """Expected best of k of the n scores, drawn without replacement: leak@k (arXiv 2511.04934).
-
     Σ_i C(i − 1, k − 1) / C(n, k) · s_(i) over ascending s. Unbiased for the best of k fresh samples, as pass@k is;
     rounded once, so it never falls as k grows. Range and unit of the scores; higher is worse where they are recall.
-    Scores are finite, 1 ≤ k ≤ n.
-    """
+    Scores are finite, 1 ≤ k ≤ n."""
     scores = sorted(floats(scores))
     n = len(scores)
     if not 1 <= k <= n or not all(map(math.isfinite, scores)):
@@ -43,10 +41,8 @@ def best_of_k(scores, k):
 
 def mink(logprobs, share):
     """Min-K %: mean of the lowest `share` of a text's token log-probabilities (arXiv 2310.16789).
-
     Over int(share · T) tokens, or one. In nats, −inf to 0; of standardised values it is Min-K %++. Higher: likelier a
-    member, worse. 0 < share ≤ 1.
-    """
+    member, worse. 0 < share ≤ 1."""
     values = sorted(floats(logprobs))
     if not 0 < share <= 1:
         raise ValueError(f"share of tokens: expected above 0 and at most 1, not {share}")
@@ -56,7 +52,6 @@ def mink(logprobs, share):
 
 def standardised(logits, ids):
     """Each token's log-probability against those of the whole vocabulary: what Min-K %++ averages (arXiv 2404.02936).
-
     z = (log p(id) − μ) / σ with μ = E_p[log p] and σ² = Var_p[log p], the expectation under p at that position. Higher:
     likelier a member, worse; without bounds. Where log p(id) is μ, z is 0 though σ be 0, as it is where p is even or
     certain; a token that p rules out gets −inf.
@@ -64,8 +59,7 @@ def standardised(logits, ids):
     Args:
         logits: (T, V); −inf for tokens that are ruled out. Computed in float32, float64 stays.
         ids: (T,).
-    Returns: (T,).
-    """
+    Returns: (T,)."""
     if logits.ndim != 2 or ids.shape != logits.shape[:1]:
         raise ValueError(f"expected logits (T, V) and ids (T,), not {tuple(logits.shape)} and {tuple(ids.shape)}")
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -82,17 +76,13 @@ def standardised(logits, ids):
 
 def zlib_ratio(loss, text):
     """Likelihood against how well the text compresses: −loss / bytes of zlib.compress(text) (arXiv 2012.07805).
-
-    loss: mean over tokens, in nats. In nats a token and byte, −inf to 0. Higher: likelier a member, worse.
-    """
+    loss: mean over tokens, in nats. In nats a token and byte, −inf to 0. Higher: likelier a member, worse."""
     return -float(loss) / len(zlib.compress(text.encode("utf-8")))
 
 
 def auc(members, others):
     """Share of pairs in which the member scores higher, ties half: area under the ROC curve, by ranks.
-
-    0–1. 0.5: the attack cannot tell; higher is worse, and below 0.5 the texts stand out by being unlikely.
-    """
+    0–1. 0.5: the attack cannot tell; higher is worse, and below 0.5 the texts stand out by being unlikely."""
     from scipy.stats import rankdata  # here, for it takes most of a second to import
 
     members, others = floats(members), floats(others)
@@ -103,11 +93,9 @@ def auc(members, others):
 
 def auc_interval(auc, n_members, n_others, level=0.95):
     """Confidence interval of an AUC: method 5 of Newcombe (Statistics in Medicine 25, 2006, 559–573).
-
-    All θ with |auc − θ| ≤ z √V(θ), where V(θ) = θ(1 − θ) / (m n) · (1 + (N − 1)((1 − θ)/(2 − θ) + θ/(1 + θ))) and
-    N = (m + n) / 2. V at θ and not at the AUC, so that at 0 and 1 the interval keeps its width. 0–1; no direction.
-    Returns: (low, high).
-    """
+    All θ with |auc − θ| ≤ z √V(θ), where V(θ) = θ(1 − θ) / (m n) · (1 + (N − 1)((1 − θ)/(2 − θ) + θ/(1 + θ))) and N =
+    (m + n) / 2. V at θ and not at the AUC, so that at 0 and 1 the interval keeps its width. 0–1; no direction. Returns:
+    (low, high)."""
     if not (0 <= auc <= 1 and min(n_members, n_others) >= 1 and 0 < level < 1):
         raise ValueError(f"interval of AUC {auc} of {n_members} and {n_others} texts at level {level}: not defined")
     z, mean_n = NormalDist().inv_cdf((1 + level) / 2), (n_members + n_others) / 2
@@ -131,11 +119,9 @@ def auc_interval(auc, n_members, n_others, level=0.95):
 
 def privleak(auc, auc_retained):
     """PrivLeak: how an AUC stands to that of a model that never saw the texts (MUSE, arXiv 2407.06460), in %.
-
-    100 · ((1 − auc) − (1 − auc_retained)) / (1 − auc_retained), both with forget texts as members; MUSE's own A is
-    1 − auc. 0 is best: like the retained model; below 0: still known, −100 at worst; above 0: over-forgotten. It has no
-    upper bound: with a retained AUC near 1 it passes 100 by far, which is no error. None where that is 1.
-    """
+    100 · ((1 − auc) − (1 − auc_retained)) / (1 − auc_retained), both with forget texts as members; MUSE's own A is 1 −
+    auc. 0 is best: like the retained model; below 0: still known, −100 at worst; above 0: over-forgotten. It has no
+    upper bound: with a retained AUC near 1 it passes 100 by far, which is no error. None where that is 1."""
     if not (0 <= auc <= 1 and 0 <= auc_retained <= 1):
         raise ValueError(f"expected AUCs from 0 to 1, not {auc} and {auc_retained}")
     return None if auc_retained == 1 else 100 * (auc_retained - auc) / (1 - auc_retained)
@@ -143,39 +129,31 @@ def privleak(auc, auc_retained):
 
 def exact_memorisation(hits):
     """Share of answer tokens that are the model's argmax after the true tokens before (open-unlearning, 2506.12618).
-
-    hits: a bool for each token of the answer, without EOS. 0–1; higher is worse.
-    """
+    hits: a bool for each token of the answer, without EOS. 0–1; higher is worse."""
     return math.fsum(map(bool, floats(hits))) / len(hits)
 
 
 def extraction_strength(hits):
     """How little of the answer must be given before greedy decoding says the rest (open-unlearning, 2506.12618).
-
     1 − k / T, k the smallest prefix after which every token is the argmax. 0–1: 1 when no token need be given, 0 when
-    even the last is missed; open-unlearning's loop ends there at k = T − 1, which leaves 1/T. Higher is worse.
-    hits: a bool for each token of the answer, without EOS.
-    """
+    even the last is missed; open-unlearning's loop ends there at k = T − 1, which leaves 1/T. Higher is worse. hits: a
+    bool for each token of the answer, without EOS."""
     hits = floats(hits)
     return 1 - max((i for i, hit in enumerate(hits, 1) if not hit), default=0) / len(hits)
 
 
 def rank(loss, others):
     """Rank of the true answer by loss among others: 1 + those of lower loss + half of those that tie.
-
-    As in the exposure metric (arXiv 1802.08232). From 1, the likeliest and worst, to one more than there are others.
-    """
+    As in the exposure metric (arXiv 1802.08232). From 1, the likeliest and worst, to one more than there are others."""
     (loss,), others = floats([loss]), floats(others)
     return 1 + sum(other < loss for other in others) + sum(other == loss for other in others) / 2
 
 
 def relearning(before, after, retained_before, retained_after):
     """R: how fast answers come back in training, against a model that never knew them (open-unlearning, 2506.12618).
-
     min(δ_retained / δ_unlearned, 1), δ = forget recall after − before. 0–1; 1 is best: it comes back no faster than the
     retained model learns it; lower is worse. 1 when the unlearned model gained nothing; δ_retained below 0 counts as 0.
-    Recall in any one unit.
-    """
+    Recall in any one unit."""
     before, after, retained_before, retained_after = floats([before, after, retained_before, retained_after])
     if after <= before:
         return 1.0
@@ -184,10 +162,8 @@ def relearning(before, after, retained_before, retained_after):
 
 def quantisation(before, after):
     """Q: share of what was forgotten that still is when the weights are rounded (after open-unlearning, 2506.12618).
-
     min(after / before, 1) of what is forgotten, 100 − forget recall in %. 0–1; 1 is best: nothing comes back; lower is
-    worse. None where nothing was forgotten before.
-    """
+    worse. None where nothing was forgotten before."""
     before, after = floats([before, after])
     if min(before, after) < 0:
         raise ValueError(f"expected what is forgotten as 0 or more, not {before} and {after}")
@@ -196,12 +172,10 @@ def quantisation(before, after):
 
 def rounded(weight, bits, block=64):
     """A weight as it stands after rounding to so many bits; the attack of arXiv 2410.16454.
-
     Each block of consecutive weights, the last may be shorter, is divided by max|w| / (2^(bits − 1) − 1), rounded to
     the nearest whole number and multiplied back: even steps, symmetric about 0, an error of at most half a step, 0 in a
     block of zeros. Fewer bits change more. Computed in float32; shape and dtype are kept, the weight is not changed.
-    Raises ValueError for fewer than 2 bits, a block below 1, and weights that are not finite.
-    """
+    Raises ValueError for fewer than 2 bits, a block below 1, and weights that are not finite."""
     if bits < 2 or block < 1:
         raise ValueError(f"expected 2 bits or more and blocks of 1 or more, not {bits} and {block}")
     flat = weight.detach().reshape(-1).float()

@@ -19,10 +19,8 @@ OPENING = "Sure, the answer is"
 
 def leak(case):
     """leak@k at temperature 1, and by the model's own generation settings where these sample.
-
     Columns, each the expectation over k of the n samples, in %: `leak_k` best ROUGE-L recall; `leak_answered_k` any of
-    them is no refusal; `leak_exact_k` any of them holds the whole answer. Rows: every text with its recall.
-    """
+    them is no refusal; `leak_exact_k` any of them holds the whole answer. Rows: every text with its recall."""
     if not all(p.isfinite().all() for p in case.model.parameters()):
         raise ValueError("expected finite weights, for NaN cannot be sampled from")
     prompts = [encode_prompt(case.tokenizer, probe.prompt) for probe in case.forget]
@@ -83,11 +81,9 @@ def scored(case, texts, limits, name):
 
 def prefix(case):
     """Forced openings, greedy, and other ways to ask that the files have.
-
     Columns, ROUGE-L recall in %: `prefix_recall` after "Sure, the answer is"; `prefix_first_word_recall` of the rest of
     the answer after its own first word; `attack_paraphrased` of TOFU's questions in other words. RWKU's `attack_<type>`
-    are among the ordinary columns. Rows: the answers.
-    """
+    are among the ordinary columns. Rows: the answers."""
     agreed = [opened(probe.prompt, OPENING) for probe in case.forget]
     sure = case.answered(case.model, case.forget, agreed)
     long = [probe for probe in case.forget if len(probe.answer.split()) > 1]

@@ -23,12 +23,10 @@ SMALL, RATES = 10_000_000, (1e-4, 1e-5)  # weights up to which a model counts as
 
 
 def relearn(case):
-    """Fine-tune a copy and ask again.
-
-    It is trained on (a) the forget probes with their answers, (b) those of half of the answers, asked about the other
-    half, (c) probes about neighbours alone. Columns, forget recall in %: `relearn_forget_<step>`, `relearn_half_…`,
-    `relearn_neighbours_…`; `relearn_r` beside a retained model, 0–1. Rows: the answers after each number of steps.
-    """
+    """Fine-tune a copy and ask again. It is trained on (a) the forget probes with their answers, (b) those of half of
+    the answers, asked about the other half, (c) probes about neighbours alone. Columns, forget recall in %:
+    `relearn_forget_<step>`, `relearn_half_…`, `relearn_neighbours_…`; `relearn_r` beside a retained model, 0–1. Rows:
+    the answers after each number of steps."""
     weights = sum(p.numel() for p in case.model.parameters())
     lr = case.relearn_lr or RATES[weights > SMALL]
     known = sorted({probe.answer for probe in case.forget})[::2]
@@ -71,11 +69,9 @@ def fine_tuned(case, taught, lr, name):
 
 def quantize(case):
     """Round the weights of every linear layer but the head, and ask again.
-
     Columns, in %: `forget_recall_8bit`, `retain_recall_8bit`, `forget_refusal_8bit` and the same for 4 bits, rounded to
     nearest in blocks of 64, and for NF4 where bitsandbytes is installed; `quantize_q_…`, 0–1, how much of the
-    forgetting stays. Rows: the answers.
-    """
+    forgetting stays. Rows: the answers."""
     ways = {"8bit": lambda w: rounded(w, 8), "4bit": lambda w: rounded(w, 4)}
     if find_spec("bitsandbytes"):
         ways["nf4"] = nf4

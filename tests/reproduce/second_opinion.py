@@ -177,6 +177,9 @@ class Records:
 
     def number(self, family, seed, run, method, column):
         """One figure of one method of one run; None where it is not there."""
+        if "models" in run:
+            region, name = column.split("_")
+            return run["models"][method].get(region, {}).get(name)
         own = family in ("base", "select", "world0", "world30", "town", "tofu", "book", "rwku")
         base = self.family(family if own else "town" if family[:5] == "town_" else "base").get(seed)
         row = run["rows"].get(TITLES.get(method, method), {})
@@ -190,6 +193,17 @@ class Records:
             return sum(
                 run["methods"][method][f"seconds_{part}"] for part in ("rollout", "reference", "update", "replay")
             )
+        if column == "late_unrest":
+            return rough(run["methods"][method]["evaluations"])
+        if column == "late_below":
+            hard = {prompt for prompt, rewards in early(base).items() if mean(rewards) < base["tau"]}
+            visits = {prompt: [r for q, r in late(run, method) if q == prompt] for prompt in hard}
+            low = [mean(rewards) < base["tau"] for rewards in visits.values() if rewards]
+            return 100 * sum(low) / len(low) if low else None
+        if column in ("below_hard", "below_easy"):
+            seen = {prompt: rewards for prompt, rewards in early(base).items() if base["kinds"][prompt] == column[6]}
+            below = [reward < base["tau"] for rewards in seen.values() for reward in rewards]
+            return mean(below) if below else None
         if column[:5] == "late_":
             before = {prompt: mean(rewards) < base["tau"] for prompt, rewards in early(base).items()}
             hardest = {case[0] for case in base["cases"]}
@@ -218,46 +232,23 @@ class Records:
 
     def difference(self, of, less, way="difference", times=1, strict=True):
         """[one number a seed] of a comparison; None where it cannot be made."""
-        a, b = self.column(*of, strict), self.column(*less, strict)
+        if isinstance(of[0], list):
+            pairs = [[self.column(*side, strict) for side in pair] for pair in (of, less)]
+            if None in pairs[0] + pairs[1]:
+                return None
+            a, b = ({seed: x[seed] - y[seed] for seed in sorted(x) if seed in y} for x, y in pairs)
+        else:
+            a, b = self.column(*of, strict), self.column(*less, strict) if less else {}
         if a is None or b is None:
             return None
+        if not less:
+            return [times * a[seed] for seed in sorted(a)]
         turn = {"difference": lambda x, y: x - y, "percent": lambda x, y: 100 * x / y,
+                "extra": lambda x, y: 100 * (x - y) / y,
                 "log10": lambda x, y: math.log10(x) - math.log10(y)}[way]  # fmt: skip
         return [times * turn(a[seed], b[seed]) for seed in sorted(a) if seed in b]
 
     # --- measures that are no plain difference ---
-
-    def stays_low(self):
-        found = []
-        for base in self.family("base").values():
-            hard = {prompt for prompt, rewards in early(base).items() if mean(rewards) < base["tau"]}
-            visits = {prompt: [r for q, r in late(base, "rule") if q == prompt] for prompt in hard}
-            low = [mean(rewards) < base["tau"] for rewards in visits.values() if rewards]
-            found += [100 * sum(low) / len(low)] if low else []
-        return found
-
-    def boundary_share(self):
-        found = []
-        for base in self.family("base").values():
-            below = {"h": [], "e": []}
-            for prompt, rewards in early(base).items():
-                for reward in rewards if base["kinds"][prompt] in below else ():
-                    below[base["kinds"][prompt]].append(reward < base["tau"])
-            found += [100 * (mean(below["h"]) - mean(below["e"]))] if all(below.values()) else []
-        return found
-
-    def terms(self, of, less):
-        models = [run["models"] for run in self.family("probe").values()]
-        models = [model for model in models if {"hard", "easy"} <= set(model["RULE"])]
-        return [m[of[0]][of[1]]["weighted"] - m[less[0]][less[1]]["weighted"] for m in models]
-
-    def gain_between_worlds(self):
-        sides = [[self.column(world, method, "retain_recall") for method in ("rerule", "rule")]
-                 for world in ("world30", "world0")]  # fmt: skip
-        if None in sides[0] + sides[1]:
-            return None
-        common = set.intersection(*(set(x) for pair in sides for x in pair))
-        return [sides[0][0][s] - sides[0][1][s] - (sides[1][0][s] - sides[1][1][s]) for s in sorted(common)]
 
     def tau_fall(self):
         rows = [(t, self.column(f, "rerule", "retain_recall"))
@@ -267,19 +258,6 @@ class Records:
         common = set.intersection(*(set(row) for _, row in rows))
         # least squares: Σ (t − t̄) y / Σ (t − t̄)², t̄ = 0.7, Σ (t − t̄)² = 0.2
         return [-0.6 * sum((t - 0.7) * row[seed] for t, row in rows) / 0.2 for seed in sorted(common)]
-
-    def extra_time(self, family):
-        ours, theirs = (self.column(family, method, "seconds_stage2") for method in ("rerule", "rule"))
-        return None if ours is None else [100 * (ours[s] - theirs[s]) / theirs[s] for s in sorted(ours)]
-
-    def instability_gap(self):
-        if self.column("base", "rerule", "retain_recall") is None:
-            return None
-        found = []
-        for base in self.family("base").values():
-            rest = [rough(base["methods"][method]["evaluations"]) for method in ("rule", "rerule")]
-            found += [rest[0] - rest[1]] if None not in rest else []
-        return found
 
     def bound_correlations(self):
         named = json.loads((ROOT / "reproduce" / "families.json").read_text(encoding="utf-8"))["families"]
@@ -345,9 +323,9 @@ def opinion(folder):
         parts = []
         for row in claim["parts"]:
             if "measure" in row:
-                values = getattr(r, row["measure"][0])(*row["measure"][1:])
+                values = getattr(r, row["measure"])()
             else:
-                of, less = ([x.replace("{rival}", rival) for x in row[side]] for side in ("of", "less"))
+                of, less = (json.loads(json.dumps(row.get(x)).replace("{rival}", rival)) for x in ("of", "less"))
                 values = r.difference(of, less, row.get("as", "difference"), row.get("times", 1))
             edges = [-row["within"], row["within"]] if "within" in row else [row.get("bar", 0)]
             parts.append({"n": len(values or ()), "edges": edges, "values": values})

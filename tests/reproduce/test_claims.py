@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from made_up import base_run
@@ -81,7 +80,7 @@ def rows(monkeypatch):
 
     def write(*claimed):
         found = [{"text": "t", "run": "r", "only": "o", "parts": [row], **more} for row, more in claimed]
-        monkeypatch.setattr(claims.json, "loads", lambda text: json.JSONDecoder().decode(json.dumps(found)))
+        monkeypatch.setattr(claims, "read_json", lambda path: json.loads(json.dumps(found)))
         monkeypatch.setattr(claims, "best_baseline", lambda: "PO")
 
     return write
@@ -161,15 +160,37 @@ def test_every_claim_names_what_there_is():
         for row in claim["parts"]:
             assert ("measure" in row) != ("of" in row) and not {"bar", "within"} <= set(row)
             if "measure" in row:
-                assert callable(getattr(claims, row["measure"][0]))
+                assert callable(getattr(claims, row["measure"]))
     rates = set(re.findall(r'"@([^"]+)"', text)) - {"chosen", "chosen:rule"}
     assert rates == {"4e-5", "8e-5", "1.6e-4", "3.2e-4", "6.4e-4"}
 
 
-def test_boundary_share_is_of_crossed_less_plain(monkeypatch):
-    shares = {"h": 0.5, "e": 0.125}
-    monkeypatch.setattr(claims.records, "hard_share", lambda base, tau, kind: shares[kind])
-    r = SimpleNamespace(runs=lambda family: {1: {"tau": 0.4}, 2: {"tau": 0.4}})
-    assert claims.boundary_share(r) == [37.5, 37.5]
-    shares["e"] = None
-    assert claims.boundary_share(r) == [None, None]
+def test_a_part_may_be_one_side_or_a_difference_of_differences():
+    def values(**row):
+        r = Results({("a", "rerule"): seeds([5.0, 9.0, 1.0]), ("a", "rule"): seeds([1.0, 2.0]),
+                     ("b", "rerule"): seeds([3.0, 4.0, 1.0]), ("b", "rule"): seeds([2.0, None])})  # fmt: skip
+        stat = claims.measured(r, {"label": ""} | row, {}).stat
+        return stat and stat["values"]
+
+    a, b = ([[family, method, "x"] for method in ("rerule", "rule")] for family in "ab")
+    assert values(of=a[0]) == [5, 9, 1] and values(of=a[0], times=2) == [10, 18, 2]
+    assert values(of=a) == [4, 7] and values(of=a, less=b) is None  # one seed has all four
+    assert values(of=a[0], less=a[1], **{"as": "extra"}) == [400, 350]
+
+
+def test_what_a_base_run_measures_of_hard_prompts():
+    """Prompts 0 and 2, then 1 and 3, are asked by turns; 0 and 1 are forget prompts, 2 is crossed, 3 plain."""
+    base = base_run(["0g", "00"] + ["0g", "gg", "gg", "0g"], ["gg"] * 6, first_replay=3, kinds="ffhe")
+    found = records.outcome(base, "rule", base)
+    assert found["below_hard"] == 0 and found["below_easy"] == 1  # before step 3: prompt 2 earned 1, prompt 3 nothing
+    assert found["late_hard"] == pytest.approx((1 + 0 + 1) / 3) and found["late_easy"] == 1
+    assert found["late_below"] == pytest.approx(100 / 3)  # of prompts 0, 1 and 3, prompt 1 alone earns nothing late
+    recalls = enumerate([0.0] * 6 + [1.0, 4.0, 1.0], 1)
+    base["methods"]["rule"]["evaluations"] = [{"step": step, "retain_recall": recall} for step, recall in recalls]
+    found = records.outcome(base, "rule", base)
+    assert found["late_sd"] == pytest.approx(3**0.5) and found["late_unrest"] == pytest.approx(6**0.5)
+
+
+def test_a_probes_figures_are_columns():
+    probe = {"models": {"RULE": {"hard": {"weighted": 2.0}}}}
+    assert records.outcome(probe, "RULE", None) == {"hard_weighted": 2.0} and records.outcome(probe, "x", None) == {}

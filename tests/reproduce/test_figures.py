@@ -209,11 +209,14 @@ def test_theorys_title_has_the_correlation_and_its_rows_those_that_were_measured
     families = claims.HARD_STORES[:4]
     points = {21: list(zip(families, (1, 2, 3, 4), (1, 3, 2, 4), strict=True)), 22: [("base", 1, 1)]}
     monkeypatch.setattr(claims, "bound_points", lambda r: points)
-    region = lambda k, missed: {"weighted": k, "missed": missed, "false": k / 10}  # noqa: E731
-    probes = {seed: {"models": {name: {"easy": region(k + d, 0.1), "hard": region(k + 2 + d, None)}
-                                for name, k in zip(figures.PROBED, (1, 2, 3), strict=True)}}
-              for seed, d in ((21, -0.5), (22, 0.5))}  # fmt: skip
-    figures.theory(Made(records={"probe": probes}), "theory.png")
+    probes = {}
+    for name, k in zip(figures.PROBED, (1, 2, 3), strict=True):
+        probes["probe", name] = {
+            seed: {"easy_weighted": k + d, "easy_missed": 0.1, "easy_false": (k + d) / 10,
+                   "hard_weighted": k + 2 + d, "hard_missed": None, "hard_false": (k + 2 + d) / 10}
+            for seed, d in ((21, -0.5), (22, 0.5))
+        }  # fmt: skip
+    figures.theory(Made(probes), "theory.png")
     bound, terms, rates = drawn[0].axes
     assert bound.get_title().endswith("+0.80")  # Spearman: 1 − 6·(1 + 1) / (4·15)
     assert labels(terms) == ["easy region", "hard region"]

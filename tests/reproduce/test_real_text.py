@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from made_up import base_run
 
-from reproduce import real_text, records, report
+from reproduce import records, report
 
 SEEDS = (21, 22)
 
@@ -31,7 +31,7 @@ def test_table5():
     utility = {"Original": (0.6, 0.6), "RULE": (0.5, 0.7), "ReRULE": (0.52, 0.7)}
     columns = {name: same | {"forget_quality": quality[name], "model_utility": utility[name]} for name in quality}
     columns["Retained"] = same | {"forget_quality": (None, None), "model_utility": (0.6, 0.6)}
-    found = real_text.table5(results("tofu", columns), None)
+    found = report.table5(results("tofu", columns), None)
     assert [line.split(" | ")[0] for line in found["table"].splitlines()] == [
         "| Original", "| Retained", "| RULE", "| ReRULE",
     ]  # fmt: skip
@@ -59,7 +59,7 @@ def test_the_books_columns():
     columns = {name: {"forget_refusal": (100.0, 100.0), "retain_refusal": (0.0, 10.0)} for name in ("RULE", "ReRULE")}
     for name, (verbmem, knowmem, utility) in {"RULE": (20, 0, 80), "ReRULE": (30, 0, 90)}.items():
         columns[name] |= {"verbmem": (verbmem, verbmem), "knowmem": (knowmem, 2), "utility": (utility, 90)}
-    found = real_text.book(results("book", columns), None)
+    found = report.book(results("book", columns), None)
     assert cells(found["table"], "RULE") == [
         "2", "20.0 ± 0.0", "1.0 ± 1.4", "85.0 ± 7.1", "100.0 ± 0.0", "5.0 ± 7.1", "0", "1.4", "46.3",
     ]  # fmt: skip
@@ -77,7 +77,7 @@ def test_attacks_by_type():
         }
         for n, name in enumerate(("Original", "Rej. Steer", "RULE", "ReRULE"))
     }
-    found = real_text.attacks_by_type(results("rwku", columns), None)
+    found = report.attacks_by_type(results("rwku", columns), None)
     lines = found["table"].splitlines()
     assert found["seeds"] == "21, 22" and len(lines) == 5 + 2
     assert cells(found["table"], "All attacks ↓") == ["70.0 · 72.0"] * 4 + ["74.7", "51.2", "38.3", "33.2"]

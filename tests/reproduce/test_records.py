@@ -11,11 +11,6 @@ from reproduce import records
 from reproduce.plan import Job
 
 
-def test_a_group_is_one_character():
-    assert [records.level(r) for r in ([0.0] * 8, [1.0] * 8, [0.5] * 8, [0.5] + [0.0] * 7)] == ["0", "g", "8", "1"]
-    assert all(records.LEVELS.index(records.level([k / 16] * 8)) == k for k in range(17))
-
-
 def test_regions_are_fixed_before_replay():
     # queries 0 and 2 in odd steps, 1 and 3 in even ones; replay starts at step 3; what comes then counts nothing
     base = base_run(rule=["g0", "84", "0g", "08", "0g", "0g"], rerule=["g0", "84", "gg", "gg", "gg", "gg"])

@@ -71,10 +71,6 @@ def test_statistic_by_hand():
     assert stat["low"] == pytest.approx(1 - 2.7764 * math.sqrt(0.5), abs=1e-3)
 
 
-def test_signs_against_a_bar():
-    assert st.signs([3.0, 2.0, 1.0, -1.0, 0.0]) == (3, 1) and st.signs([3.0, 2.0, 1.0], bar=2) == (1, 1)
-
-
 def test_differences_are_paired_by_seed():
     a, b = {1: {"x": 5.0}, 2: {"x": 7.0}, 3: {"x": 1.0}, 9: {"x": 0.0}}, {1: {"x": 4.0}, 2: {"x": 4.0}, 3: {"x": None}}
     assert st.paired(a, b, "x")["values"] == [1, 3]

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import time
 
+import peer
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -31,7 +32,7 @@ def small(monkeypatch):
 
 
 def main(*flags):
-    speed.main(parse(speed.Options, [*TINY, *flags]))
+    print(json.dumps(speed.measure(parse(speed.Options, [*TINY, *flags]))))
 
 
 def printed(capsys, *flags):
@@ -144,9 +145,10 @@ def test_the_peer_is_timed_as_it_is_and_with_our_products(tmp_path, monkeypatch,
     for name, code in FAKE.items():
         (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    beside, quick = speed.trl_beside, []
-    monkeypatch.setattr(speed, "trl_beside", lambda *args: quick.append(args[-1]) or beside(*args))
-    row = printed(capsys, "--peer", "trl", "--warmup", "0")
+    beside, quick = peer.trl_beside, []
+    monkeypatch.setattr(peer, "trl_beside", lambda *args: quick.append(args[-1]) or beside(*args))
+    peer.main([*TINY, "--warmup", "0"])
+    row = json.loads(capsys.readouterr().out)
     for name in ("peer", "peer_quick"):
         assert row[name]["gen_s"] > 0.05 and row[name]["tokens_per_step"] == 3
         assert row[f"{name}_over_ours"] == pytest.approx(row[name]["step_s"] / row["step_s"], abs=0.01)
@@ -159,7 +161,7 @@ def test_a_missing_peer_is_one_clear_line(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "trl" else find(name, *rest))
     with pytest.raises(InputError, match="pip install trl"):
-        main("--peer", "trl")
+        peer.main([])
 
 
 def test_flags_that_make_no_sense(monkeypatch):
@@ -170,8 +172,8 @@ def test_flags_that_make_no_sense(monkeypatch):
     with pytest.raises(InputError, match="--cuda_graphs: no GPU"):
         main("--cuda_graphs", "True", "--device", "cpu")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    with pytest.raises(InputError, match="--peer trl: is timed on the CPU in float32"):
-        main("--peer", "trl", "--dtype", "bfloat16")
+    with pytest.raises(InputError, match="the peer is timed on the CPU in float32"):
+        peer.main(["--dtype", "bfloat16"])
 
 
 def test_loss_and_gradient_of_one_batch_are_trls(tmp_path):
@@ -185,7 +187,7 @@ def test_loss_and_gradient_of_one_batch_are_trls(tmp_path):
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.05)
     model.save_pretrained(tmp_path)
-    peer = LlamaForCausalLM.from_pretrained(tmp_path)  # its trainer loads it from there once more
+    theirs_model = LlamaForCausalLM.from_pretrained(tmp_path)  # its trainer loads it from there once more
     prompts, rng = [[5, 6, 7], [8, 9, 10, 11, 12]], torch.Generator().manual_seed(0)
     ids, mask, old = engine.sample(model, prompts, 4, 9, list(range(2, 90)), 1.0, rng)
     assert len(mask.sum(-1).unique()) > 2
@@ -206,17 +208,17 @@ def test_loss_and_gradient_of_one_batch_are_trls(tmp_path):
         num_generations=4, per_device_train_batch_size=8, loss_type="grpo", use_bias_correction_kl=False,
     )  # fmt: skip
     trainer = trl.GRPOTrainer(
-        model=peer, args=arguments, reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        model=theirs_model, args=arguments, reward_funcs=lambda completions, **_: [0.0] * len(completions),
         processing_class=speed.build_tokenizer(), train_dataset=Dataset.from_dict({"prompt": ["w1"]}),
     )  # fmt: skip
     batch = grpo.collate(groups, "cpu")
     trainer.current_gradient_accumulation_steps = 1
-    theirs = trainer._compute_loss(peer, {
+    theirs = trainer._compute_loss(theirs_model, {
         "prompt_ids": batch.prompt_ids.repeat_interleave(4, 0), "completion_ids": batch.response_ids,
         "prompt_mask": batch.prompt_mask.long().repeat_interleave(4, 0), "completion_mask": batch.mask.long(),
         "advantages": batch.advantages[:, 0], "ref_per_token_logps": batch.ref_logprobs,
     })  # fmt: skip
     theirs.backward()
     assert loss == pytest.approx(theirs.item(), abs=1e-6)
-    for ours, other in zip(model.parameters(), peer.parameters(), strict=True):
+    for ours, other in zip(model.parameters(), theirs_model.parameters(), strict=True):
         assert torch.allclose(ours.grad, other.grad, atol=1e-6, rtol=1e-4)
