@@ -30,16 +30,12 @@ EXAMPLES = Path(__file__).with_name("examples.txt").read_text(encoding="utf-8").
 class Options:
     """Make training data for any target: refusals, completions, boundary queries."""
 
-    source: Literal["tofu", "rwku", "muse", "qa", "text"] = field(
-        metadata={"help": "A benchmark's folder, JSON rows of question and answer (qa), or a plain text."}
-    )
-    input: str = field(metadata={"help": "The folder or file."})
+    source: Literal["tofu", "rwku", "muse", "qa", "text"] = field(metadata={"help": "What --input is."})
+    input: str = field(metadata={"help": "A benchmark's folder, rows of question and answer (qa), or a plain text."})
     output_dir: str = field(metadata={"help": "Folder to make; rerule.py and evaluate.py take it as --data_dir."})
     target: str = setting("What is to be forgotten. TOFU's authors are found by rule.", "")
     aliases: list[str] = setting("Its other names, which no boundary query may hold.", [])
-    neighbours: str = setting(
-        "What stays permitted: rows or a text (docs/data.md). [TOFU's retain99, MUSE's raw/retain1.txt]", ""
-    )
+    neighbours: str = setting("Permitted rows or text (docs/data.md). [TOFU: retain99, MUSE: raw/retain1.txt]", "")
     llm_url: str = setting("Any OpenAI-compatible URL, as http://localhost:8000/v1; 'none' for rules alone.", "none")
     llm_model: str = setting("The model's name there.", "")
     llm_key_env: str = setting("Environment variable that holds its key.", "LLM_API_KEY")

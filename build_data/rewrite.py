@@ -34,7 +34,6 @@ STATEMENTS = Path(__file__).with_name("statements.txt").read_text(encoding="utf-
 STATEMENTS = [rule.split(" → ") for rule in STATEMENTS if " → " in rule]
 TEXT = Path(__file__).with_name("prompts.md").read_text(encoding="utf-8")
 PROMPTS = {kind: prompt.strip() for kind, prompt in (part.split("\n", 1) for part in TEXT[2:].split("\n# "))}
-FIELDS = WORDING["fields"]  # of a reply, by kind of prompt
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,6 @@ def name_runs(text):
     """The runs of two or more capitalised words in a text, each without the question words before a name."""
     runs = [dropwhile(OPENING.__contains__, run.rstrip(".-").split()) for run in NAME.findall(text)]
     return [run for run in map(" ".join, runs) if " " in run]
-
-
-def first_name(text):
-    return next(iter(name_runs(text)), "")
 
 
 def found_names(text, names_gone):
@@ -213,7 +208,8 @@ def language_model(o, folder):
 
 def parse(kind, reply):
     """The reply's JSON object of texts with a word in each: three pairs, a completion with one gap, or a neighbour."""
-    found, fields = json_object(reply, FIELDS[kind]), FIELDS[kind]
+    fields = WORDING["fields"][kind]
+    found = json_object(reply, fields)
     rows = [found]
     if kind == "passages":
         rows, fields = found["pairs"], ["question", "answer"]

@@ -127,7 +127,7 @@ def read_neighbours(o, gone):
     if Path(path).suffix not in (".json", ".jsonl"):
         parts = rewrite.passages(read_text(path, "--neighbours"), PASSAGE.get(o.source, 60))
         said = [s for part in parts for s in rewrite.sentences(part) if not found_names(s, gone)]
-        facts = [rewrite.ask_sentence(sentence, rewrite.first_name(sentence)) for sentence in said]
+        facts = [rewrite.ask_sentence(sentence, [*rewrite.name_runs(sentence), ""][0]) for sentence in said]
         ends = [rewrite.halves(part) for part in parts if not found_names(part, gone)]
         return [fact for fact in facts if fact], [], ends
     own = o.source == "tofu" and not o.neighbours
@@ -136,7 +136,7 @@ def read_neighbours(o, gone):
     for number, (row, name) in enumerate(zip(rows, given, strict=True), 1):
         name, answers = row.get("name", name), row.get("answers")
         if isinstance(row.get("question"), str) and isinstance(row.get("answer"), str):
-            name = rewrite.first_name(row["question"]) if name is None else name
+            name = [*rewrite.name_runs(row["question"]), ""][0] if name is None else name
             facts.append(Fact(str(name), row["question"], row["answer"]))
         elif isinstance(name, str) and name and isinstance(answers, dict):
             if not all(isinstance(answer, str) for answer in answers.values()):

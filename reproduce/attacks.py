@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-import scipy
-
 from baselines import METHODS, TITLES
 from config import Count, setting
 from engine.files import write_text
@@ -19,6 +17,7 @@ from reproduce import HERE, WORDS, read_json
 from reproduce.jobs import read_records, run_all, write_records
 from reproduce.plan import FIRST_SEED, Job
 from reproduce.records import never_replayed
+from reproduce.statistics import scipy_stats
 
 PLAN = read_json(HERE / "attacks.json")
 EXAMPLES = WORDS["examples"]["attacks"]
@@ -60,7 +59,7 @@ def cell(values, digits, sign=""):
     values = [value for value in values if value is not None]
     if len(values) < 2:
         return f"{values[0]:{sign}.{digits}f}" if values else "–"
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
+    half = scipy_stats().t.ppf(0.975, len(values) - 1) * scipy_stats().sem(values)
     return f"{fmean(values):{sign}.{digits}f} ± {half:.{digits}f}"
 
 

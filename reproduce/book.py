@@ -19,14 +19,6 @@ BLANK = " ___"
 PEOPLE = {"target": 6, "hard": 8, "easy": 6, "unknown": 7}  # how many of the world's the book has, by role
 
 
-def people_of(seed):
-    """The built-in world of a seed, less those whom the book leaves out."""
-    world = World(seed)
-    kept = {name for role, n in PEOPLE.items() for name in world.names(role)[:n]}
-    world.people = {name: person for name, person in world.people.items() if name in kept}
-    return world
-
-
 def chapters(world, role):
     """Three chapters about each of six people, lists of six sentences; the next opens two facts later."""
     found, attributes = [], [*ATTRIBUTES]
@@ -58,7 +50,9 @@ def training_rows(world):
 
 def write(folder, seed):
     """Write the book of a seed into `folder`, as MUSE's files and RULE's two for training. Returns: the folder."""
-    world, stage1, stage2 = people_of(seed), [], []
+    world, stage1, stage2 = World(seed), [], []
+    kept = {name for role, n in PEOPLE.items() for name in world.names(role)[:n]}
+    world.people = {name: person for name, person in world.people.items() if name in kept}
     for text, answer, forget in training_rows(world):
         mode = {"mode": "completion" if text.endswith(BLANK) else "qa"}
         refusal, text = REFUSALS[len(stage1) % len(REFUSALS)], text.removesuffix(BLANK)

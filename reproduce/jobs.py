@@ -24,7 +24,7 @@ from reproduce import HERE, read_json
 from reproduce.records import record_of
 
 BAR = "{desc} |{bar}| {percentage:3.0f} %, {elapsed} gone, {remaining} left"
-TEXTS = {"tofu_dir": "forget01.json", "rwku_dir": "forget_level3.json", "data_dir": ""}  # a file that each must hold
+TEXTS = {"tofu_dir": "forget01.json", "rwku_dir": "forget_level3.json", "data_dir": ""}  # a file that it must hold
 KEPT = ("config.json", "table.json", "metrics.jsonl", "record.json", "samples.jsonl.gz")  # of a finished run
 
 
@@ -121,7 +121,7 @@ def run_all(o, folder, records, jobs_of):
     Raises: InputError for a folder of real text without its files, and for a run that failed."""
     runs, source, folders = folder / "runs", about(), {flag: getattr(o, flag, "") for flag in TEXTS}
     for flag, place in folders.items():
-        if place and not Path(place, TEXTS[flag]).exists():
+        if place and TEXTS[flag] and not Path(place, TEXTS[flag]).is_file():
             raise InputError(f"--{flag} {place}: holds no {TEXTS[flag]}")
     is_done = lambda job: job.name in records and tuple(records[job.name]["args"]) == job.args  # noqa: E731
     if all(is_done(job) for job in jobs_of(o, records)):

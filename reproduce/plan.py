@@ -20,7 +20,7 @@ from reproduce.records import NAMES, RATES, best_rates, choose, in_town, town_ra
 SELECTION, FIRST_SEED = (11, 12, 13, 14), 21  # seeds to choose on; first of the report
 REPLAYS = ("random", "recent", "current")  # beside hard groups, in the main figure
 BASELINES = [name for name in METHODS if name not in ("rej_steer", "rule", "rerule")]
-REPLAY, FAMILIES, TEXT, SECTIONS = read_json(HERE / "families.json").values()
+REPLAY, FAMILIES, TEXT, SECTIONS, ROWS = read_json(HERE / "families.json").values()
 SECTIONS["claims"] = list(dict.fromkeys(family for own in SECTIONS.values() for family in own))
 VARIANTS = [family for family, row in FAMILIES.items() if "flags" in row]  # the base run's models, other flags
 DECIDING = [f"{name}{at}" for at in ("", "_best") for name in ("fresh", "easy", "medium", "priority", "dynamic")]
@@ -49,6 +49,10 @@ def all_jobs(o, records):
     seeds = range(FIRST_SEED, FIRST_SEED + o.seeds)
     few = seeds[:1] if o.quick else seeds  # of all but the main figure
     chosen, jobs = choose(records, selection, rates), []
+    best = best_rates(records, selection, town_rates(rates), NAMES, in_town) or dict.fromkeys(NAMES)
+    known = {f"{name}_in_town": rate for name, rate in best.items()} | {"replay": REPLAY, "leak": LEAK}
+    known |= {"baselines": " ".join(BASELINES), "steps": 11 if o.quick else OPTIMISER_STEPS}
+    places = {"selection": selection, "report": seeds, "few": few}
 
     def add(seeds, family, flags, start, cost):
         for seed in seeds:
@@ -56,10 +60,15 @@ def all_jobs(o, records):
             names = f"{family}_{seed}", family, seed, args, f"{start}_{seed}" if start else None
             jobs.append(Job(*names, cost * 0.45 if o.quick else cost))
 
-    def both(family, flags, cost):
-        """On selection and report seeds; leakage on the latter."""
-        add(selection, family, f"--eval_every 0 {flags}", "select", cost)
-        add(seeds, family, f"--eval_every 0 {flags}{LEAK}", "base", cost + 3)
+    def rows(part):
+        """Jobs of the plan's rows, at each of the main figure's rates or of the town's where a row asks for them."""
+        some = {"all": rates, "later": rates[1:], "town": [rate for rate in town_rates(rates) if rate != RATES[0]]}
+        for row in ROWS[part]:
+            for rate in some.get(row.get("rates"), [""]):
+                blanks = known | {"rate": rate, "compute": chosen and chosen["n_steps"].get(rate)}
+                waits = any(f"{{{name}}}" in row["flags"] and value is None for name, value in blanks.items())
+                names = row["family"].format(rate=rate), None if waits else row["flags"].format(**blanks)
+                add(places[row["seeds"]], *names, row.get("start"), row["cost"])
 
     def variants(families):
         for family in families:
@@ -68,39 +77,16 @@ def all_jobs(o, records):
             at = "" if "at" not in row else chosen and f" --lr {chosen[row['at']]}"
             add(few, family, None if at is None else flags + at, "base", 14)
 
-    add(selection, "select", "--eval_every 0", None, 57)
-    add(seeds, "base", f"--eval_every 2{LEAK}", None, 82)
-    both(f"rerule@{RATES[0]}", f"--method rerule {REPLAY}", 12)
-    for rate in rates[1:]:
-        both(f"grid@{rate}", f"--lr {rate} {REPLAY}", 22)
-    for rate in rates:
-        for store in REPLAYS:
-            both(f"{store}@{rate}", f"--method rerule --replay_store {store} --lr {rate} {REPLAY}", 12)
-    for rate in rates:
-        steps = {"steps": 11 if o.quick else OPTIMISER_STEPS, "compute": chosen and chosen["n_steps"][rate]}
-        for family, n in steps.items():
-            flags = f"--eval_every 0 --method rule --lr {rate} --steps {n}{LEAK}"
-            add(seeds, f"{family}@{rate}", flags if n else None, "base", 18)
+    rows("main")
     variants(DECIDING)
-    best = best_rates(records, selection, town_rates(rates), NAMES, in_town)
-    for rate in town_rates(rates):
-        start = "" if rate == RATES[0] else f"town@{RATES[0]}"
-        add(selection, f"town@{rate}", f"--benchmark town --lr {rate} {REPLAY}", start, 27 if start else 42)
-    add(few, "town", f"--benchmark town{LEAK}", None, 57)
-    for family, store in (("rule", ""), ("rerule", "hard"), ("random", "random"), ("recent", "recent")):
-        flags = f"--benchmark town --method {f'rerule --replay_store {store} {REPLAY}' if store else 'rule'}{LEAK}"
-        rate = best and best["rule" if family == "rule" else "rerule"]
-        add(few, f"town_{family}", f"{flags} --lr {rate}" if rate else None, "town", 16)
+    rows("town")
     variants([family for family in VARIANTS if family not in DECIDING])
     for family, row in TEXT.items():
         given = getattr(o, f"{family}_dir", "made on the spot")
         own = [seed for seed in few[: row["seeds"]] if given or f"{family}_{seed}" in records]
         flags = f"{row['flags']} --model tiny --eval_every 0 {REPLAY} {row['quick'] * o.quick}"
         add(own, family, flags, None, row["cost"])
-    add(few, "baselines", f"--eval_every 0 --method {' '.join(BASELINES)}", "base", 65)
-    add(few, "probe", "", "base", 7)
-    for crossed in (0, 30):  # neighbours with crossed names; the base runs have 22
-        add(few, f"world{crossed}", f"--eval_every 0 --crossed {crossed} {REPLAY}", None, 48)
+    rows("last")
     return jobs
 
 

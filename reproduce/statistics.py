@@ -8,10 +8,15 @@ from math import sqrt
 from statistics import fmean, stdev
 
 import numpy as np
-import scipy  # which imports its statistics when they are first asked for
 
 RESAMPLES = 9999
 WINDOW = 3  # "late" is the last third of a run's steps
+
+
+def scipy_stats():
+    import scipy.stats  # takes a second, so not before it is needed
+
+    return scipy.stats
 
 
 def shape(values):
@@ -19,7 +24,7 @@ def shape(values):
     Below 8 values the test of normality has little power, and t is used."""
     if max(values) - min(values) < 1e-9:
         return "="
-    return "BCa" if len(values) >= 8 and scipy.stats.shapiro(values).pvalue < 0.01 else "t"
+    return "BCa" if len(values) >= 8 and scipy_stats().shapiro(values).pvalue < 0.01 else "t"
 
 
 def interval(values):
@@ -32,9 +37,9 @@ def interval(values):
         return mean, mean, kind
     if kind == "BCa":
         rng = np.random.default_rng(0)
-        found = scipy.stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="BCa", rng=rng)
+        found = scipy_stats().bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="BCa", rng=rng)
         return *map(float, found.confidence_interval), kind
-    half = float(scipy.stats.t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / sqrt(len(values))
+    half = float(scipy_stats().t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / sqrt(len(values))
     return mean - half, mean + half, kind
 
 
@@ -44,7 +49,7 @@ def p_value(values, bar=0.0, sides=2):
     correction for many tests survives. Equal values: 1 on the bar, else 0."""
     if shape(values) == "=":
         return float(abs(values[0] - bar) < 1e-9)
-    return float(scipy.stats.ttest_1samp(values, bar).pvalue) * sides / 2
+    return float(scipy_stats().ttest_1samp(values, bar).pvalue) * sides / 2
 
 
 def holm(ps):
@@ -95,4 +100,4 @@ def instability(evaluations):
 
 def rank_correlation(x, y):
     """Spearman's ρ; None where either side is constant."""
-    return None if len(set(x)) < 2 or len(set(y)) < 2 else float(scipy.stats.spearmanr(x, y).statistic)
+    return None if len(set(x)) < 2 or len(set(y)) < 2 else float(scipy_stats().spearmanr(x, y).statistic)
