@@ -18,17 +18,19 @@ Deviations
   fp32 on the GPU until an update's last micro-batch."""
 
 import os
+import re
 import shutil
 import signal
 import sys
 import warnings
 import weakref
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -256,7 +258,9 @@ class Ranks(Engine):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
         self.wait()
-        dcp.save(parts_of(found, optimizer), checkpoint_id=temporary)
+        kept = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in flat(parts_of(found, optimizer))}
+        save_file({name: t.detach().clone() for name, t in kept.items()}, temporary / f"{self.rank}.safetensors")
+        self.wait()
         if self.rank == 0:
             shutil.rmtree(folder / name, ignore_errors=True)
             os.replace(temporary, folder / name)
@@ -348,13 +352,46 @@ def parts_of(model, optimizer):
     return {"model": trained(model, weights), "optimizer": moments}
 
 
+def flat(parts):
+    """(name, tensor) of every weight and moment."""
+    moments = [(f"{name} {key}", own[key]) for name, own in parts["optimizer"]["state"].items() for key in own]
+    return [(f"{name} weight", tensor) for name, tensor in parts["model"].items()] + moments
+
+
 def restore_shards(payload, folder, model, optimizer):
-    """Put a state of several ranks back, on any number of them or none. Raises: InputError."""
-    found, here = parts_of(model, optimizer), folder / payload["shards"]
+    """Put a state of several ranks back, on any number of them or none: each rank's rows stand in a file of its own,
+    in order. Only tensors are read, from that folder alone. Raises: InputError."""
+    here = folder / str(payload["shards"])
     try:
-        dcp.load(found, checkpoint_id=here)
-    except (Exception, dcp.api.CheckpointException) as error:  # whatever torch says of missing or damaged parts
+        if not re.fullmatch(r"shards_\w+_\d+", here.name) or here.parent != folder or here.is_symlink():
+            raise ValueError("is no name of a run's own")
+        files = [here / f"{rank}.safetensors" for rank in range(len(list(here.glob("*.safetensors"))))]
+        found = parts_of(model, optimizer)
+        with ExitStack() as stack:
+            parts = [stack.enter_context(safe_open(file, "pt")) for file in files]
+            for name, tensor in flat(found):
+                fill(tensor, name, parts)
+    except (Exception, SafetensorError) as error:  # whatever is said of missing or damaged parts
         reason = str(error).strip().splitlines()[-1].strip()[:100]
         raise InputError(f"{here}: cannot be read ({reason}); choose another --output_dir") from None
     weights = model.state_dict() | found["model"]
     states.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=found["optimizer"])
+
+
+@torch.no_grad()
+def fill(tensor, name, parts):
+    """Copy a tensor, or this rank's rows of it, from files that hold all its rows one after another."""
+    if not tensor.dim():  # a moment's step, the same everywhere
+        tensor.copy_(parts[0].get_tensor(name))
+        return
+    own, first, at = tensor, 0, 0
+    if isinstance(tensor, DTensor):
+        mesh, own = tensor.device_mesh, tensor.to_local()
+        first = mesh.get_local_rank() * -(-len(tensor) // mesh.size())
+    for piece in (part.get_slice(name) for part in parts):
+        low, high = max(first, at), min(first + len(own), at + piece.get_shape()[0])
+        if low < high:
+            own[low - first : high - first] = piece[low - at : high - at]
+        at += piece.get_shape()[0]
+    if at != len(tensor):
+        raise ValueError(f"{name} has {at} rows, expected {len(tensor)}")

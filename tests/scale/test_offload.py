@@ -102,7 +102,7 @@ def test_sampling_sees_a_step_s_new_weights(model, tmp_path):
             assert torch.equal(ours[0], theirs[0]) and torch.allclose(ours[2], theirs[2], atol=1e-5)
             assert not torch.equal(ours[0], before[0])
             before = ours
-        payload = engine.state_of(model, optimizers[0], tmp_path, "shards")  # whatever is in place
+        payload = engine.state_of(model, optimizers[0], tmp_path, "shards_x_1")  # whatever is in place
         restored = tiny("llama")
         optimizers.append(optimizer_for(restored, 0.05, 0.0))
         restore_shards(payload, tmp_path, restored, optimizers[2])
