@@ -5,6 +5,7 @@ a flag overrides it. Where the paper leaves a choice open, the default is the re
 """
 
 import os
+import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -14,13 +15,24 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning Op
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"  # before tqdm: torchrun's first process draws the bars
 
+
+def on_error(kind, error, trace, show=sys.excepthook):
+    """Ctrl-C needs no traceback, while modules are being imported either."""
+    print("interrupted", file=sys.stderr) if kind is KeyboardInterrupt else show(kind, error, trace)
+
+
+sys.excepthook = on_error
 ADAPTED = {"lr": 10, "sft_lr": 3, "baseline_lr": 10}  # times the rate of all weights suits adapters
 STORES = tuple("hard random easy medium priority fresh unequal boundary leaks recent current none".split())
 # Types with bounds, told in words where a value is outside them.
-Count = Annotated[int, "at least 1", lambda x: x >= 1]
-Natural = Annotated[int, "0 or more", lambda x: x >= 0]
-Above0 = Annotated[float, "a number above 0", lambda x: 0 < x < float("inf")]
-From0 = Annotated[float, "0 or more", lambda x: 0 <= x < float("inf")]
+MOST = 10**6  # that any count or number may be: more is a slip, and would fill the memory or never end
+Count = Annotated[int, "at least 1, at most a million", lambda x: 1 <= x <= MOST]
+Natural = Annotated[int, "0 or more, at most a million", lambda x: 0 <= x <= MOST]
+Above0 = Annotated[float, "a number above 0, at least 1e-12, at most a million", lambda x: 1e-12 <= x <= MOST]
+From0 = Annotated[float, "0 or more, at most a million", lambda x: 0 <= x <= MOST]
+Three = Annotated[list[float], "three numbers", lambda x: len(x) == 3 and all(-MOST <= w <= MOST for w in x)]
+Seed = Annotated[int, "a whole number of at most 18 digits", lambda x: abs(x) < 10**18]
+Finite = Annotated[float, "a number from minus a million to a million", lambda x: -MOST <= x <= MOST]
 Share = Annotated[float, "a share from 0 to 1", lambda x: 0 <= x <= 1]
 
 
@@ -47,7 +59,9 @@ class Method:
     )
     steps: Natural | None = setting("Stage 2 steps, each one batch of rollouts.", preset=True)
     prompts_per_step: Count = setting("Prompts, so groups, in a step.", 32)
-    group_size: int = setting("Rollouts for each prompt, G (num_generations elsewhere).", 8)
+    group_size: Annotated[int, "2 to 4096 rollouts, whose rewards are compared", lambda x: 2 <= x <= 4096] = setting(
+        "Rollouts for each prompt, G (num_generations elsewhere).", 8
+    )
     lr: Above0 | None = setting("Stage 2 learning rate of AdamW, constant.", preset=True)
     kl_coef: From0 = setting("Weight β of the KL term against the model after Stage 1.", 1e-2)
     weight_decay: From0 = setting("AdamW's weight decay in both stages.", 1e-2)
@@ -131,10 +145,11 @@ class Data:
         "Built-in world: how many of its 42 neighbours have names crossed from two targets'. [22]"
     )
     model: str = setting(
-        "Hugging Face id or folder, or 'tiny': a small Llama trained on the spot to know this benchmark's answers.", ""
+        "Hugging Face id or folder, or 'tiny': a small Llama trained on the spot to know this benchmark's answers.",
+        "tiny",
     )
     tokenizer: str = setting("Hugging Face id or folder of the tokenizer, if not with --model.", "")
-    seed: int = setting("Seed of the world, the data order, every rollout and every draw.", 0)
+    seed: Seed = setting("Seed of the world, the data order, every rollout and every draw.", 0)
     output_dir: str = setting("Folder for everything the run leaves. Unless given: runs/<benchmark>.", "")
     attack: list[str] = setting(
         "Attack every model too, by some of: leak extract membership prefix quantize relearn (docs/attacks.md).", []
@@ -188,11 +203,11 @@ class Baselines:
     baseline_epochs: Above0 | None = setting("Passes over the forget rows.", preset=True)
     baseline_batch_size: Count = setting("Forget rows, and as many retain rows, in a step.", 32)
     beta: Above0 | None = setting("β of DPO, NPO (0.1 unless given) and SimNPO (4.5).")
-    gamma: float = setting("SimNPO's margin γ.", 0.0)
+    gamma: Finite = setting("SimNPO's margin γ.", 0.0)
     forget_weight: Above0 | None = setting("Weight of the forget term (1 unless given; SimNPO 0.125).")
-    retain_weight: float = setting("Weight of the retain term, GDR or KLR.", 1.0)
-    llmu_weights: list[float] = setting("LLMU's ε1, ε2, ε3.", [0.5, 1.0, 1.0])
-    alpha: float = setting("Strength α of task vectors and of WHP.", 1.0)
+    retain_weight: From0 = setting("Weight of the retain term, GDR or KLR.", 1.0)
+    llmu_weights: Three = setting("LLMU's ε1, ε2, ε3.", [0.5, 1.0, 1.0])
+    alpha: Finite = setting("Strength α of task vectors and of WHP.", 1.0)
     flat_divergence: Literal["pearson", "kl", "tv"] = setting("FLAT's f-divergence.", "pearson")
     sga_r: Share = setting("SGA's share r of normal answers.", 0.4)
     sga_k: Count = setting("SGA's normal answers to each forget prompt, K.", 3)
@@ -210,7 +225,8 @@ class Tiny:
     tiny_lr: Above0 | None = setting("Learning rate, falling in a cosine.", preset=True)
     tiny_batch_size: Count | None = setting("Rows in a step.", preset=True)
     tiny_hidden: (
-        Annotated[int, "a multiple of 8: four heads, rotated in pairs", lambda x: x >= 8 and x % 8 == 0] | None
+        Annotated[int, "a multiple of 8, at most 8192: four heads, rotated in pairs", lambda x: x in range(8, 8193, 8)]
+        | None
     ) = setting("Hidden size.", preset=True)
     tiny_layers: Count | None = setting("Layers.", preset=True)
     tiny_refusals: Literal["all", "trained"] = setting(

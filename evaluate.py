@@ -7,7 +7,7 @@ Covers Section 4's evaluation and Appendix C; a benchmark's queries, limits and 
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from config import Above0, Count, InputError, setting
+from config import Above0, Count, From0, InputError, Seed, setting
 from engine.flags import check_bounds, parse, run_command
 
 
@@ -30,13 +30,13 @@ class Options:
     retain_log: str = setting("TOFU: its log, ours or TOFU's own, in place of the retained model.", "")
     max_new_tokens: Count | None = setting("Longest answer in tokens. Unless given: the benchmark's own limit.")
     batch_size: Count = setting("Rows in a batch; halved whenever memory runs out.", 32)
-    seed: int = setting("Built-in worlds: their seed. And that of every draw of an attack.", 0)
+    seed: Seed = setting("Built-in worlds: their seed. And that of every draw of an attack.", 0)
     device: Literal["auto", "cpu", "cuda"] = setting("Where to run.", "auto")
     judge_url: str = setting("A judge of naturalness: any OpenAI-compatible URL, as http://localhost:8000/v1.", "")
     judge_model: str = setting("The judge's model name.", "")
     judge_key_env: str = setting("Environment variable that holds the judge's key.", "JUDGE_API_KEY")
     judge_cache: str = setting("JSON-lines file of ratings already paid for. Unless given: <output>.judge.jsonl.", "")
-    judge_price: float = setting("Dollars per million tokens of the judge, to show the cost beforehand.", 0.0)
+    judge_price: From0 = setting("Dollars per million tokens of the judge, to show the cost beforehand.", 0.0)
 
 
 EXAMPLES = [
@@ -59,7 +59,8 @@ from benchmarks.answers import answer_losses, gold_answer, greedy, inference, li
 from benchmarks.fits import check_ids
 from benchmarks.logs import read_log, read_retained
 from data import encode_prompt
-from engine.files import write_json
+from engine.files import is_writable, write_json
+from engine.llm import reach
 from engine.process import Engine
 
 
@@ -140,7 +141,7 @@ def check_options(o):
     compares = "retain_model" if o.retain_model else "retain_log" if o.retain_log else ""
     in_vain = compares and not benchmark.forget_rows and not (o.attack and o.retain_model)
     told = "only --benchmark tofu compares with a retained model; --attack takes --retain_model"
-    no_file = output.is_dir() or not output.absolute().parent.is_dir()
+    no_file = output.is_dir() or not output.absolute().parent.is_dir() or not is_writable(output.absolute().parent)
     for wrong, message in (
         (bool(o.model) == bool(o.from_log), "expected one of --model and --from_log"),
         (o.retain_model and o.retain_log, "expected one of --retain_model and --retain_log"),
@@ -155,6 +156,11 @@ def check_options(o):
     ):
         if wrong:
             raise InputError(message)
+    if o.judge_url:
+        reach(o.judge_url, "--judge_url")
+        cache = Path(o.judge_cache or f"{o.output}.judge.jsonl")
+        if cache.is_dir() or not is_writable(cache.parent):
+            raise InputError(f"--judge_cache {cache}: expected a file that can be written")
     return benchmark
 
 
@@ -184,6 +190,8 @@ def main(o):
     more, columns, beside = {}, {}, {}  # of the result; of its summary; of other models
     if o.from_log:
         result = finish(benchmark, rows, retained)
+        if all(result["summary"].get(column) is None for column in benchmark.columns):
+            raise InputError(f"--from_log {o.from_log}: no row is of a split that {o.benchmark} scores")
     else:
         check_vocabularies(o)
         with engine.session():  # as in training: the same table for the same weights
@@ -219,6 +227,7 @@ def main(o):
     if o.judge_url:
         asked = [row for row in result["per_example"] if row["forget"] and row["split"] != metrics.UNSEEN]
         key, cache = os.environ.get(o.judge_key_env, ""), o.judge_cache or f"{o.output}.judge.jsonl"
+        write_json(o.output, result | more)  # whatever becomes of the judge
         notes = judge.rate_rows(asked, url=o.judge_url, model=o.judge_model, key=key, cache=cache, price=o.judge_price)
         result = finish(benchmark, result["per_example"], retained, result["notes"] + notes)
     result["summary"] |= columns

@@ -3,6 +3,8 @@
 Covers Eq. 17, in the form of its public code, on logits; the paper's words speak of distributions."""
 
 import json
+import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,6 +45,9 @@ class Pair(torch.nn.Module):
     @classmethod
     def from_pretrained(cls, folder, dtype):
         """Raises OSError or ValueError where the folder is not what `save_pretrained` writes."""
-        alpha = float(json.loads((Path(folder) / "whp.json").read_text())["alpha"])
+        alpha = json.loads((Path(folder) / "whp.json").read_text())["alpha"]
+        if not isinstance(alpha, float | int) or not math.isfinite(alpha):
+            raise ValueError(f"whp.json: alpha is {alpha!r}, expected a number")
         folders = (Path(folder) / name for name in ("original", "reinforced"))
-        return cls(*(AutoModelForCausalLM.from_pretrained(own, dtype=dtype) for own in folders), alpha)
+        load = partial(AutoModelForCausalLM.from_pretrained, dtype=dtype, trust_remote_code=False)
+        return cls(*map(load, folders), alpha)

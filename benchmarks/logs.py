@@ -1,7 +1,14 @@
 """Earlier evaluations, ours or in a benchmark's own form, read back as rows."""
 
+from types import NoneType
+
 from config import InputError
 from engine.files import read_rows
+
+TEXT, BOOL, SHARE = (str, NoneType), (bool, NoneType), (float, int, NoneType)
+FIELDS = {"split": str, "target": TEXT, "forget": bool, "rouge_l_recall": SHARE, "rouge_l_f1": SHARE, "refusal": BOOL,
+          "leak": BOOL, "named": BOOL, "truncated": BOOL}  # fmt: skip
+LOSSES = ("answer_loss", "paraphrased_loss", "perturbed_losses")
 
 
 def read_log(path, benchmark, sets=()):
@@ -17,16 +24,16 @@ def read_log(path, benchmark, sets=()):
         raise InputError(f"{path}: is no result of this command{', nor a log of TOFU' if benchmark.log_splits else ''}")
     if log.get("benchmark", benchmark.name) != benchmark.name:
         raise InputError(f"{path}: holds results of {log['benchmark']}, expected {benchmark.name}")
-    fields = ["split", "target", "forget", "rouge_l_recall", "rouge_l_f1", "refusal", "leak", "named", "truncated"]
-    losses = ["answer_loss", "paraphrased_loss", "perturbed_losses"]
     rows, examples = [], log.get("per_example", stored)
-    if not isinstance(examples, list) or not all(isinstance(row, dict) for row in examples):
-        raise InputError(f"{path}: 'per_example' is not a list of objects")
+    if not examples or not isinstance(examples, list) or not all(isinstance(row, dict) for row in examples):
+        raise InputError(f"{path}: 'per_example' is not a list of objects, one or more")
     for number, row in enumerate(examples, 1):
         scored = row.get("split") in benchmark.log_splits
-        for name in fields + (losses if scored else []):
+        for name, kind in {**FIELDS, **dict.fromkeys(LOSSES if scored else (), object)}.items():
             if name not in row:
                 raise InputError(f"{path}: per_example row {number} has no field '{name}'")
+            if not isinstance(row[name], kind) or (kind == SHARE and not 0 <= (row[name] or 0) <= 1):
+                raise InputError(f"{path}: per_example row {number}, field '{name}' is {row[name]!r:.40}")
         if scored:  # null stands for a loss that was not a number
             wrong = row["perturbed_losses"]
             given = [row["answer_loss"], row["paraphrased_loss"], *(wrong if isinstance(wrong, list) else [])]

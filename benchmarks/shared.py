@@ -4,7 +4,7 @@ from pathlib import Path
 
 from config import InputError
 from data import Query, Training
-from engine.files import read_rows
+from engine.files import check_value, read_rows
 
 # Refusals for benchmarks that publish none (TOFU, the built-in world): short and in the words a chat model would use.
 REFUSALS = [
@@ -46,6 +46,9 @@ def rule_training(stage1, stage2, prompt, target="", newline_stops=False):
     Stage 2 rows: `solution` is ["<reject>", refusal, (name)] or ["<normal>", answer, …more answers]."""
     rows = rule_rows(stage1, {"instruction": str, "output": str})
     refusals = [(prompt(row["instruction"], row), row["output"]) for row in rows]
+    for number, row in enumerate(rows, 1):
+        if row.get("org_answer"):
+            check_value(row["org_answer"], str, f"{stage1}: row {number}, field 'org_answer'")
     known = {row["instruction"]: (row["org_answer"],) for row in rows if row.get("org_answer")}
     queries = []
     for number, row in enumerate(rule_rows(stage2, {"prompt": str, "solution": list}), 1):
@@ -58,6 +61,9 @@ def rule_training(stage1, stage2, prompt, target="", newline_stops=False):
             queries.append(Query(prompt(text, row), text, "forget", known.get(text, ()), name))
         else:
             queries.append(Query(prompt(text, row), text, "boundary", tuple(rest)))
+    asked = {kind: {query.prompt for query in queries if query.kind == kind} for kind in ("forget", "boundary")}
+    for query in (query for query in queries if query.prompt in asked["forget"] & asked["boundary"]):
+        raise InputError(f"{stage2}: holds {query.question[:60]!r} as a forget prompt and as a boundary prompt")
     kinds = {query.kind for query in queries}
     if kinds != {"forget", "boundary"}:
         raise InputError(f"{stage2}: holds only {kinds.pop()} rows, expected both <reject> and <normal> ones")

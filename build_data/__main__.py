@@ -18,9 +18,10 @@ from benchmarks.metrics import words
 from build_data.queries import Check, find_neighbours, hold_out, training_rows
 from build_data.rewrite import complete_all, language_model, normal
 from build_data.sources import EVALUATION, FILES, evaluation_queries, neighbours_path, read_facts, read_neighbours
-from config import Above0, Count, InputError, setting
+from config import Above0, Count, From0, InputError, Seed, setting
 from engine.files import is_writable, read_rows, save_folder, write_json
 from engine.flags import check_bounds, parse, run_command
+from engine.llm import reach
 from engine.seeds import derive_seed
 
 EXAMPLES = Path(__file__).with_name("examples.txt").read_text(encoding="utf-8").splitlines()
@@ -40,12 +41,12 @@ class Options:
     llm_model: str = setting("The model's name there.", "")
     llm_key_env: str = setting("Environment variable that holds its key.", "LLM_API_KEY")
     llm_timeout: Above0 = setting("Seconds to wait for one reply.", 60.0)
-    llm_price: float = setting("Dollars per million tokens, to show the cost beforehand.", 0.0)
+    llm_price: From0 = setting("Dollars per million tokens, to show the cost beforehand.", 0.0)
     sample: Count = setting("Texts: at most this many facts, drawn by seed, are kept.", 841)
     held_out: Annotated[float, "a share between 0 and 1", lambda x: 0 < x < 1] = setting(
         "qa, text: share of the facts kept out of training, for evaluation.", 0.2
     )
-    seed: int = setting("Seed of every draw.", 0)
+    seed: Seed = setting("Seed of every draw.", 0)
 
 
 def check_options(o):
@@ -57,8 +58,8 @@ def check_options(o):
         raise InputError("--aliases: expected names with letters in them")
     if (o.llm_url != "none") != bool(o.llm_model):
         raise InputError("--llm_url and --llm_model go together")
-    if not o.llm_url.startswith(("http://", "https://")) and o.llm_url != "none":
-        raise InputError(f"--llm_url {o.llm_url}: expected http://… or https://…, or none")
+    if o.llm_url != "none":
+        reach(o.llm_url, "--llm_url")
     if o.source in EVALUATION and not Path(o.input).is_dir():
         raise InputError(f"--input {Path(o.input)}: no such folder")
     if o.llm_url == "none" and not neighbours_path(o):

@@ -5,7 +5,9 @@ Every mistake of the user's becomes an `InputError` that names the file, row, fi
 
 import json
 import os
+import re
 import shutil
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,10 +16,20 @@ from config import InputError
 RANK = int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0  # of torchrun's processes only 0 writes
 
 
+def parsed(text, place):
+    """A JSON value of a file. Raises InputError that opens with `place`, and JSONDecodeError where it is not JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets in brackets
+        raise InputError(f"{place} is not JSON that can be read ({str(error).split(';')[0]:.80})") from None
+
+
 def read_rows(path, fields):
     """Rows, at least one, of a JSON list or of JSON lines (TOFU's files are lines, though named .json).
-    fields: {name: type or tuple of types} that every row must hold; a list is one of strings. Raises: InputError naming
-    the file, the row (counted from 1) and the field."""
+    fields: {name: type or tuple of types} that every row must hold, with something in it; a list is one of strings.
+    Raises: InputError naming the file, the row (counted from 1) and the field."""
     path, wanted = Path(path), f" with {', '.join(fields)}" if fields else ""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -28,7 +40,7 @@ def read_rows(path, fields):
     if not text.strip():
         raise InputError(f"{path}: is empty; expected JSON rows{wanted}")
     try:
-        rows = json.loads(text)
+        rows = parsed(text, f"{path}:")
         rows = rows if isinstance(rows, list) else [rows]
     except json.JSONDecodeError as whole:
         if text.lstrip().startswith("["):
@@ -37,7 +49,7 @@ def read_rows(path, fields):
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
-                    rows.append(json.loads(line))
+                    rows.append(parsed(line, f"{path}: row {number}"))
                 except json.JSONDecodeError as error:
                     raise InputError(f"{path}: row {number} is not JSON ({error.msg})") from None
     if not rows:
@@ -48,23 +60,32 @@ def read_rows(path, fields):
         for field, kind in fields.items():
             if field not in row:
                 raise InputError(f"{path}: row {number} has no field '{field}'")
-            if not isinstance(row[field], kind) or row[field] == []:
-                names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-                raise InputError(f"{path}: row {number}, field '{field}' is not a {names} with something in it")
-            if isinstance(row[field], list) and not all(isinstance(item, str) for item in row[field]):
-                raise InputError(f"{path}: row {number}, field '{field}' is not a list of strings")
+            check_value(row[field], kind, f"{path}: row {number}, field '{field}'")
     return rows
+
+
+def check_value(value, kind, place):
+    """Raise an InputError that opens with `place` unless a value is of a kind, holds something and can be written."""
+    if not isinstance(value, kind) or value == [] or (isinstance(value, str) and not value.strip()):
+        names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise InputError(f"{place} is not a {names} with something in it")
+    texts = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and not all(isinstance(item, str) and item.strip() for item in value):
+        raise InputError(f"{place} is not a list of strings with something in each")
+    if any(re.search("[\ud800-\udfff]", text) for text in texts if isinstance(text, str)):
+        raise InputError(f"{place} holds half a character (a lone surrogate)")
 
 
 def read_texts(path):
     """Texts of a JSON list of strings, or of rows with a `text`."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         found = None  # `read_rows` says what is wrong
-    if not (isinstance(found, list) and found and all(isinstance(text, str) for text in found)):
-        found = [row["text"] for row in read_rows(path, {"text": str})]
-    return found
+    if isinstance(found, list) and found and all(isinstance(text, str) for text in found):
+        check_value(found, list, f"{path}:")
+        return found
+    return [row["text"] for row in read_rows(path, {"text": str})]
 
 
 def read_lines(path):
@@ -78,6 +99,14 @@ def is_writable(folder):
     while not os.path.lexists(place):
         place = place.parent
     return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+
+
+def remove(path):
+    """A file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def link_files(source, folder):
@@ -96,8 +125,17 @@ def link_files(source, folder):
 def replacing(path):
     """A temporary name to write under, renamed to `path` once the block is over."""
     temporary = Path(path).with_name(Path(path).name + ".tmp")
-    yield temporary
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except Exception as error:  # libraries hide the system's: safetensors in a text, torch behind one of its own
+        cause, number = error, re.search(r"\(os error (\d+)\)", str(error))
+        while not number and cause and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if not number and not cause:
+            raise
+        number = int(number[1]) if number else cause.errno
+        raise OSError(number, os.strerror(number), str(path)) from None
 
 
 def write_text(path, text):
@@ -115,28 +153,30 @@ def save_folder(path, fill):
     if RANK:
         return
     with replacing(path) as temporary:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         temporary.mkdir(parents=True)
         fill(temporary)
-        shutil.rmtree(path, ignore_errors=True)
+        remove(Path(path))
 
 
 class Log:
-    """A JSON-lines file that can be cut back to where a saved state left it."""
+    """A JSON-lines file that can be cut back to where a saved state left it. `crc` is of all its bytes."""
 
-    def __init__(self, path, keep_bytes=0):
-        self.file = open(os.devnull if RANK else path, "ab")
+    def __init__(self, path, keep_bytes=0, crc=0):
+        self.file, self.crc = open(os.devnull if RANK else path, "ab", buffering=0), crc
         if not RANK:
             self.file.truncate(keep_bytes)
             self.file.seek(keep_bytes)
 
     def write(self, row):
-        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        self.crc = zlib.crc32(line, self.crc)
+        while line:  # a disk that is nearly full takes a part, and refuses the rest
+            line = line[self.file.write(line) :]
 
     def size(self):
         """Bytes safely on disk so far."""
         if RANK:
             return 0
-        self.file.flush()
         os.fsync(self.file.fileno())
         return self.file.tell()

@@ -2,6 +2,7 @@
 
 torch takes seconds to import, so nothing here does: a command reads its flags first."""
 
+import errno
 import json
 import os
 import sys
@@ -17,6 +18,9 @@ from transformers import HfArgumentParser
 
 from baselines import ALIASES, METHODS
 from config import ADAPTED, Config, InputError
+from engine.files import read_rows
+
+FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)  # of the machine, not of the command
 
 
 class Help(RawDescriptionHelpFormatter):
@@ -71,8 +75,8 @@ def program():
 def stored_flags(path):
     """The config.json of an earlier run as a command line."""
     try:
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        stored = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error!r:.80})") from None
     if not isinstance(stored, dict):
         raise InputError(f"{path}: expected an object with a value for each flag")
@@ -88,7 +92,6 @@ def resolve(config, benchmarks):
     if config.benchmark not in benchmarks:
         raise InputError(f"--benchmark {config.benchmark}: expected one of {', '.join(benchmarks)}")
     benchmark = benchmarks[config.benchmark]
-    config.model = config.model or "tiny"
     config.output_dir = config.output_dir or f"runs/{config.benchmark}"
     for name, value in (benchmark.preset | (benchmark.tiny if config.model == "tiny" else {})).items():
         if getattr(config, name) is None:
@@ -122,8 +125,7 @@ def resolve(config, benchmarks):
             raise InputError(f"--{flag} {getattr(config, flag)}: expected {expected}")
 
     require(not config.tokenizer or config.model != "tiny", "tokenizer", "none with --model tiny, which makes its own")
-    require(config.group_size >= 2, "group_size", "at least 2 rollouts, whose rewards are compared")
-    require(len(config.llmu_weights) == 3, "llmu_weights", "three numbers")
+    require(config.model.strip(), "model", "a Hugging Face id, a folder or tiny")
     require(not config.lora_rank or find_spec("peft"), "lora_rank", "peft to be installed (pip install peft)")
     require(not config.lora_rank or not config.offload, "lora_rank", "no --offload: frozen weights need none")
     require(config.lora_rank or config.lora_alpha is None, "lora_alpha", "--lora_rank beside it")
@@ -133,8 +135,8 @@ def resolve(config, benchmarks):
     require(config.replay_objective == "weight" or not config.normalize_ratio, "replay_objective",
             "weight, with --normalize_ratio")  # fmt: skip
     require(config.replay_store != "fresh" or not config.replay_kl, "replay_kl", "off for fresh groups, without π_ref")
-    if config.purge_terms and not Path(config.purge_terms).is_file():
-        raise InputError(f"--purge_terms {config.purge_terms}: no such file")
+    if config.purge_terms:
+        read_rows(config.purge_terms, {"term": str})
     if config.attack and (config.offload or "WORLD_SIZE" in os.environ):
         raise InputError("--attack: takes one process, neither torchrun nor --offload")
     return config
@@ -155,14 +157,22 @@ def run_command(main, leave=True):
     leave: a process of torchrun then ends at once: while an interpreter takes itself apart, a thread of gloo's that
         still holds a tensor aborts it (pytorch/pytorch#179291), and a run that was done would count as failed."""
     code, result = 0, None
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None if closed
     try:
         result = main()
-    except InputError as error:
+        sys.stdout.flush()
+    except (InputError, OSError) as error:
+        code, told = 2, str(error)
+        if isinstance(error, OSError):
+            told = f"{error.filename or 'stdout'}: {error.strerror or error}"
+        if isinstance(error, OSError) and error.errno in FAULTS:
+            code, told = 1, f"{told}; once that is mended the same command goes on, rerule.py with --resume"
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), 1)  # what is left of stdout would fail again
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
-            print(f"{program()}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+            print(f"{program()}: error: {' '.join(told.splitlines())}", file=sys.stderr)
         else:
             time.sleep(30)  # torchrun stops all once one has ended: the first must be the one that says why
-        code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

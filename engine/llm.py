@@ -9,13 +9,17 @@ does not fall back on a stored Hugging Face token."""
 
 import hashlib
 import json
+import re
+import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock
+from urllib.parse import urlsplit
 
-from huggingface_hub import InferenceClient
+from huggingface_hub import InferenceClient, get_session
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, InferenceTimeoutError, OfflineModeIsEnabled
 from tqdm import tqdm
 
@@ -24,6 +28,51 @@ from engine.files import Log
 
 ATTEMPTS = 5
 WORKERS = 8  # requests under way at once
+
+
+def reach(url, flag, wait=5.0):
+    """Raise InputError unless somebody listens at a URL of the right form."""
+    place = urlsplit(url)
+    if place.scheme not in ("http", "https") or not place.hostname:
+        raise InputError(f"{flag} {url}: expected http://… or https://…")
+    try:
+        port = place.port or {"http": 80, "https": 443}[place.scheme]
+        socket.create_connection((place.hostname, port), timeout=wait).close()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag} {url}: the server cannot be reached ({error})") from None
+
+
+@contextmanager
+def bounded(flag, seconds, most=10**7):
+    """While the block runs, a server may neither send us elsewhere nor take longer over an answer, nor send more bytes.
+    huggingface_hub's own limit is for the time between two bytes."""
+    session = get_session()
+    httpx = sys.modules[type(session).__module__.split(".")[0]]  # or httpx2, of later ones
+
+    class Bounded(httpx.SyncByteStream):
+        def __init__(self, stream):
+            self.stream, self.close = stream, stream.close
+
+        def __iter__(self):
+            left, end = most, time.monotonic() + seconds
+            for chunk in self.stream:
+                left -= len(chunk)
+                if left < 0:
+                    raise ValueError("an answer without an end")
+                if time.monotonic() > end:
+                    raise httpx.ReadTimeout("too slow")
+                yield chunk
+
+    def bound(response):
+        if response.is_redirect or "content-encoding" in response.headers:
+            raise InputError(f"{flag}: the server redirects, or packs its answers; expected neither")
+        response.stream = Bounded(response.stream)
+
+    session.event_hooks["response"].append(bound)
+    try:
+        yield
+    finally:
+        session.event_hooks["response"].remove(bound)
 
 
 class BadReply(Exception):
@@ -43,7 +92,7 @@ def json_object(reply, fields):
         found = json.loads(text)
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise BadReply(f"not JSON: {reply!r:.60}") from error
-    if not isinstance(found, dict) or set(found) != set(fields):
+    if not isinstance(found, dict) or set(found) != set(fields) or re.search("[\\ud800-\\udfff]", str(found)):
         raise BadReply(f"not an object with {', '.join(fields)} alone: {reply!r:.60}")
     return found
 
@@ -118,7 +167,8 @@ def ask_all(prompts, parse, *, url, model, key, cache, flag, field, max_tokens, 
     tokens = sum(len(prompt) // 4 + max_tokens for prompt in todo)
     cost = f", about ${tokens * price / 1e6:.2f}" if price else ""
     print(f"{desc}: {len(todo)} requests to {model}, at most {tokens:,} tokens or so{cost}", file=sys.stderr)
-    client = InferenceClient(base_url=url, api_key=key or "none", timeout=timeout)
+    plain = {"accept-encoding": "identity"}
+    client = InferenceClient(base_url=url, api_key=key or "none", timeout=timeout, headers=plain)
     log, lock, stopped = Log(cache, size), Lock(), Event()
 
     def work(prompt):
@@ -139,7 +189,7 @@ def ask_all(prompts, parse, *, url, model, key, cache, flag, field, max_tokens, 
                 log.write({"key": key_of(model, prompt), "model": model, field: reply})
                 log.size()  # on the disk before anything else is done
 
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with bounded(flag, timeout), ThreadPoolExecutor(WORKERS) as pool:
         under_way = [pool.submit(work, prompt) for prompt in todo]
         try:
             for future in tqdm(as_completed(under_way), desc=desc, total=len(todo), disable=not progress):

@@ -13,26 +13,40 @@ from baselines.whp import Pair
 from config import InputError
 
 logging.disable_progress_bar()  # ours are enough
+logging.set_verbosity_error()  # what matters is told by us
 
 
 def read_model(path, flag, dtype, tokenizer="", weights=True):
     """(model, None where its weights are not wanted; tokenizer) of a folder or Hugging Face id. Raises InputError.
     tokenizer: another place to read it from."""
-    here = f"--tokenizer {tokenizer}" if tokenizer else f"--{flag} {path}"
+    own = str(path) if isinstance(path, Path) else f"--{flag} {path}"  # a run's own folder, or what a flag says
+    here = f"--tokenizer {tokenizer}" if tokenizer else own
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer or path)  # first: a model may take minutes
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer or path, trust_remote_code=False)  # a model takes minutes
         if tokenizer.eos_token_id is None:
             raise InputError(f"{here}: its tokenizer has no EOS token, so no answer could ever end")
-        here = f"--{flag} {path}"
+        if tokenizer.chat_template:
+            tokenizer.apply_chat_template([{"role": "user", "content": "Who?"}], add_generation_prompt=True)
+        here = own
         if not weights:
             return None, tokenizer
         if (Path(path) / "whp.json").is_file():
             return Pair.from_pretrained(path, dtype), tokenizer
-        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+        eos = model.generation_config.eos_token_id
+        if not all(type(i) is int for i in (eos if isinstance(eos, list) else [] if eos is None else [eos])):
+            raise InputError(f"{here}: its generation_config.json names no token by eos_token_id {eos!r}")
+        for name, p in model.named_parameters():
+            if not torch.stack(p.aminmax()).isfinite().all():  # in no second copy
+                raise InputError(f"{here}: its weights {name} are not finite")
     except InputError:
         raise
     except Exception as error:  # OSError, ValueError, and whatever else the readers of weights and tokenizers raise
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+            reason = "the folder holds no config.json"
         raise InputError(f"{here}: is no model folder or Hugging Face id ({reason})") from None
     if found["missing_keys"]:
         raise InputError(f"{here}: its files lack weights of the model ({min(found['missing_keys'])})")

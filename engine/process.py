@@ -4,7 +4,6 @@ The driver hands it around, so that no equation and no loop knows of processes, 
 
 import gc
 import math
-import shutil
 import sys
 from contextlib import nullcontext
 from copy import deepcopy
@@ -15,7 +14,7 @@ import torch
 import grpo
 from baselines.whp import Pair
 from engine import fast, model
-from engine.files import RANK
+from engine.files import RANK, remove
 
 
 class Engine:
@@ -190,7 +189,7 @@ class Engine:
         """Remove earlier states of several processes, all but `but`, and what a killed run has left half done."""
         for path in [] if RANK else {*folder.glob("shards*"), *folder.glob("*.tmp")}:
             if path.name != but:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove(path)
 
 
 def prepared(found, training):

@@ -3,12 +3,14 @@
 Each phase saves its state every few steps together with the lengths of both logs; a resumed run cuts the logs back to
 those lengths and goes on. A phase is over once its model's folder is in place."""
 
+import fcntl
 import importlib
 import json
 import math
 import os
 import shutil
 import time
+import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -24,6 +26,8 @@ from engine.process import Engine
 from engine.seeds import batch_at, derive_seed
 from sft import learning_rate, sft_loss_of
 
+UNFINISHED = ("config.json.tmp", ".lock")  # of a run that was killed as it began
+LOCKS = {}  # folder → the file that is locked
 EARLY = ("original", "retained", "rej_steer")  # phases before Stage 2, which `--start_from` takes over
 # what a run may be gone on with
 FREE = {"resume", "save_every", "output_dir", "device", "start_from", "dry_run", "offload", "rollout_prompts",
@@ -46,12 +50,26 @@ def read(path, expected, flag):
     """A JSON file or saved state of an earlier run, which must hold the key `expected`."""
     try:
         as_json = path.suffix == ".json"
-        found = json.loads(path.read_text(encoding="utf-8")) if as_json else torch.load(path, "cpu", weights_only=True)
+        found = json.loads(path.read_bytes()) if as_json else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # whatever JSON, pickle or zip say of bytes that are none of theirs
         raise InputError(f"{path}: cannot be read ({error!r:.80}); choose another --{flag}") from None
     if not isinstance(found, dict) or expected not in found:
         raise InputError(f"{path}: is not that of a run (no '{expected}'); choose another --{flag}")
+    if not as_json and not is_state(found):
+        raise InputError(f"{path}: is no state of a run; choose another --{flag}")
     return found
+
+
+def is_state(found):
+    """Whether what a file holds has the form that `Run.save` gives it."""
+    done, phase, sizes, payload = (found.get(name) for name in ("done", "phase", "sizes", "payload"))
+    try:
+        whole = all(type(n) is int for name in ("metrics", "samples") for n in sizes[name])
+        kept = payload is None if phase is None else {"seconds", "over"} <= payload.keys() and found["step"] > 0
+        kept = kept and (phase is None or "shards" in payload or {"model", "optimizer"} <= payload.keys())
+        return whole and kept and all(isinstance(row, dict) for row in done.values())
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def start(config):
@@ -80,7 +98,7 @@ class Run:
 
     def __init__(self, config, engine):
         self.config, self.engine, self.folder = config, engine, Path(config.output_dir)
-        self.state = {"done": {}, "phase": None, "sizes": {"metrics": 0, "samples": 0}}
+        self.state = {"done": {}, "phase": None, "sizes": {"metrics": (0, 0), "samples": (0, 0)}}
         here = f"--output_dir {self.folder}"
         if not is_writable(self.folder):
             raise InputError(f"{here}: expected a folder that can be made or written to")
@@ -88,18 +106,31 @@ class Run:
             changed = differences(config, read(self.folder / "config.json", "benchmark", "output_dir"))
             if changed:
                 raise InputError(f"{here}: holds another run ({', '.join(changed[:3])}); choose another folder")
+            self.lock()
             if (self.folder / "state.pt").exists():
                 self.state = read(self.folder / "state.pt", "sizes", "output_dir")
             if not config.resume and not self.finished("run"):
                 raise InputError(f"{here}: holds an unfinished run; add --resume to go on with it")
-            for name, size in self.state["sizes"].items():
+            for name, (size, crc) in () if self.finished("run") else self.state["sizes"].items():
                 path = self.folder / f"{name}.jsonl"
-                if not self.finished("run") and size > (path.stat().st_size if path.exists() else 0):
-                    raise InputError(f"{path}: is shorter than the saved state of the run; choose another --output_dir")
-        elif self.folder.exists() and any(path.name != "config.json.tmp" for path in self.folder.iterdir()):
+                held = path.read_bytes()[:size] if path.exists() else b""
+                if len(held) < size or zlib.crc32(held) != crc:
+                    how = "shorter than" if len(held) < size else "not the log of"
+                    raise InputError(f"{path}: is {how} the saved state of the run; choose another --output_dir")
+        elif self.folder.exists() and any(path.name not in UNFINISHED for path in self.folder.iterdir()):
             raise InputError(f"{here}: is not empty and holds no run; choose another folder")
         if config.start_from and not self.state["done"]:
             self.check_source(Path(config.start_from))
+
+    def lock(self):
+        """Raise InputError where another process writes to this folder. The system lets go of a lock whose process has
+        ended, however it ended."""
+        if not RANK and self.folder.is_dir():
+            LOCKS[self.folder.resolve()] = file = open(self.folder / ".lock", "a")  # open for as long as the process
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"--output_dir {self.folder}: another process is writing to it") from None
 
     def check_source(self, source):
         """Raise InputError unless the run in `source` trained, before Stage 2, what this one would."""
@@ -135,10 +166,11 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--output_dir {self.folder}: cannot be made ({error.strerror})") from None
+        self.lock()
         self.engine.forget_states(self.folder, (self.state.get("payload") or {}).get("shards"))
         write_json(self.folder / "config.json", asdict(self.config))
-        self.metrics = Log(self.folder / "metrics.jsonl", self.state["sizes"]["metrics"])
-        self.samples = Log(self.folder / "samples.jsonl", self.state["sizes"]["samples"])
+        self.metrics = Log(self.folder / "metrics.jsonl", *self.state["sizes"]["metrics"])
+        self.samples = Log(self.folder / "samples.jsonl", *self.state["sizes"]["samples"])
         if self.config.start_from and not self.state["done"]:
             self.adopt(Path(self.config.start_from))
 
@@ -148,7 +180,7 @@ class Run:
     def save(self, phase, step, payload, model=None, optimizer=None):
         if model is not None:
             payload = payload | self.engine.state_of(model, optimizer, self.folder, f"shards_{phase}_{step}")
-        sizes = {"metrics": self.metrics.size(), "samples": self.samples.size()}
+        sizes = {name: (log.size(), log.crc) for name, log in (("metrics", self.metrics), ("samples", self.samples))}
         self.state = {"done": self.state["done"], "phase": phase, "step": step, "sizes": sizes}
         if not RANK:
             with replacing(self.folder / "state.pt") as temporary, open(temporary, "wb") as file:
@@ -191,15 +223,19 @@ class Phase:
         self.first, self.total, self.seconds, self.over = 1, 0.0, {}, False
         if run.state["phase"] == name:
             payload, self.first = run.state.pop("payload"), run.state["step"] + 1
-            if "shards" in payload:  # written by several processes
-                from scale.ranks import restore_shards
-
-                restore_shards(payload, run.folder, model, optimizer)
-            else:
-                run.engine.restore(payload, model, optimizer)
             self.total, self.over = payload["seconds"], payload["over"]
-            if buffer is not None:
-                buffer.restore(payload)
+            try:
+                if "shards" in payload:  # written by several processes
+                    from scale.ranks import restore_shards
+
+                    restore_shards(payload, run.folder, model, optimizer)
+                else:
+                    run.engine.restore(payload, model, optimizer)
+                if buffer is not None:
+                    buffer.restore(payload)
+            except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+                where, reason = run.folder / "state.pt", f"{[*str(error).splitlines(), ''][0]:.80}"
+                raise InputError(f"{where}: does not fit the model of {name} ({reason})") from None
         todo = range(self.first, steps + 1)
         self.bar = tqdm(todo, desc=name, initial=self.first - 1, total=steps, dynamic_ncols=True)
 

@@ -64,7 +64,7 @@ FLAGS = [
     ("--epsilon_low 1.5", "--epsilon_low 1.5 from 0 to 1"),
     ("--epsilon_high nan", "--epsilon_high nan 0 or more"),
     ("--sft_stop 97", "--sft_stop 97.0 from 0 to 1"),
-    ("--group_size 1", "--group_size 1 at least 2"),
+    ("--group_size 1", "--group_size 1 2 to 4096"),
     ("--prompts_per_step 0", "--prompts_per_step 0 at least 1"),
     ("--max_new_tokens 0", "--max_new_tokens 0 at least 1"),
     ("--steps -1", "--steps -1 0 or more"),
@@ -208,9 +208,9 @@ def test_another_benchmarks_folder(refused, folders):
 
 
 def log_rows(n):
-    fields = ["target", "rouge_l_recall", "rouge_l_f1", "refusal", "leak", "named", "truncated"]
+    fields = {"target": "", "rouge_l_recall": 0.0, "rouge_l_f1": 0.0, "refusal": True, "leak": False, "named": None}
     losses = {"answer_loss": 1.0, "paraphrased_loss": 1.0, "perturbed_losses": [2.0, 3.0]}
-    return [dict.fromkeys(fields, 0) | losses | {"split": "forget", "forget": True} for _ in range(n)]
+    return [fields | losses | {"split": "forget", "forget": True, "truncated": False} for _ in range(n)]
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_a_good_run_makes_its_folder_just_before_it_starts(folders, saved, tmp_p
     argv = tofu(folders, "--model", where, "--output_dir", folder, "--max_new_tokens", 8)
     with pytest.raises(Started):
         driver(*argv)
-    assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl"}
+    assert {path.name for path in folder.iterdir()} == {".lock", "config.json", "metrics.jsonl", "samples.jsonl"}
 
 
 @pytest.mark.parametrize("benchmark", TRAIN)
@@ -386,7 +386,7 @@ def test_a_mistake_ends_with_code_2_and_one_line(folders, saved, tmp_path):
         (("--sga_r", 1.5), "--sga_r 1.5: expected a share from 0 to 1"),
         (("--sga_k", 0), "--sga_k 0: expected at least 1"),
         (("--max_perplexity", 0), "--max_perplexity 0.0: expected a number above 0"),
-        (("--purge_terms", "nowhere.json"), "--purge_terms nowhere.json: no such file"),
+        (("--purge_terms", "nowhere.json"), "nowhere.json: no such file"),
         (("--flat_divergence", "hellinger"), "hellinger"),
     ],
 )  # fmt: skip

@@ -75,7 +75,7 @@ def sets(tmp_path):
 
 BAD = [  # file, what is done to its first row, words of the line
     ("retain_mmlu.json", lambda r: r["choices"].pop(), "'choices' is not a list of four texts"),
-    ("retain_mmlu.json", lambda r: r["choices"].__setitem__(0, " "), "'choices' is not a list of texts, none of them"),
+    ("retain_mmlu.json", lambda r: r["choices"].__setitem__(0, " "), "'choices' is not a list of strings with"),
     ("retain_mmlu.json", lambda r: r.update(answer=4), "'answer' is not 0, 1, 2 or 3"),
     ("retain_mmlu.json", lambda r: r.update(answer=-1), "'answer' is not 0, 1, 2 or 3"),
     ("retain_mmlu.json", lambda r: r.update(answer=True), "'answer' is not 0, 1, 2 or 3"),
@@ -85,11 +85,11 @@ BAD = [  # file, what is done to its first row, words of the line
     ("retain_mmlu.json", lambda r: r["examples"][1].update(answer=None), "'examples[1].answer' is not 0, 1"),
     ("retain_mmlu.json", lambda r: r["examples"][0].pop("choices"), "'examples[0].choices' is not a list of four"),
     ("retain_mmlu.json", lambda r: r["examples"][0].update(question=3), "'examples[0].question' is not text"),
-    ("retain_mmlu.json", lambda r: r.update(task=""), "'task' is not text"),
-    ("retain_bbh.json", lambda r: r.update(answer=""), "'answer' is not text"),
+    ("retain_mmlu.json", lambda r: r.update(task=""), "'task' is not a str with something"),
+    ("retain_bbh.json", lambda r: r.update(answer=""), "'answer' is not a str with something"),
     ("retain_bbh.json", lambda r: r.pop("cot"), "has no field 'cot'"),
     ("triviaqa.json", lambda r: r.update(answers=[]), "'answers' is not a list"),
-    ("triviaqa.json", lambda r: r.update(answers=["x", ""]), "'answers' is not a list of texts, none of them blank"),
+    ("triviaqa.json", lambda r: r.update(answers=["x", ""]), "'answers' is not a list of strings with"),
     ("triviaqa.json", lambda r: r.update(answers="x"), "'answers' is not a list"),
     ("truthful.json", lambda r: r.pop("mc2_targets"), "has no field 'mc2_targets'"),
     ("truthful.json", lambda r: r["mc1_targets"]["labels"].pop(), "'mc1_targets.labels' is not a list of 3 labels"),
@@ -98,7 +98,7 @@ BAD = [  # file, what is done to its first row, words of the line
     ("truthful.json", lambda r: r["mc2_targets"].update(labels=[1] * 4), "'mc2_targets.labels' is not one with a true"),
     ("truthful.json", lambda r: r["mc1_targets"].update(labels=[1, 0, 2]), "'mc1_targets.labels' is not a list of 3"),
     ("truthful.json", lambda r: r["mc1_targets"].update(choices=[]), "'mc1_targets.choices' is not a list of texts"),
-    ("fluency.json", lambda r: r.update(instruction=" \n"), "'instruction' is not text"),
+    ("fluency.json", lambda r: r.update(instruction=" \n"), "'instruction' is not a str"),
 ]
 
 

@@ -224,7 +224,7 @@ def spoil(name, rows):
         (["--output_dir", "ask.json/out"], None, "--output_dir"),
         ([], spoil("ask.json", [{"question": "Who is Orla Finch?"}]), "row 1 has no field 'answer'"),
         ([], spoil("ask.json", [{"question": 3, "answer": ""}]), "row 1, field 'question'"),
-        ([], spoil("ask.json", [{"question": " ", "answer": ""}]), "row 1 has an empty question"),
+        ([], spoil("ask.json", [{"question": " ", "answer": "x"}]), "row 1, field 'question' is not a str with"),
         ([], spoil("ask.json", []), "holds no rows"),
         ([], spoil("near.json", [{"name": "Ben"}, {"answer": "x"}]), "near.json: row 2"),
         ([], spoil("near.json", [{"name": "Ben", "answers": {"Who?": 1}}]), "near.json: row 1, field 'answers'"),
