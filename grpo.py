@@ -192,8 +192,8 @@ def next_token(logits, temperature, uniform):
     """(token (…), its log-probability), by inverting the distribution function of logits (…, V) at `uniform` (…)."""
     log_p = F.log_softmax(logits.float() / (temperature or 1.0), -1)  # (…, V)
     if temperature:
-        cdf = log_p.exp().cumsum(-1, dtype=torch.double)
-        token = torch.searchsorted(cdf, uniform[..., None] * cdf[..., -1:], right=True)
+        cdf = log_p.exp().cumsum(-1, dtype=torch.double)  # NaN of a model gone astray gives the last token
+        token = torch.searchsorted(cdf, uniform[..., None] * cdf[..., -1:], right=True).clamp(max=log_p.shape[-1] - 1)
     else:
         token = log_p.argmax(-1, keepdim=True)
     return token[..., 0], log_p.gather(-1, token)[..., 0]
