@@ -59,7 +59,7 @@ from benchmarks.answers import answer_losses, gold_answer, greedy, inference, li
 from benchmarks.fits import check_ids
 from benchmarks.logs import read_log, read_retained
 from data import encode_prompt
-from engine.files import is_writable, write_json
+from engine.files import can_write, write_json
 from engine.llm import reach
 from engine.process import Engine
 
@@ -141,7 +141,7 @@ def check_options(o):
     compares = "retain_model" if o.retain_model else "retain_log" if o.retain_log else ""
     in_vain = compares and not benchmark.forget_rows and not (o.attack and o.retain_model)
     told = "only --benchmark tofu compares with a retained model; --attack takes --retain_model"
-    no_file = output.is_dir() or not output.absolute().parent.is_dir() or not is_writable(output.absolute().parent)
+    no_file = output.is_dir() or not can_write(Path(f"{o.output}.tmp"))
     for wrong, message in (
         (bool(o.model) == bool(o.from_log), "expected one of --model and --from_log"),
         (o.retain_model and o.retain_log, "expected one of --retain_model and --retain_log"),
@@ -159,7 +159,7 @@ def check_options(o):
     if o.judge_url:
         reach(o.judge_url, "--judge_url")
         cache = Path(o.judge_cache or f"{o.output}.judge.jsonl")
-        if cache.is_dir() or not is_writable(cache.parent):
+        if not can_write(cache):
             raise InputError(f"--judge_cache {cache}: expected a file that can be written")
     return benchmark
 

@@ -55,7 +55,7 @@ def train(o):
     if stage1.exists():
         return rule_training(stage1, stage2, lambda text, row: inst(text))
     rng = random.Random(derive_seed(o.seed, "tofu"))
-    evaluated = {row["question"] for row in read_rows(folder / "retain_perturbed.json", {"question": str})}
+    evaluated = {row["question"] for row in [*forget, *read_rows(folder / "retain_perturbed.json", {"question": str})]}
     everyone = read_rows(folder / "retain99.json", {"question": str, "answer": str})
     retain = [row for row in everyone if row["question"] not in evaluated]
     if len(retain) < len(forget):

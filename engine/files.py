@@ -101,6 +101,16 @@ def is_writable(folder):
     return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
 
 
+def can_write(path):
+    """Whether a file can be written there: tried, for names, rights and disks all have a say."""
+    try:
+        there = os.path.lexists(path)
+        open(path, "ab").close()
+        return there or path.unlink() is None
+    except OSError:
+        return False
+
+
 def remove(path):
     """A file, a link or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():

@@ -5,6 +5,7 @@ torch takes seconds to import, so nothing here does: a command reads its flags f
 import errno
 import json
 import os
+import re
 import sys
 import time
 from argparse import RawDescriptionHelpFormatter
@@ -60,6 +61,8 @@ def parse(kind, argv=None, presets=None, examples=()):
         place, stored = f"{argv[0]}: ", stored_flags(argv[0])
         parser.parse_args(stored)
         place, argv = "", stored + argv[1:]
+    if re.search("[\ud800-\udfff]", " ".join(argv)):
+        raise InputError("a flag holds bytes that are no UTF-8 text, or half a character")
     *found, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         raise InputError(f"unknown flag {unknown[0]}; --help lists all of them")
@@ -170,7 +173,8 @@ def run_command(main, leave=True):
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), 1)  # what is left of stdout would fail again
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
-            print(f"{program()}: error: {' '.join(told.splitlines())}", file=sys.stderr)
+            told = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(told.splitlines()))
+            print(f"{program()}: error: {told}", file=sys.stderr)
         else:
             time.sleep(30)  # torchrun stops all once one has ended: the first must be the one that says why
     except KeyboardInterrupt:

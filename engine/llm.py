@@ -32,10 +32,10 @@ WORKERS = 8  # requests under way at once
 
 def reach(url, flag, wait=5.0):
     """Raise InputError unless somebody listens at a URL of the right form."""
-    place = urlsplit(url)
-    if place.scheme not in ("http", "https") or not place.hostname:
-        raise InputError(f"{flag} {url}: expected http://… or https://…")
     try:
+        place = urlsplit(url)
+        if place.scheme not in ("http", "https") or not place.hostname:
+            raise ValueError("expected http://… or https://…")
         port = place.port or {"http": 80, "https": 443}[place.scheme]
         socket.create_connection((place.hostname, port), timeout=wait).close()
     except (OSError, ValueError) as error:
