@@ -99,7 +99,10 @@ def encode_prompt(tokenizer, prompt):
     tokenizer adds, less an EOS at its end."""
     if prompt.user is not None and tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt.user}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) + prompt.opening
+        try:
+            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) + prompt.opening
+        except Exception as error:  # whatever a template raises, or its code runs into
+            raise InputError(f"the model's chat template does not take {prompt.user[:60]!r} ({error})") from None
         ids = tokenizer(text, add_special_tokens=False).input_ids
         bos = tokenizer("").input_ids[:1]  # [] where the tokenizer adds no BOS by itself
         if bos == [tokenizer.bos_token_id] and ids[:1] != bos:

@@ -27,7 +27,7 @@ from benchmarks.metrics import UNSEEN, mean, names
 from benchmarks.shared import PRESET, REFUSALS, TINY, folder_of, rule_training
 from config import InputError
 from data import Benchmark, Probe, Prompt, Query, Training
-from engine.files import read_rows
+from engine.files import is_number, read_rows
 from engine.seeds import derive_seed
 
 UTILITY_SETS = ("retain", "real_authors", "world_facts")  # the sets of model utility
@@ -228,7 +228,7 @@ def own_log(path, log, sets):
         for index in part[names[0]]:
             gold, paraphrased, perturbed, recall = (part[name][index] for name in names)
             listed = isinstance(perturbed, list) and perturbed
-            if not listed or not all(isinstance(x, float | int) for x in (gold, paraphrased, recall, *perturbed)):
+            if not listed or not all(map(is_number, (gold, paraphrased, recall, *perturbed))) or not 0 <= recall <= 1:
                 raise InputError(f"{path}: '{LOG[split]}' row {index} holds something that is not a number")
             row = dict.fromkeys(("rouge_l_f1", "prediction", "refusal", "leak", "named", "truncated"))
             row |= {"split": split, "target": "", "forget": split == "forget", "row": index, "rouge_l_recall": recall}

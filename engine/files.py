@@ -76,6 +76,11 @@ def check_value(value, kind, place):
         raise InputError(f"{place} holds half a character (a lone surrogate)")
 
 
+def is_number(value):
+    """Whether a value of a JSON file is a number that a float can hold."""
+    return type(value) is float or (type(value) is int and abs(value) < 10**300)
+
+
 def read_texts(path):
     """Texts of a JSON list of strings, or of rows with a `text`."""
     try:
@@ -89,8 +94,11 @@ def read_texts(path):
 
 
 def read_lines(path):
-    """Rows of a JSON-lines file of our own."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    """Rows of a JSON-lines file of our own. Raises: InputError."""
+    try:
+        return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON lines ({error!r:.80})") from None
 
 
 def is_writable(folder):

@@ -92,7 +92,8 @@ def json_object(reply, fields):
         found = json.loads(text)
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise BadReply(f"not JSON: {reply!r:.60}") from error
-    if not isinstance(found, dict) or set(found) != set(fields) or re.search("[\\ud800-\\udfff]", str(found)):
+    half = re.search("[\ud800-\udfff]", json.dumps(found, ensure_ascii=False))
+    if not isinstance(found, dict) or set(found) != set(fields) or half:
         raise BadReply(f"not an object with {', '.join(fields)} alone: {reply!r:.60}")
     return found
 

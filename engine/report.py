@@ -74,7 +74,7 @@ def write(folder, columns, results, figures=True):
         cells = [TITLES[name] + "†" * bool(marked), *(cell(row.get(key)) for key in columns)]
         lines.append(f"| {' | '.join(cells)} |")
         for note in [*row["notes"], *marked]:
-            notes.setdefault(note, []).append(TITLES[name])
+            notes.setdefault(str(note), []).append(TITLES[name])
     told = [f"{'every row' if len(of) == len(results) else ', '.join(of)}: {note}" for note, of in notes.items()]
     write_text(folder / "table.md", "\n".join([*lines, "", *told]).rstrip() + "\n")
     if figures:
@@ -104,7 +104,7 @@ def replay_of(run, method):
 
 
 def cell(value):
-    if value is None:
+    if not isinstance(value, int | float):
         return "–"
     return f"{value:.1f}" if abs(value) >= 1 or value == 0 else f"{value:.4g}"
 
@@ -113,9 +113,9 @@ def print_table(folder):
     """The table on a terminal: one line a column, one column a row of the table, so that it fits any window."""
     if RANK:
         return
-    text = (folder / "table.md").read_text(encoding="utf-8")
+    text = (folder / "table.md").read_text(encoding="utf-8", errors="replace")
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
-    header, rows = lines[0], lines[2:]
+    header, rows = lines[0] if lines else [""], lines[2:]
     width = max(map(len, header)) + 2
     for first in range(0, len(rows), 6):
         some = rows[first : first + 6]

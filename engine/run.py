@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -18,14 +19,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from baselines import TITLES
 from config import Config, InputError
 from engine import report
-from engine.files import RANK, Log, is_writable, link_files, read_lines, replacing, save_folder, write_json
+from engine.files import RANK, Log, is_writable, link_files, read_lines, read_rows, replacing, save_folder, write_json
 from engine.model import optimizer_for
 from engine.process import Engine
 from engine.seeds import batch_at, derive_seed
 from sft import learning_rate, sft_loss_of
 
+warnings.filterwarnings("ignore", message="Detected pickle protocol")  # what is no state is refused in any case
 UNFINISHED = ("config.json.tmp", ".lock")  # of a run that was killed as it began
 LOCKS = {}  # folder → the file that is locked
 EARLY = ("original", "retained", "rej_steer")  # phases before Stage 2, which `--start_from` takes over
@@ -64,10 +67,15 @@ def is_state(found):
     """Whether what a file holds has the form that `Run.save` gives it."""
     done, phase, sizes, payload = (found.get(name) for name in ("done", "phase", "sizes", "payload"))
     try:
-        whole = all(type(n) is int for name in ("metrics", "samples") for n in sizes[name])
-        kept = payload is None if phase is None else {"seconds", "over"} <= payload.keys() and found["step"] > 0
-        kept = kept and (phase is None or "shards" in payload or {"model", "optimizer"} <= payload.keys())
-        return whole and kept and all(isinstance(row, dict) for row in done.values())
+        parts = [sizes[name] for name in ("metrics", "samples")]
+        whole = all([*map(type, part)] == [int, int] and min(part) >= 0 for part in parts)
+        whole = whole and all(isinstance(row.get("notes", []), list) for row in done.values())
+        whole = whole and all("notes" in row for name, row in done.items() if name.endswith(" scored"))
+        if phase is None:
+            return whole and payload is None
+        kept = phase in TITLES and phase not in done and type(found["step"]) is int and found["step"] > 0
+        kept = kept and isinstance(payload["seconds"], float) and isinstance(payload["over"], bool | str)
+        return whole and kept and ("shards" in payload or {"model", "optimizer"} <= payload.keys())
     except (KeyError, TypeError, AttributeError):
         return False
 
@@ -145,6 +153,9 @@ class Run:
         self.source = read(source / "state.pt", "done", "start_from")["done"]
         if "rej_steer scored" not in self.source:
             raise InputError(f"{here}: its Stage 1 is not over")
+        read_rows(source / "metrics.jsonl", {"method": str})  # what `adopt` reads
+        for phase in [name for name in EARLY if f"{name} scored" in self.source]:
+            read_rows(source / "predictions" / f"{phase}.jsonl", {})
 
     def adopt(self, source):
         """Take over the phases before Stage 2: their models (linked where the disk allows), answers and log rows."""
@@ -225,6 +236,8 @@ class Phase:
             payload, self.first = run.state.pop("payload"), run.state["step"] + 1
             self.total, self.over = payload["seconds"], payload["over"]
             try:
+                if self.first > steps + 1:
+                    raise ValueError("it has more steps")
                 if "shards" in payload:  # written by several processes
                     from scale.ranks import restore_shards
 

@@ -100,13 +100,15 @@ def about():
 def read_records(folder):
     """{name: record}: those of records.json, then those of finished runs that are not in it yet."""
     path, records = folder / "records.json", {}
-    if path.exists():
-        try:
-            records = read_json(path)["runs"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise InputError(f"{path}: cannot be read ({error!r:.80}); choose another --output_dir") from None
-    for path in sorted(folder.glob("runs/*/record.json")):
-        records.setdefault(path.parent.name, read_json(path))
+    try:
+        records = dict(read_json(path)["runs"]) if path.exists() else {}
+        for path in sorted(folder.glob("runs/*/record.json")):
+            records.setdefault(path.parent.name, read_json(path))
+        for name, record in records.items():
+            if not {"args", "family", "seed"} <= record.keys() or not isinstance(record["args"], list):
+                raise ValueError(f"{name} is no record")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise InputError(f"{path}: cannot be read ({error!r:.80}); choose another --output_dir") from None
     return records
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run on all cores already
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path[:0] = [str(Path(__file__).parent / name) for name in ("..", ".", "scale", "robust")]  # modules; what tests share
+sys.path[:0] = [
+    str(Path(__file__).parent / name) for name in ("..", ".", "scale", "robust", "build_data")
+]  # modules; what tests share
 
 import attacked  # noqa: E402
 import miniature  # noqa: E402

@@ -1,14 +1,14 @@
 """Commands under attack, in this process or in one of their own: what they said, how they ended, what they left."""
 
+import codecs
 import io
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -31,11 +31,11 @@ class Ended(NamedTuple):
     out: str
     err: str
 
-    def line(self, code=2):
+    def line(self, code=2, most=700):
         """The one line on stderr with which a command has ended."""
         assert self.code == code, self
         lines = self.err.splitlines()
-        assert len(lines) == 1 and "error: " in lines[0] and lines[0].isprintable() and len(lines[0]) < 600, self.err
+        assert len(lines) == 1 and "error: " in lines[0] and lines[0].isprintable() and len(lines[0]) < most, self.err
         return lines[0].split("error: ", 1)[1]
 
     def last(self, code=1):
@@ -102,34 +102,40 @@ def called(*line, env=(), **how):
 # --- processes of their own, forked from this one, which has imported all --------------------------------------------
 
 
-def child(command, argv, place, prepare):
-    sys.stdout, sys.stderr = open(place / "out", "w"), open(place / "err", "w", buffering=1)
-    os.dup2(sys.stdout.fileno(), 1)
-    os.dup2(sys.stderr.fileno(), 2)
-    import torch
-
-    torch.set_num_threads(1)
+def child(command, argv, ends, prepare):
+    for number, end in enumerate(ends, 1):
+        os.dup2(end, number)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
     if prepare:
         prepare[0](*prepare[1:])
     run_command(lambda: command(*argv), leave=False)
 
 
 def process(command, *argv, prepare=()):
-    """(process, folder of what it says), begun. prepare: (function, its arguments), called in it first."""
-    place = Path(tempfile.mkdtemp(prefix="attacked"))
-    begun = multiprocessing.get_context("fork").Process(target=child, args=(command, [str(a) for a in argv], place, prepare))
+    """(process, [what it says on stdout, on stderr] once it has ended). prepare: (function, its arguments), called in
+    it first."""
+    pipes, said = [os.pipe(), os.pipe()], ["", ""]
+    ends = [end for _, end in pipes]
+    begun = multiprocessing.get_context("fork").Process(target=child, args=(command, [*map(str, argv)], ends, prepare))
     begun.start()
-    return begun, place
+
+    def read(at):
+        with open(pipes[at][0], errors="backslashreplace") as file:
+            said[at] = file.read()
+
+    for at in range(2):
+        os.close(ends[at])
+        threading.Thread(target=read, args=(at,), daemon=True).start()
+    return begun, said
 
 
 def forked(command, *argv, prepare=(), timeout=120):
     """A command in a process of its own, to its end."""
-    begun, place = process(command, *argv, prepare=prepare)
+    begun, said = process(command, *argv, prepare=prepare)
     begun.join(timeout)
     if begun.exitcode is None:
         begun.kill()
-    said = [(place / name).read_text(errors="backslashreplace") for name in ("out", "err")]
-    shutil.rmtree(place)
+    time.sleep(0.05)  # until what it said has been read
     return Ended(begun.exitcode, *said)
 
 
@@ -161,6 +167,7 @@ def until(holds, seconds=60):
 @contextmanager
 def nobody():
     """Without root's right to read and write everything, where the tests run as root."""
+    codecs.lookup("utf-8-sig")  # Python itself may lie where nobody may look
     if os.geteuid():
         yield
         return

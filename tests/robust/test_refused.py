@@ -3,7 +3,6 @@
 import fcntl
 import json
 import pickle
-import shutil
 import time
 from pathlib import Path
 from unittest import mock
@@ -194,7 +193,11 @@ ROWS = {  # number and what is wrong → benchmark, file, what to do to its rows
     "E14 empty prompt": ("rwku", "rl_rejection_with_fb_neighbor", lambda rows: rows[0].update(prompt="")),
     "E14 blank prompt": ("rwku", "reject_target", lambda rows: rows[0].update(instruction=" \n\t")),
     "E14 empty refusal": ("rwku", "reject_target", lambda rows: rows[0].update(output="")),
-    "E14 empty answer": ("rwku", "rl_rejection_with_fb_neighbor", lambda rows: rows[1].update(solution=["<normal>", ""])),
+    "E14 empty answer": (
+        "rwku",
+        "rl_rejection_with_fb_neighbor",
+        lambda rows: rows[1].update(solution=["<normal>", ""]),
+    ),
     "E14 empty target": ("rwku", "intro", lambda rows: rows[0].update(target="")),
     "E14 forget and boundary": ("rwku", "rl_rejection_with_fb_neighbor", lambda r: r[1].update(prompt=r[0]["prompt"])),
     "E14 object as answer": ("muse", "reject_target_0.5", lambda rows: rows[0].update(org_answer={"a": 1})),
@@ -253,7 +256,7 @@ def hold(folder, *argv):
 
 def test_E07_a_live_runs_folder_is_locked_and_a_killed_ones_is_not(interrupted):
     before = tree(interrupted)
-    owner, place = attacked.process(hold, interrupted, "--resume")
+    owner, _ = attacked.process(hold, interrupted, "--resume")
     attacked.until(lambda: is_held(interrupted))
     line = ended(short, "--output_dir", interrupted, "--resume").line()
     assert line.startswith(f"--output_dir {interrupted}: another process") and owner.is_alive()
@@ -262,7 +265,6 @@ def test_E07_a_live_runs_folder_is_locked_and_a_killed_ones_is_not(interrupted):
     }
     owner.kill()
     owner.join()
-    shutil.rmtree(place)
     assert ended(short, "--output_dir", interrupted, "--resume").code == 0
 
 
