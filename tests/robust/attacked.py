@@ -93,9 +93,14 @@ def ended(command, *argv):
 def called(*line, env=(), **how):
     """A command line as a shell would run it: ("rerule.py", flag, …) or ("-m", "build_data", flag, …)."""
     done = subprocess.run(
-        [sys.executable, *map(str, line)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **dict(env)},
-        errors="backslashreplace", **how,
-    )  # fmt: skip
+        [sys.executable, *map(str, line)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **dict(env)},
+        errors="backslashreplace",
+        **how,
+    )
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
@@ -191,10 +196,14 @@ def points():
     from engine import files
 
     return {
-        "log": (files.Log, "write"), "sync": (os, "fsync"), "rename": (os, "replace"), "save": (torch, "save"),
+        "log": (files.Log, "write"),
+        "sync": (os, "fsync"),
+        "rename": (os, "replace"),
+        "save": (torch, "save"),
         "weights": (modeling, "safe_save_file"),
-        "text": (Path, "write_text"), "mkdir": (Path, "mkdir"),
-    }  # fmt: skip
+        "text": (Path, "write_text"),
+        "mkdir": (Path, "mkdir"),
+    }
 
 
 def watch(call, names=None):

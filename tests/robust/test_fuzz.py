@@ -32,14 +32,49 @@ torch.set_num_threads(1)
 PLACE = Path(tempfile.mkdtemp(prefix="fuzz"))
 HALF = "\ud800"
 words = st.sampled_from(
-    ["", " ", "x", "Orla", "Who is Orla Finch?", "<reject>", "<normal>", "qa", "completion", "forget", "retain", "tofu",
-     "\0", "\x1b[2J", "a\nb", "|", HALF, "é", "東", "😀", "nan", "a___b", "x" * 5000, "{}", "{x}", "%s", "../..", "\u2028",
-     "<|im_start|>", "{{", "</s>"]
-)  # fmt: skip
+    [
+        "",
+        " ",
+        "x",
+        "Orla",
+        "Who is Orla Finch?",
+        "<reject>",
+        "<normal>",
+        "qa",
+        "completion",
+        "forget",
+        "retain",
+        "tofu",
+        "\0",
+        "\x1b[2J",
+        "a\nb",
+        "|",
+        HALF,
+        "é",
+        "東",
+        "😀",
+        "nan",
+        "a___b",
+        "x" * 5000,
+        "{}",
+        "{x}",
+        "%s",
+        "../..",
+        "\u2028",
+        "<|im_start|>",
+        "{{",
+        "</s>",
+    ]
+)
 scalars = st.one_of(
-    words, st.text(max_size=8), st.none(), st.booleans(), st.integers(), st.floats(),
+    words,
+    st.text(max_size=8),
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
     st.sampled_from([0, 1, -1, 2**63, 10**400, 1e308, float("nan"), float("inf"), -0.0]),
-)  # fmt: skip
+)
 values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=4), max_leaves=8
 )
@@ -53,8 +88,13 @@ def tried(strategy, examples, seconds=5):
     """Run a function on so many values: it may raise `InputError` alone, and takes not long."""
 
     def run_on(function):
-        @settings(max_examples=examples, derandomize=True, database=None, deadline=None,
-                  suppress_health_check=list(HealthCheck))  # fmt: skip
+        @settings(
+            max_examples=examples,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        )
         @given(strategy)
         def once(value):
             start = time.monotonic()
@@ -173,10 +213,24 @@ def log_rows():
 
 
 OURS = {"benchmark": "tofu", "per_example": log_rows()}
-PART = {name: {"0": value} for name, value in (("avg_gt_loss", 1.0), ("avg_paraphrased_loss", 1.0),
-                                              ("average_perturb_loss", [1.0]), ("rougeL_recall", 0.5))}  # fmt: skip
-THEIRS = {name: PART for name in ("eval_log.json", "eval_real_author_wo_options.json", "eval_real_world_wo_options.json",
-                                  "eval_log_forget.json")}  # fmt: skip
+PART = {
+    name: {"0": value}
+    for name, value in (
+        ("avg_gt_loss", 1.0),
+        ("avg_paraphrased_loss", 1.0),
+        ("average_perturb_loss", [1.0]),
+        ("rougeL_recall", 0.5),
+    )
+}
+THEIRS = {
+    name: PART
+    for name in (
+        "eval_log.json",
+        "eval_real_author_wo_options.json",
+        "eval_real_world_wo_options.json",
+        "eval_log_forget.json",
+    )
+}
 
 
 @pytest.mark.parametrize("good", [OURS, THEIRS], ids=["ours", "theirs"])
@@ -197,9 +251,13 @@ def test_logs_and_what_is_made_of_them(good, n):
 def test_ability(n):
     target = {"choices": ["a", "b"], "labels": [1, 0]}
     shot = {"question": "q", "choices": list("abcd"), "answer": 0}
-    good = {"retain_mmlu": shot | {"task": "t", "examples": [shot]}, "triviaqa": {"question": "q", "answers": ["a"]},
-            "retain_bbh": {"task": "t", "question": "q", "answer": "a", "cot": "c"}, "fluency": {"instruction": "i"},
-            "truthful": {"question": "q", "mc1_targets": target, "mc2_targets": target}}  # fmt: skip
+    good = {
+        "retain_mmlu": shot | {"task": "t", "examples": [shot]},
+        "triviaqa": {"question": "q", "answers": ["a"]},
+        "retain_bbh": {"task": "t", "question": "q", "answer": "a", "cot": "c"},
+        "fluency": {"instruction": "i"},
+        "truthful": {"question": "q", "mc1_targets": target, "mc2_targets": target},
+    }
 
     @tried(spoilt(good), n)
     def _(rows):
@@ -268,10 +326,23 @@ def test_strengths_of_whp_and_records(n):
 
 # --- what a language model says --------------------------------------------------------------------------------------
 
-REPLIES = values.map(json.dumps) | st.text(max_size=30) | words | st.none() | st.sampled_from(
-    ['{"read": 1, "help": 2, "truth": 3}', '```json\n{"read": 1, "help": 2, "truth": 300}\n```', "```\n```", "[" * 99_999,
-     "9" * 5000, '{"read": ' + "9" * 5000 + "}", '{"a": "\\ud800"}']
-)  # fmt: skip
+REPLIES = (
+    values.map(json.dumps)
+    | st.text(max_size=30)
+    | words
+    | st.none()
+    | st.sampled_from(
+        [
+            '{"read": 1, "help": 2, "truth": 3}',
+            '```json\n{"read": 1, "help": 2, "truth": 300}\n```',
+            "```\n```",
+            "[" * 99_999,
+            "9" * 5000,
+            '{"read": ' + "9" * 5000 + "}",
+            '{"a": "\\ud800"}',
+        ]
+    )
+)
 
 
 @pytest.mark.parametrize("n", budget(150))
@@ -348,8 +419,34 @@ NUMBERS = [
     "1_000",
     "٣",
 ]
-TEXTS = ["", " ", "tiny", "x", "a/b", "../..", "\0", "\udcff", "\n", "--steps", "-1", "x" * 300, "builtin", "tofu", "rwku",
-         "none", "rule", "ga", "leak", "all-linear", "[]", "a.json", "http://[", "cpu", "tofu", str(PLACE)]  # fmt: skip
+TEXTS = [
+    "",
+    " ",
+    "tiny",
+    "x",
+    "a/b",
+    "../..",
+    "\0",
+    "\udcff",
+    "\n",
+    "--steps",
+    "-1",
+    "x" * 300,
+    "builtin",
+    "tofu",
+    "rwku",
+    "none",
+    "rule",
+    "ga",
+    "leak",
+    "all-linear",
+    "[]",
+    "a.json",
+    "http://[",
+    "cpu",
+    "tofu",
+    str(PLACE),
+]
 
 
 def lines_of(kind):

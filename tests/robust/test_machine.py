@@ -38,8 +38,9 @@ def test_E06_a_full_disk_is_one_line_and_the_run_goes_on(finished, tmp_path, siz
 def test_E06_of_an_evaluation_and_a_build(finished, folders, tmp_path):
     argv = [*tofu(folders), "--model", finished / "rerule"]
     assert tree(finished)
-    done = forked(evaluate, "--benchmark", "builtin", *argv[4:], "--output", tmp_path / "o.json",
-                  prepare=(small_files, 100))  # fmt: skip
+    done = forked(
+        evaluate, "--benchmark", "builtin", *argv[4:], "--output", tmp_path / "o.json", prepare=(small_files, 100)
+    )
     assert "o.json" in done.last() and not (tmp_path / "o.json").exists()
     argv = ["--source", "tofu", "--input", folders["tofu"], "--target", "Orla", "--output_dir", tmp_path / "built"]
     done = forked(build_data, *argv, prepare=(small_files, 100))
@@ -139,8 +140,21 @@ def test_E12_a_hostile_server_costs_neither_memory_nor_time(talk, tmp_path, monk
     monkeypatch.setattr(llm, "ATTEMPTS", 3)
     server, start, at_first = Server(talk), time.monotonic(), memory()
     with pytest.raises(InputError, match="--url"):
-        llm.ask_all(["Who?"], lambda reply: reply, url=server.url, model="m", key="secret", cache=tmp_path / "c",
-                    flag="--url", field="f", max_tokens=9, once=True, timeout=0.3, wait=0.01, progress=False)  # fmt: skip
+        llm.ask_all(
+            ["Who?"],
+            lambda reply: reply,
+            url=server.url,
+            model="m",
+            key="secret",
+            cache=tmp_path / "c",
+            flag="--url",
+            field="f",
+            max_tokens=9,
+            once=True,
+            timeout=0.3,
+            wait=0.01,
+            progress=False,
+        )
     assert time.monotonic() - start < 10 and memory() - at_first < 100e6
     assert server.asked <= TALKS[talk] and b"secret" not in (tmp_path / "c").read_bytes()
     server.listener.close()
@@ -157,9 +171,9 @@ def memory():
 @pytest.mark.parametrize(
     "reply", ['{"a": "\\ud800"}', '{"a": ["x\\udfff"]}', '{"a": {"\\ud83d": 1}}', '{"a": "\ud800"}']
 )
-def test_E08_half_a_character_in_a_reply_is_a_bad_reply(reply):
+def test_E08_half_a_character_in_a_reply_is_a_bad_reply(inner):
     with pytest.raises(llm.BadReply):
-        llm.json_object(reply, ["a"])
+        llm.json_object(f'{{"a": {inner}}}', ["a"])
     assert llm.json_object('{"a": "\\ud83d\\ude00"}', ["a"]) == {"a": "😀"}
 
 
@@ -170,7 +184,7 @@ PATHS = {
     rerule: ["output_dir", "start_from", "purge_terms", "retain_log", "data_dir", "model", "tokenizer"],
     evaluate: ["output", "data_dir", "model", "from_log", "retain_log", "retain_model", "tokenizer"],
     build_data: ["input", "output_dir", "neighbours"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -236,10 +250,18 @@ class Finder:
 sys.meta_path.insert(0, Finder)
 moment, place, sys.argv = sys.argv[1], sys.argv[2], sys.argv[2:]
 sys.path.insert(0, "")
-runpy.run_path(place, run_name="__main__") if place.endswith(".py") else runpy.run_module(place, run_name="__main__", alter_sys=True)
+how = {} if place.endswith(".py") else {"alter_sys": True}
+(runpy.run_module if how else runpy.run_path)(place, run_name="__main__", **how)
 """
-MOMENTS = [("transformers", "rerule.py"), ("torch", "rerule.py"), ("engine.run", "rerule.py"), ("torch", "evaluate.py"),
-           ("benchmarks.answers", "evaluate.py"), ("huggingface_hub", "build_data"), ("numpy", "reproduce")]  # fmt: skip
+MOMENTS = [
+    ("transformers", "rerule.py"),
+    ("torch", "rerule.py"),
+    ("engine.run", "rerule.py"),
+    ("torch", "evaluate.py"),
+    ("benchmarks.answers", "evaluate.py"),
+    ("huggingface_hub", "build_data"),
+    ("numpy", "reproduce"),
+]
 
 
 @pytest.mark.parametrize(("module", "command"), MOMENTS)

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 import evaluate as scoring
 import rerule as driver
-from engine.run import Run
 
 torch.set_num_threads(1)
 DEEP, LONG = "[" * 100_000 + "]" * 100_000, "9" * 6000
@@ -80,8 +79,18 @@ def test_E01_a_state_runs_no_code_whatever_folder_it_names(interrupted, tmp_path
 
 # --- E2, E28: servers and outputs that cannot be ---------------------------------------------------------------------
 
-URLS = ["file:///etc/passwd", "ftp://host/v1", "host:8000", "http://", "http://[::1", "http://127.0.0.1:1/v1",
-        "http://127.0.0.1:99999", "http://h\x00st/v1", "http://no-such-host.invalid/v1", " "]  # fmt: skip
+URLS = [
+    "file:///etc/passwd",
+    "ftp://host/v1",
+    "host:8000",
+    "http://",
+    "http://[::1",
+    "http://127.0.0.1:1/v1",
+    "http://127.0.0.1:99999",
+    "http://h\x00st/v1",
+    "http://no-such-host.invalid/v1",
+    " ",
+]
 
 
 @pytest.mark.parametrize("url", URLS, ids=repr)
@@ -136,8 +145,14 @@ def test_E04_a_rate_beyond_reason_is_refused(untouched, flags):
     assert flags.split()[0] in untouched(rerule, *flags.split())
 
 
-WILD = ["--lr 1e6 --max_grad_norm 1e6", "--temperature 1e-12", "--temperature 1e6", "--sft_lr 1e6 --max_grad_norm 1e6",
-        "--weight_decay 1e6 --lr 1e6", "--kl_coef 1e6 --lr 1"]  # fmt: skip
+WILD = [
+    "--lr 1e6 --max_grad_norm 1e6",
+    "--temperature 1e-12",
+    "--temperature 1e6",
+    "--sft_lr 1e6 --max_grad_norm 1e6",
+    "--weight_decay 1e6 --lr 1e6",
+    "--kl_coef 1e6 --lr 1",
+]
 
 
 @pytest.mark.parametrize("flags", WILD)
@@ -159,16 +174,18 @@ def test_E05_forbidden_terms_are_read_first(untouched, tmp_path, text):
 FLAGS = {
     "E11": "retain_weight nan|retain_weight inf|gamma nan|gamma -inf|alpha inf|alpha nan|llmu_weights nan 1 1|"
     "llmu_weights 1 inf 1|kl_coef inf|epsilon_high inf|max_perplexity nan|forget_weight inf|beta nan|min_share nan",
-    "E13": "sft_epochs 1e308|group_size 100000000000|tiny_hidden 1000000000|tiny_layers 10000000|seed 1" + "0" * 400
+    "E13": "sft_epochs 1e308|group_size 100000000000|tiny_hidden 1000000000|tiny_layers 10000000|seed 1"
+    + "0" * 400
     + "|buffer_size 100000000000000000000|steps 9999999999|prompts_per_step 10000000|max_new_tokens 1000000000000|"
     "tiny_epochs 1e300|lora_rank 10000000000|eval_batch_size 99999999999|baseline_epochs 1e200|redraw 1000000000|"
     "sga_k 1000000000|lora_alpha 1e308|rollout_prompts 10000000|save_every 99999999999",
     "E26": "model |model  |benchmark |method |device |tokenizer x",
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize(("number", "flag"), [(n, f) for n, flags in FLAGS.items() for f in flags.split("|")],
-                         ids=lambda part: part[:30])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "flag"), [(n, f) for n, flags in FLAGS.items() for f in flags.split("|")], ids=lambda part: part[:30]
+)
 def test_E11_E13_E26_a_value_beyond_reason_is_refused(untouched, number, flag):
     name, _, value = flag.partition(" ")
     values = value.split(" ") if value.strip() else [value]

@@ -50,7 +50,7 @@ def edit(path, **changes):
 
 TEMPLATES = {
     "raises": "{{ raise_exception('no') }}",
-    "raises later": "{% if messages[0]['content'] | length > 9 %}{{ raise_exception('no') }}{% endif %}{{ messages[0] }}",
+    "raises later": "{% if messages[0]['content'] | length > 9 %}{{ raise_exception('no') }}{% endif %}x",
     "is none": "{% if",
     "divides": "{{ 1 // (messages[0]['content'] | length - 4) }}",
     "asks for a system turn": "{{ messages[1]['content'] + 'x' }}",
@@ -109,9 +109,25 @@ def test_E25_an_eos_id_that_is_none_is_refused(folders, spoilt, eos, file):
         assert "eos_token_id" in refused(folders, spoilt)
 
 
-@pytest.mark.parametrize("text", ['{"alpha": "NaN"}', '{"alpha": NaN}', '{"alpha": Infinity}', '{"alpha": null}', "[]",
-                                  '{"alpha": [1]}', "{}", "", "[" * 10**5, '{"alpha": "1"}', '{"alpha": true}',
-                                  '{"alpha": 1e400}', '{"alpha": ' + "9" * 400 + "}"], ids=lambda t: t[:20])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"alpha": "NaN"}',
+        '{"alpha": NaN}',
+        '{"alpha": Infinity}',
+        '{"alpha": null}',
+        "[]",
+        '{"alpha": [1]}',
+        "{}",
+        "",
+        "[" * 10**5,
+        '{"alpha": "1"}',
+        '{"alpha": true}',
+        '{"alpha": 1e400}',
+        '{"alpha": ' + "9" * 400 + "}",
+    ],
+    ids=lambda t: t[:20],
+)
 def test_E25_a_strength_of_whp_that_is_none_is_refused(folders, spoilt, good, text):
     folder = spoilt.parent / "pair"
     Pair(make_model(0, 2048), make_model(1, 2048), 1.0).save_pretrained(folder)
@@ -155,11 +171,19 @@ def log(good, tmp_path_factory):
 
 
 WRONG = {
-    "split": [None, 7, ["forget"]], "target": [7, []], "forget": [None, 1, "yes"], "truncated": [3, "no"],
-    "rouge_l_recall": ["0.5", float("nan"), float("inf"), -1, 2, [], True], "rouge_l_f1": ["x", float("nan")],
-    "refusal": [1, "x"], "leak": [{}], "named": [0.5], "answer_loss": ["x", [], True],
-    "perturbed_losses": [None, "abc", [], {"a": 1}, ["x"], [[1]], 7], "paraphrased_loss": [{}, "1"],
-}  # fmt: skip
+    "split": [None, 7, ["forget"]],
+    "target": [7, []],
+    "forget": [None, 1, "yes"],
+    "truncated": [3, "no"],
+    "rouge_l_recall": ["0.5", float("nan"), float("inf"), -1, 2, [], True],
+    "rouge_l_f1": ["x", float("nan")],
+    "refusal": [1, "x"],
+    "leak": [{}],
+    "named": [0.5],
+    "answer_loss": ["x", [], True],
+    "perturbed_losses": [None, "abc", [], {"a": 1}, ["x"], [[1]], 7],
+    "paraphrased_loss": [{}, "1"],
+}
 
 
 @pytest.mark.parametrize(("field", "value"), [(f, v) for f in WRONG for v in WRONG[f]], ids=repr)
@@ -207,10 +231,16 @@ STATES = {
     "moments of another model": lambda s: s["payload"]["optimizer"]["param_groups"][0].update(params=[0]),
     "seconds as text": lambda s: s["payload"].update(seconds="x"),
     "over as a list": lambda s: s["payload"].update(over=[1]),
-    "no buffer": lambda s: [s["payload"].pop(k) for k in list(s["payload"]) if k not in ("model", "optimizer", "seconds", "over")],  # noqa: E501
-    "a buffer of text": lambda s: s["payload"].update({k: "x" for k in s["payload"] if k not in ("model", "optimizer", "seconds", "over")}),  # noqa: E501
-    "a list of nothing": lambda s: s["payload"].update({k: [None] for k in s["payload"] if k not in ("model", "optimizer", "seconds", "over")}),  # noqa: E501
-}  # fmt: skip
+    "no buffer": lambda s: [
+        s["payload"].pop(k) for k in list(s["payload"]) if k not in ("model", "optimizer", "seconds", "over")
+    ],  # noqa: E501
+    "a buffer of text": lambda s: s["payload"].update(
+        {k: "x" for k in s["payload"] if k not in ("model", "optimizer", "seconds", "over")}
+    ),  # noqa: E501
+    "a list of nothing": lambda s: s["payload"].update(
+        {k: [None] for k in s["payload"] if k not in ("model", "optimizer", "seconds", "over")}
+    ),  # noqa: E501
+}
 
 
 @pytest.mark.parametrize("name", STATES)

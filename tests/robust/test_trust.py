@@ -3,13 +3,14 @@
 import json
 import pickle
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
-from attacked import build_data, called, ended, evaluate, reproduce, rerule, short
+from attacked import ROOT, build_data, ended, evaluate, reproduce, rerule, short
 from loopback import Loopback
 from made import TRAIN, byte_tokenizer, make_model, tree, write
 from orla import NAME, questions
@@ -63,13 +64,47 @@ def safe(done, marker):
 
 # --- a run's folder --------------------------------------------------------------------------------------------------
 
-RUN = [".lock", "config.json", "metrics.jsonl", "samples.jsonl", "state.pt", "ways.json", "table.json", "table.md", ".metadata",
-       "shards_rerule_2/0.safetensors", "shards_rerule_2/.metadata", "predictions/original.jsonl", "attacks/original.json"]  # fmt: skip
-MODEL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-         "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json",
-         "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "whp.json",
-         "adapter_config.json", "adapter_model.bin", "adapter_model.safetensors", "adapter/adapter_model.bin",
-         "training_args.bin", "optimizer.pt", "tf_model.h5", "flax_model.msgpack", "preprocessor_config.json"]  # fmt: skip
+RUN = [
+    ".lock",
+    "config.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "state.pt",
+    "ways.json",
+    "table.json",
+    "table.md",
+    ".metadata",
+    "shards_rerule_2/0.safetensors",
+    "shards_rerule_2/.metadata",
+    "predictions/original.jsonl",
+    "attacks/original.json",
+]
+MODEL = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "whp.json",
+    "adapter_config.json",
+    "adapter_model.bin",
+    "adapter_model.safetensors",
+    "adapter/adapter_model.bin",
+    "training_args.bin",
+    "optimizer.pt",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "preprocessor_config.json",
+]
 
 
 @pytest.mark.parametrize(
@@ -83,8 +118,17 @@ def test_a_runs_folder(interrupted, marker, file):
         safe(ended(short, "--output_dir", interrupted, "--resume"), marker)
 
 
-@pytest.mark.parametrize("file", ["state.pt", "config.json", "metrics.jsonl", "rej_steer/config.json",
-                                  "predictions/rej_steer.jsonl", "original/pytorch_model.bin"])  # fmt: skip
+@pytest.mark.parametrize(
+    "file",
+    [
+        "state.pt",
+        "config.json",
+        "metrics.jsonl",
+        "rej_steer/config.json",
+        "predictions/rej_steer.jsonl",
+        "original/pytorch_model.bin",
+    ],
+)
 def test_a_run_to_start_from(finished, tmp_path, marker, file):
     source = Path(shutil.copytree(finished, tmp_path / "source"))
     plant(source / file, marker, archive=file.endswith(".pt"))
@@ -158,18 +202,12 @@ def test_code_beside_a_command_is_not_run(good, tmp_path, marker):
     """In a process of its own, begun in a folder of another's."""
     for name in ("torch", "benchmarks", "config", "json", "sitecustomize", "usercustomize"):
         (tmp_path / f"{name}.py").write_text(CODE.format(str(marker)))
-    import subprocess
-
-    from attacked import ROOT
-
     line = [sys.executable, ROOT / "evaluate.py", "--benchmark", "x", "--output", "x"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
-    assert "--benchmark x" in done.stderr and not marker.exists() and called
+    assert "--benchmark x" in done.stderr and not marker.exists()
 
 
 # --- data, logs, caches, records -------------------------------------------------------------------------------------
-
-FILES = [(name, file) for name in TRAIN for file in ("*.json", "*/*.json")]
 
 
 @pytest.mark.parametrize("benchmark", TRAIN)
