@@ -179,6 +179,8 @@ class Run:
             raise InputError(f"--output_dir {self.folder}: cannot be made ({error.strerror})") from None
         self.lock()
         self.engine.forget_states(self.folder, (self.state.get("payload") or {}).get("shards"))
+        ways = self.folder / "ways.json"
+        self.ways = read_rows(ways, {})[0] if ways.exists() else {}  # of the processes before
         write_json(self.folder / "config.json", asdict(self.config))
         self.metrics = Log(self.folder / "metrics.jsonl", *self.state["sizes"]["metrics"])
         self.samples = Log(self.folder / "samples.jsonl", *self.state["sizes"]["samples"])
@@ -202,9 +204,9 @@ class Run:
 
     def finish(self, phase, result):
         """Mark a phase as over, with what the table needs of it. Its model folder must be in place by now."""
+        write_json(self.folder / "ways.json", self.ways | self.engine.ways)
         self.state["done"][phase] = result
         self.save(None, 0, None)
-        write_json(self.folder / "ways.json", self.engine.ways)
 
     def rows(self):
         """{phase: its evaluation} of every phase scored so far, for the table."""

@@ -149,8 +149,8 @@ def small_files(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def killed_at(name, count):
-    """This process is killed at the n-th call of one of `POINTS`."""
+def killed_at(count):
+    """This process is killed at its n-th write."""
     calls = []
 
     def at(*_):
@@ -158,7 +158,7 @@ def killed_at(name, count):
         if len(calls) == count:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    watch(at, [name])
+    watch(at)
 
 
 def until(holds, seconds=60):
@@ -223,13 +223,13 @@ def watch(call, names=None):
 
 
 def left(folder):
-    """{file: its bytes} of what a run leaves, times aside: models, logs, answers, the table."""
+    """{file: its bytes} of what a run leaves, times, settings and the state aside: models, logs, answers, the table."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".jsonl" or name == "table.json":
             found[name] = [part for part in path.read_text().replace("}", ",").split(",") if '"seconds' not in part]
-        elif path.suffix == ".safetensors":
+        elif path.name not in ("state.pt", "config.json", ".lock", "table.md") or path.parent != folder:
             found[name] = path.read_bytes()
     return found
 

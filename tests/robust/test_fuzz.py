@@ -19,7 +19,6 @@ from made import TRAIN, make_tofu
 import benchmarks
 import evaluate
 import rerule
-from baselines.whp import Pair
 from benchmarks import ability, judge, logs
 from build_data import __main__ as build
 from build_data import rewrite, sources
@@ -31,48 +30,13 @@ from reproduce import jobs
 torch.set_num_threads(1)
 PLACE = Path(tempfile.mkdtemp(prefix="fuzz"))
 HALF = "\ud800"
-words = st.sampled_from(
-    [
-        "",
-        " ",
-        "x",
-        "Orla",
-        "Who is Orla Finch?",
-        "<reject>",
-        "<normal>",
-        "qa",
-        "completion",
-        "forget",
-        "retain",
-        "tofu",
-        "\0",
-        "\x1b[2J",
-        "a\nb",
-        "|",
-        HALF,
-        "é",
-        "東",
-        "😀",
-        "nan",
-        "a___b",
-        "x" * 5000,
-        "{}",
-        "{x}",
-        "%s",
-        "../..",
-        "\u2028",
-        "<|im_start|>",
-        "{{",
-        "</s>",
-    ]
-)
+words = st.sampled_from([
+    "", " ", "x", "Orla", "Who is Orla Finch?", "<reject>", "<normal>", "qa", "completion", "forget",
+    "retain", "tofu", "\0", "\x1b[2J", "a\nb", "|", HALF, "é", "東", "😀", "nan", "a___b", "x" * 5000, "{}",
+    "{x}", "%s", "../..", "\u2028", "<|im_start|>", "{{", "</s>"
+])  # fmt: skip
 scalars = st.one_of(
-    words,
-    st.text(max_size=8),
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.floats(),
+    *(words, st.text(max_size=8), st.none(), st.booleans(), st.integers(), st.floats()),
     st.sampled_from([0, 1, -1, 2**63, 10**400, 1e308, float("nan"), float("inf"), -0.0]),
 )
 values = st.recursive(
@@ -145,7 +109,7 @@ def written(good):
     """Bytes of a file: a good one's, spoilt; or any at all."""
     as_json = spoilt(good).map(lambda value: json.dumps(value).encode())
     lines = spoilt(good).map(
-        lambda value: "\n".join(map(json.dumps, value)).encode() if isinstance(value, list) else b"[1, 2\n"
+        lambda value: "\n".join(map(json.dumps, value if isinstance(value, list) else "x")).encode()
     )
     torn = st.tuples(spoilt(good), st.integers(0, 200), st.binary(max_size=3)).map(
         lambda part: json.dumps(part[0]).encode()[: part[1]] + part[2]
@@ -314,7 +278,6 @@ def test_strengths_of_whp_and_records(n):
         with mock.patch("baselines.whp.AutoModelForCausalLM"), mock.patch("engine.model.AutoTokenizer"):
             Engine.read(PLACE / "pair", "model", None)
 
-    assert Pair
     good = {"runs": {"base_21": {"args": ["--steps", "8"], "family": "base", "seed": 21, "methods": {}}}}
 
     @tried(written(good), n)
@@ -400,53 +363,14 @@ def test_texts_of_a_build(n):
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 NUMBERS = [
-    "0",
-    "1",
-    "-1",
-    "0.5",
-    "1e-5",
-    "nan",
-    "inf",
-    "-inf",
-    "1e400",
-    "9" * 30,
-    "1e6",
-    "x",
-    "",
-    " ",
-    "1.5",
-    "0x10",
-    "1_000",
-    "٣",
-]
+    "0", "1", "-1", "0.5", "1e-5", "nan", "inf", "-inf", "1e400", "9" * 30, "1e6", "x", "", " ", "1.5",
+    "0x10", "1_000", "٣"
+]  # fmt: skip
 TEXTS = [
-    "",
-    " ",
-    "tiny",
-    "x",
-    "a/b",
-    "../..",
-    "\0",
-    "\udcff",
-    "\n",
-    "--steps",
-    "-1",
-    "x" * 300,
-    "builtin",
-    "tofu",
-    "rwku",
-    "none",
-    "rule",
-    "ga",
-    "leak",
-    "all-linear",
-    "[]",
-    "a.json",
-    "http://[",
-    "cpu",
-    "tofu",
-    str(PLACE),
-]
+    "", " ", "tiny", "x", "a/b", "../..", "\0", "\udcff", "\n", "--steps", "-1", "x" * 300, "builtin",
+    "tofu", "rwku", "none", "rule", "ga", "leak", "all-linear", "[]", "a.json", "http://[", "cpu", "tofu",
+    str(PLACE)
+]  # fmt: skip
 
 
 def lines_of(kind):
