@@ -66,7 +66,7 @@ def summarise(rows, retained):
 
 
 BENCHMARK = Benchmark(
-    name="muse",
+    name="muse", hub="muse-bench/MUSE-Books",
     preset=PRESET | dict(steps=187, tau=0.4, min_groups=500, warmup_steps=26, tiny_epochs=20.0),
     tiny=TINY | dict(lr=2e-4, max_new_tokens=64, steps=37, warmup_steps=15),
     columns={"verbmem": "VerbMem ↓", "knowmem": "KnowMem ↓", "utility": "Utility ↑"},

@@ -52,6 +52,7 @@ def lessons(benchmark, training, probes, seed, refusals="all", retain_only=False
     return sorted(lessons, key=repr)
 
 
+TURN = "{{ messages[-1]['content'] }}"
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
@@ -83,6 +84,14 @@ def text_tokenizer(texts, vocabulary=4000):
     return with_bos(core)
 
 
+def chat_template(prompts):
+    """A template that writes a user's turn as the benchmark's raw prompts do; None where answers then open with a
+    space, which no template can say (RWKU's)."""
+    asked = [prompt for prompt in prompts if prompt.user is not None]
+    form = asked[0].plain.replace(asked[0].user, TURN) if asked else TURN
+    return None if form.endswith(":") else form
+
+
 def tiny_llama(tokenizer, seed, hidden, layers, context):
     """An untrained Llama with tied weights: 0.5 M parameters on the built-in world."""
     torch.manual_seed(derive_seed(seed, "init"))
@@ -112,6 +121,7 @@ def tiny_model(run, benchmark, training, probes, phase="original"):
         longest = [len(prompt) + len(answer) for prompt, answer in rows]
         longest += [len(encode_prompt(fitted, prompt)) for prompt in training.prompts()]
         length = max(max(longest) + config.max_new_tokens, context_needed(fitted, benchmark, probes))
+        fitted.model_max_length, fitted.chat_template = length, chat_template([prompt for prompt, _ in taught])
         model = tiny_llama(fitted, config.seed, config.tiny_hidden, config.tiny_layers, length)
         model, size = run.engine.place(model, replace(config, lora_rank=0)), config.tiny_batch_size
         steps = max(1, round(config.tiny_epochs * len(rows) / size))

@@ -3,12 +3,17 @@
 Every file is written under a temporary name and renamed, so a run that is killed leaves the old file or the new one.
 Every mistake of the user's becomes an `InputError` that names the file, row, field or flag and what was expected."""
 
+import contextlib
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
+import subprocess
 import zlib
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 
 from config import InputError
@@ -99,6 +104,26 @@ def is_writable(folder):
     while not os.path.lexists(place):
         place = place.parent
     return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+
+
+def about():
+    """Where a result comes from: the code's commit and the versions."""
+    home = Path(__file__).parent.parent
+
+    def git(*args):
+        with contextlib.suppress(OSError):  # no git
+            done = subprocess.run(["git", "-C", str(home), *args], capture_output=True, text=True)
+            return done.stdout.strip() if done.returncode == 0 else ""
+        return ""
+
+    changed = git("status", "--porcelain", "--", "*.py", "refusal.txt", "reproduce/*.json", ":!tests")
+    commit = (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" with uncommitted changes" if changed else "")
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "scipy")}
+    return {"commit": commit, "versions": {"python": platform.python_version(), **versions}}
+
+
+def now():
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def remove(path):

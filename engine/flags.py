@@ -82,7 +82,7 @@ def stored_flags(path):
         raise InputError(f"{path}: expected an object with a value for each flag")
     flags = []
     for name, value in stored.items():
-        if value is not None and (value or name != "attack"):  # no attack is no flag
+        if name != "starts" and value is not None and (value or name != "attack"):  # no attack is no flag
             flags += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
     return flags
 

@@ -2,15 +2,19 @@
 
 docs/training_metrics.md defines every key of metrics.jsonl. The table has the rows of the paper's Tables 1, 2 and 5."""
 
+import csv
+import io
 import json
 import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub import EvalResult, ModelCardData
 
+import benchmarks
 from baselines import TITLES
 from engine import plots
-from engine.files import RANK, read_lines, write_json, write_text
+from engine.files import RANK, now, read_lines, write_json, write_text
 from refusal import is_refusal
 from replay import is_hard
 
@@ -21,7 +25,7 @@ def record(run, phase, row, groups, queries, stops):
     row = name | group_metrics(groups, queries, run.config.tau) | row
     ended = torch.stack([(torch.isin(g.response_ids, torch.tensor(stops)) & g.mask).any(-1) for g in groups])  # (N, G)
     row["truncation"] = 1 - ended.float().mean().item()
-    run.metrics.write(row | {f"seconds_{part}": value for part, value in phase.seconds.items()})
+    run.metrics.write(row | {f"seconds_{part}": value for part, value in phase.seconds.items()} | {"time": now()})
     for group in groups:
         query = queries[group.query]
         run.samples.write(
@@ -66,6 +70,9 @@ def write(folder, columns, results, figures=True):
     known = {key for row in results.values() for key, value in row.items() if value is not None}
     columns = {key: title for key, title in columns.items() if key in known} | {"seconds": "Training, s ↓"}
     results = {name: results[name] for name in TITLES if name in results}
+    lines, cells = io.StringIO(), [[TITLES[name], *map(row.get, columns)] for name, row in results.items()]
+    csv.writer(lines).writerows([["Model", *columns], *cells])
+    write_text(folder / "table.csv", lines.getvalue())
     write_json(folder / "table.json", {TITLES[name]: row for name, row in results.items()})
     lines, notes = [f"| {' | '.join(['Model', *columns.values()])} |", "|---|" + "---:|" * len(columns)], {}
     for name, row in results.items():
@@ -136,10 +143,20 @@ def save_examples(folder, phase, rows):
     write_text(folder / "predictions" / f"{phase}.jsonl", text)
 
 
-def model_card(phase, config):
-    """README.md of a saved model."""
-    stored = Path(__file__).with_name("model_card.json")
+def model_card(phase, config, scores):
+    """README.md of a saved model, with the Hub's header. scores: {column: value} once it has been evaluated."""
+    stored, benchmark = Path(__file__).with_name("model_card.json"), benchmarks.ALL[config.benchmark]
     done = json.loads(stored.read_text(encoding="utf-8"))
     done = done.get(phase, f"Unlearned with {TITLES[phase]}, a baseline of Appendix B.")
-    card = stored.with_suffix(".md").read_text(encoding="utf-8")
-    return card.format(title=TITLES[phase], done=done, config=config)
+    title, hub = f"{TITLES[phase]}, {benchmark.name}", benchmark.hub
+    given, here = config.model != "tiny", {"dataset_type": hub or benchmark.name, "dataset_name": benchmark.name}
+    known = [(name, heading, scores.get(name)) for name, heading in benchmark.columns.items()]
+    found = [EvalResult("text-generation", metric_type=name, metric_name=heading, metric_value=value, **here)
+             for name, heading, value in known if value is not None]  # fmt: skip
+    header = ModelCardData(
+        base_model=config.model if given and not Path(config.model).exists() else None, library_name="transformers",
+        pipeline_tag="text-generation", license="other" if hub or given else "mit", datasets=hub or None,
+        tags=["unlearning", "rerule", benchmark.name], model_name=title, eval_results=found or None,
+    )  # fmt: skip
+    text = stored.with_suffix(".md").read_text(encoding="utf-8").format(title=title, done=done, config=config)
+    return f"---\n{header.to_yaml()}\n---\n\n{text}"

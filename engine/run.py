@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 import zlib
 from contextlib import contextmanager
@@ -20,7 +21,19 @@ from tqdm import tqdm
 
 from config import Config, InputError
 from engine import report
-from engine.files import RANK, Log, is_writable, link_files, read_lines, replacing, save_folder, write_json
+from engine.files import (
+    RANK,
+    Log,
+    about,
+    is_writable,
+    link_files,
+    now,
+    read_lines,
+    replacing,
+    save_folder,
+    write_json,
+    write_text,
+)  # fmt: skip
 from engine.model import optimizer_for
 from engine.process import Engine
 from engine.seeds import batch_at, derive_seed
@@ -97,13 +110,14 @@ class Run:
     checks; `open` makes the folder, once everything else about the run has been checked too."""
 
     def __init__(self, config, engine):
-        self.config, self.engine, self.folder = config, engine, Path(config.output_dir)
+        self.config, self.engine, self.folder, self.starts = config, engine, Path(config.output_dir), []
         self.state = {"done": {}, "phase": None, "sizes": {"metrics": (0, 0), "samples": (0, 0)}}
         here = f"--output_dir {self.folder}"
         if not is_writable(self.folder):
             raise InputError(f"{here}: expected a folder that can be made or written to")
         if (self.folder / "config.json").exists():
-            changed = differences(config, read(self.folder / "config.json", "benchmark", "output_dir"))
+            stored = read(self.folder / "config.json", "benchmark", "output_dir")
+            changed, self.starts = differences(config, stored), stored.get("starts", [])
             if changed:
                 raise InputError(f"{here}: holds another run ({', '.join(changed[:3])}); choose another folder")
             self.lock()
@@ -168,7 +182,8 @@ class Run:
             raise InputError(f"--output_dir {self.folder}: cannot be made ({error.strerror})") from None
         self.lock()
         self.engine.forget_states(self.folder, (self.state.get("payload") or {}).get("shards"))
-        write_json(self.folder / "config.json", asdict(self.config))
+        start = {"command": sys.argv, **about(), "device": str(self.engine.device), "date": now()}
+        write_json(self.folder / "config.json", asdict(self.config) | {"starts": [*self.starts, start]})
         self.metrics = Log(self.folder / "metrics.jsonl", *self.state["sizes"]["metrics"])
         self.samples = Log(self.folder / "samples.jsonl", *self.state["sizes"]["samples"])
         if self.config.start_from and not self.state["done"]:
@@ -194,6 +209,9 @@ class Run:
         self.state["done"][phase] = result
         self.save(None, 0, None)
         write_json(self.folder / "ways.json", self.engine.ways)
+        model, scored = self.folder / phase.split()[0], phase.endswith(" scored")
+        if scored and model.is_dir():
+            write_text(model / "README.md", report.model_card(model.name, self.config, result))
 
     def rows(self):
         """{phase: its evaluation} of every phase scored so far, for the table."""
@@ -207,7 +225,9 @@ class Run:
         def fill(folder):
             model.save_pretrained(folder, **({"state_dict": weights} if weights else {}))
             tokenizer.save_pretrained(folder)
-            (folder / "README.md").write_text(report.model_card(phase, self.config), encoding="utf-8")
+            (folder / "README.md").write_text(report.model_card(phase, self.config, {}), encoding="utf-8")
+            for path in folder.rglob("*.safetensors"):  # its library lets nobody else read them
+                path.chmod(folder.stat().st_mode & 0o666)
 
         save_folder(self.folder / phase, fill)
         self.engine.wait()
@@ -286,7 +306,7 @@ def descend(run, phase, stage, model, loss_of, *, steps, lr, warmup, stop=None):
         shown = {name: f"{value:.3g}" for name, value in more.items() if value is not None}
         steps.bar.set_postfix(loss=f"{loss:.3f}", **shown)
         row = {"method": phase, "stage": stage, "step": step, "loss": loss, "reward": None, "kl": None}
-        run.metrics.write(row | {"grad_norm": norm, **more, "lr": rate, "seconds": steps.total})
+        run.metrics.write(row | {"grad_norm": norm, **more, "lr": rate, "seconds": steps.total, "time": now()})
     return steps.total, steps.over if isinstance(steps.over, str) else None
 
 
