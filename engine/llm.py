@@ -17,9 +17,9 @@ from threading import Event, Lock
 
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, InferenceTimeoutError, OfflineModeIsEnabled
-from tqdm import tqdm
 
 from config import InputError
+from engine.bars import Bar
 from engine.files import Log
 
 ATTEMPTS = 5
@@ -142,7 +142,7 @@ def ask_all(prompts, parse, *, url, model, key, cache, flag, field, max_tokens, 
     with ThreadPoolExecutor(WORKERS) as pool:
         under_way = [pool.submit(work, prompt) for prompt in todo]
         try:
-            for future in tqdm(as_completed(under_way), desc=desc, total=len(todo), disable=not progress):
+            for future in Bar(as_completed(under_way), desc=desc, total=len(todo), disable=not progress):
                 future.result()
         finally:
             stopped.set()

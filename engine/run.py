@@ -14,10 +14,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from config import Config, InputError
 from engine import report
+from engine.bars import Bar
 from engine.files import RANK, Log, is_writable, link_files, read_lines, replacing, save_folder, write_json
 from engine.model import optimizer_for
 from engine.process import Engine
@@ -201,7 +201,7 @@ class Phase:
             if buffer is not None:
                 buffer.restore(payload)
         todo = range(self.first, steps + 1)
-        self.bar = tqdm(todo, desc=name, initial=self.first - 1, total=steps, dynamic_ncols=True)
+        self.bar = Bar(todo, desc=name, initial=self.first - 1, total=steps)
 
     def __iter__(self):
         for step in self.bar:
