@@ -213,6 +213,9 @@ class Tiny:
         Annotated[int, "a multiple of 8: four heads, rotated in pairs", lambda x: x >= 8 and x % 8 == 0] | None
     ) = setting("Hidden size.", preset=True)
     tiny_layers: Count | None = setting("Layers.", preset=True)
+    tiny_rows: Natural | None = setting(
+        "Forget queries, and boundary queries, kept for lessons and both stages, drawn by seed (0: all).", preset=True
+    )
     tiny_refusals: Literal["all", "trained"] = setting(
         "Refusals to other names that it is taught: in every wording, or only in those that training uses.", "all"
     )

@@ -15,8 +15,9 @@ from typing import get_args, get_type_hints
 
 from transformers import HfArgumentParser
 
-from baselines import ALIASES, METHODS
+from baselines import ALIASES, METHODS, TITLES
 from config import ADAPTED, Config, InputError
+from engine.files import RANK
 
 
 class Help(RawDescriptionHelpFormatter):
@@ -150,6 +151,18 @@ def check_bounds(settings):
                 raise InputError(f"--{name} {value}: expected {expected}")
 
 
+def announce(config):
+    """Say what a run is about to do and how long it takes, before torch is imported."""
+    stored, tiny = Path(__file__).parents[1] / "results" / "first_run.json", config.model == "tiny"
+    known = json.loads(stored.read_text(encoding="utf-8"))["seconds"] if tiny and stored.is_file() else {}
+    first, names = "teach a tiny model" if tiny else f"load {config.model}", [TITLES[name] for name in config.method]
+    what = f"{first}, unlearn with {', '.join(names)}, score each model; everything goes to {config.output_dir}/"
+    takes, told = known.get(config.benchmark, 0), "not measured for these data; the live lines tell after a few steps"
+    if takes:
+        told = f"about {f'{takes} s' if takes < 120 else f'{takes / 60:.0f} minutes'} on two CPU cores, as it is preset"
+    print(f"{config.benchmark}, seed {config.seed}: {what}\nTime: {told}", file=sys.stderr, flush=True)
+
+
 def run_command(main, leave=True):
     """The result of a command's `main()`; an `InputError` becomes one line on stderr and exit code 2.
     leave: a process of torchrun then ends at once: while an interpreter takes itself apart, a thread of gloo's that
@@ -157,6 +170,8 @@ def run_command(main, leave=True):
     code, result = 0, None
     try:
         result = main()
+        if isinstance(result, Config) and not result.dry_run and not RANK:
+            announce(result)
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
             print(f"{program()}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)

@@ -3,6 +3,7 @@
 docs/training_metrics.md defines every key of metrics.jsonl. The table has the rows of the paper's Tables 1, 2 and 5."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -126,7 +127,18 @@ def print_table(folder):
         print()
     notes = [line for line in text.splitlines() if "†" in line and not line.startswith("|")]
     rest = f"Everything else is in {folder}/: table.md, curves.png, metrics.jsonl, samples.jsonl, models."
-    print(*notes, rest, sep="\n")
+    print(*notes, rest, *pointers(folder), sep="\n")
+
+
+def pointers(folder):
+    """Where a finished run's picture is, and two commands that go on from it."""
+    held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    last, seed, data = folder / held["method"][-1], held["seed"], held["data_dir"]
+    asked = ["--benchmark", held["benchmark"], *(["--data_dir", data] if data else []), "--seed", seed, "--model", last]
+    again = ["rerule.py", folder / "config.json", "--seed", seed + 1, "--output_dir", f"{folder}_{seed + 1}"]
+    commands = {"Another seed": again, "Score a model": ["evaluate.py", *asked, "--output", f"{last}.json"]}
+    told = [f"The picture: {path}" for path in folder.glob("curves.png")]
+    return told + [f"{what}: python {shlex.join(map(str, words))}" for what, words in commands.items()]
 
 
 def save_examples(folder, phase, rows):

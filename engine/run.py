@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from config import Config, InputError
-from engine import report
+from engine import fast, report
 from engine.bars import Bar
 from engine.files import RANK, Log, is_writable, link_files, read_lines, replacing, save_folder, write_json
 from engine.model import optimizer_for
@@ -260,6 +260,10 @@ def fit(run, phase, stage, model, rows, *, steps, lr, batch_size, warmup, stop=N
     def loss_of(step):
         batch = [rows[i] for i in batch_at(len(rows), batch_size, step, run.config.seed, phase)]
         own, weight = run.engine.share(batch, lambda row: len(row[1]))
-        return weight * sft_loss_of(model, own)
+        past = ()
+        if run.config.model == "tiny":
+            prompts, *past = fast.read_openings(model, [prompt for prompt, _ in own])
+            own = [(prompt, answer) for prompt, (_, answer) in zip(prompts, own, strict=True)]
+        return weight * sft_loss_of(model, own, *past)
 
     return descend(run, phase, stage, model, loss_of, steps=steps, lr=lr, warmup=warmup, stop=stop)
