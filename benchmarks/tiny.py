@@ -20,18 +20,17 @@ from engine.seeds import derive_seed
 def sample_of(training, config):
     """The same Training with `--tiny_rows` forget and as many boundary queries, drawn by the seed, and as many
     refusals, to those forget queries where there are any. What is left out is told."""
-    n, rng = config.tiny_rows, random.Random(derive_seed(config.seed, "tiny rows"))
-    draw = lambda rows: [rows[i] for i in sorted(rng.sample(range(len(rows)), min(n, len(rows))))]  # noqa: E731
-    if not n:
+    if not (n := config.tiny_rows):
         return training
-    forget, boundary = ([q for q in training.queries if q.kind == kind] for kind in ("forget", "boundary"))
-    queries = draw(forget) + draw(boundary)
+    rng, kinds = random.Random(derive_seed(config.seed, "tiny rows")), ("forget", "boundary")
+    draw = lambda rows: [rows[i] for i in sorted(rng.sample(range(len(rows)), min(n, len(rows))))]  # noqa: E731
+    sides = {kind: [query for query in training.queries if query.kind == kind] for kind in kinds}
+    queries = [query for side in sides.values() for query in draw(side)]
     asked = {query.prompt for query in queries}
     refusals = draw([row for row in training.refusals if row[0] in asked] or training.refusals)
-    counts = f"{min(n, len(forget))} of {len(forget)} forget and {min(n, len(boundary))} of {len(boundary)} boundary"
     if not RANK:
-        told = f"lessons and both stages keep {counts} queries, drawn by the seed; --tiny_rows 0 keeps all"
-        print(f"tiny model: {told}", file=sys.stderr)
+        told = " and ".join(f"{min(n, len(side))} of {len(side)} {kind} queries" for kind, side in sides.items())
+        print(f"tiny model: lessons and stages keep {told}, drawn by seed; --tiny_rows 0 keeps all", file=sys.stderr)
     return replace(training, refusals=refusals, queries=queries)
 
 

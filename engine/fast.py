@@ -189,26 +189,23 @@ def packed_sample(
 
 
 def read_openings(model, prompts):
-    """Compute what many prompts open with alike, as MUSE's ten examples, once for all, if that saves a third of the
-    positions, padding included. Prompts open alike whose first `OPENING` tokens are the same.
-
-                opening             rest              (columns: keys; what is shorter is padded on its left)
-        opening causal              ·                 a row for each
-        rest    its own opening's   causal            N rows
-    Returns: the rests of the prompts; the cache of the openings, as N rows, or None; the mask (N, C) of its columns."""
-    begins, alike = [tuple(prompt[:OPENING]) for prompt in prompts], {}
-    for begin, prompt in zip(begins, prompts, strict=True):
-        alike.setdefault(begin, []).append(prompt[:-1])
-    alike = {begin: commonprefix(some) for begin, some in alike.items()}
-    rests, width = [p[len(alike[b]) :] for p, b in zip(prompts, begins, strict=True)], max(map(len, alike.values()))
-    size, whole = len(alike) * width + len(prompts) * max(map(len, rests)), len(prompts) * max(map(len, prompts))
-    if width < OPENING or 3 * size > 2 * whole or is_recomputed(model):
+    """What prompts open with alike, `OPENING` tokens at least, as MUSE's ten examples, is computed once for all of them
+    where that saves a third of the positions, padding included: a row for each opening, a copy of its keys for each
+    prompt.
+    Returns: the rests of the prompts; the openings' cache of N rows, or None; the mask (N, C) of its columns."""
+    alike, grid = {}, lambda some: len(some) * max(map(len, some))
+    for prompt in prompts:
+        alike.setdefault(tuple(prompt[:OPENING]), []).append(prompt[:-1])
+    openings, number = [commonprefix(some) for some in alike.values()], {begin: i for i, begin in enumerate(alike)}
+    rows = [number[tuple(prompt[:OPENING])] for prompt in prompts]
+    rests = [prompt[len(openings[i]) :] for prompt, i in zip(prompts, rows, strict=True)]
+    saves = max(map(len, openings)) >= OPENING and 3 * (grid(openings) + grid(rests)) <= 2 * grid(prompts)
+    if not saves or is_recomputed(model):  # layers that are computed twice keep no cache
         return prompts, None, torch.empty(len(prompts), 0, dtype=torch.bool, device=model.device)
-    ids, mask = left_pad([*alike.values()], model.device)
-    how = {"attention_mask": mask.long(), "position_ids": positions(mask), "use_cache": True, "logits_to_keep": 1}
-    cache, number = model(input_ids=ids, **how).past_key_values, {begin: i for i, begin in enumerate(alike)}
-    rows = torch.tensor([number[begin] for begin in begins], device=model.device)
-    cache.batch_select_indices(rows)
+    ids, mask = left_pad(openings, model.device)
+    run = partial(model, use_cache=True, logits_to_keep=1)
+    cache = run(input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask)).past_key_values
+    cache.batch_select_indices(torch.tensor(rows, device=model.device))
     return rests, cache, mask[rows]
 
 

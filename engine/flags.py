@@ -157,8 +157,8 @@ def announce(config):
     known = json.loads(stored.read_text(encoding="utf-8"))["seconds"] if tiny and stored.is_file() else {}
     first, names = "teach a tiny model" if tiny else f"load {config.model}", [TITLES[name] for name in config.method]
     what = f"{first}, unlearn with {', '.join(names)}, score each model; everything goes to {config.output_dir}/"
-    takes, told = known.get(config.benchmark, 0), "not measured for these data; the live lines tell after a few steps"
-    if takes:
+    told = "not measured for these data; the live lines tell after a few steps"
+    if takes := known.get(config.benchmark):
         told = f"about {f'{takes} s' if takes < 120 else f'{takes / 60:.0f} minutes'} on two CPU cores, as it is preset"
     print(f"{config.benchmark}, seed {config.seed}: {what}\nTime: {told}", file=sys.stderr, flush=True)
 

@@ -260,10 +260,8 @@ def fit(run, phase, stage, model, rows, *, steps, lr, batch_size, warmup, stop=N
     def loss_of(step):
         batch = [rows[i] for i in batch_at(len(rows), batch_size, step, run.config.seed, phase)]
         own, weight = run.engine.share(batch, lambda row: len(row[1]))
-        past = ()
-        if run.config.model == "tiny":
-            prompts, *past = fast.read_openings(model, [prompt for prompt, _ in own])
-            own = [(prompt, answer) for prompt, (_, answer) in zip(prompts, own, strict=True)]
-        return weight * sft_loss_of(model, own, *past)
+        prompts, answers = zip(*own, strict=True)
+        prompts, *past = fast.read_openings(model, prompts) if run.config.model == "tiny" else [prompts]
+        return weight * sft_loss_of(model, [*zip(prompts, answers, strict=True)], *past)
 
     return descend(run, phase, stage, model, loss_of, steps=steps, lr=lr, warmup=warmup, stop=stop)

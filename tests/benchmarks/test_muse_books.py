@@ -40,7 +40,7 @@ def test_a_tiny_model_keeps_a_stated_sample_of_rows(config, book, capsys):
     read = training_of("muse", book)
     kept = tiny.sample_of(read, config)
     told = capsys.readouterr().err
-    assert "100 of 1640 forget and 100 of 1640 boundary queries" in told and "--tiny_rows 0 keeps all" in told
+    assert "100 of 1640 forget queries and 100 of 1640 boundary queries" in told and "--tiny_rows 0 keeps all" in told
     assert [sum(q.kind == kind for q in kept.queries) for kind in ("forget", "boundary")] == [100, 100]
     assert set(kept.queries) <= set(read.queries) and kept.queries == tiny.sample_of(read, config).queries
     assert kept.queries != tiny.sample_of(read, replace(config, seed=2)).queries
