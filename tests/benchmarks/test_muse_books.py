@@ -1,5 +1,6 @@
 """MUSE's real size on a laptop: fewer rows by a stated draw, answers no longer than they are read, openings shared."""
 
+import copy
 from dataclasses import replace
 
 import muse_books
@@ -12,7 +13,9 @@ from benchmarks import tiny
 from benchmarks.answers import greedy, limits_of
 from data import encode_prompt
 from engine import fast
+from engine.files import read_lines
 from engine.process import Engine
+from engine.run import fit
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,23 @@ def test_evaluation_computes_the_ten_examples_once_a_set(asked, monkeypatch):
     assert found[0] == found[1] and all(text.count("Question: ") == 11 for text in map(tokenizer.decode, prompts))
     assert counts[0][0] == len(prompts) * max(map(len, prompts)) and counts[1][2:] == counts[0][1:]
     assert sum(counts[1][:2]) < counts[0][0] / 7
+
+
+def test_lessons_compute_the_ten_examples_once_a_batch(asked, config, tmp_path):
+    """A tiny model's; a given model's Stage 1 stays as it was. The losses are the same."""
+    found = []
+    for kind in ("tiny", "given"):
+        model = copy.deepcopy(asked[0])
+        run = rerule.Run(replace(config, model=kind, output_dir=str(tmp_path / kind)), Engine("cpu"))
+        run.open()
+        seen = []
+        model.register_forward_pre_hook(lambda _, a, k, s=seen: s.append(k["input_ids"].numel()), with_kwargs=True)
+        rows = [(prompt, prompt[-3:] + [2]) for prompt in asked[2]]
+        fit(run, "original", 0, model, rows, steps=2, lr=1e-3, batch_size=32, warmup=0)
+        run.metrics.size()
+        found.append((sum(seen), [row["loss"] for row in read_lines(run.folder / "metrics.jsonl")]))
+    (shared, losses), (whole, plain) = found
+    assert shared < whole / 4 and losses == pytest.approx(plain, rel=1e-4)
 
 
 def test_an_ordinary_run_writes_no_carriage_return(tmp_path, monkeypatch, capfd):
