@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import grpo
+from engine.bars import Bar
 from engine.files import RANK
 from grpo import Batch, left_pad, next_token, positions
 
@@ -48,7 +49,7 @@ def choose(model, what, told):
         if told.get(key) != line:
             told[key] = line
             if not RANK:
-                print(f"{key}: {line}", file=sys.stderr)
+                Bar.write(f"{key}: {line}", file=sys.stderr)  # a bar may be live
     return chosen[what]
 
 

@@ -159,7 +159,8 @@ def announce(config):
     what = f"{first}, unlearn with {', '.join(names)}, score each model; everything goes to {config.output_dir}/"
     told = "not measured for these data; the live lines tell after a few steps"
     if takes := known.get(config.benchmark):
-        told = f"about {f'{takes} s' if takes < 120 else f'{takes / 60:.0f} minutes'} on two CPU cores, as it is preset"
+        long = f"{takes} s" if takes < 120 else f"{takes / 60:.0f} minutes"
+        told = f"about {long} on two CPU cores with default settings"
     print(f"{config.benchmark}, seed {config.seed}: {what}\nTime: {told}", file=sys.stderr, flush=True)
 
 
