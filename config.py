@@ -229,6 +229,9 @@ class Tiny:
         | None
     ) = setting("Hidden size.", preset=True)
     tiny_layers: Count | None = setting("Layers.", preset=True)
+    tiny_rows: Natural | None = setting(
+        "Forget queries, and boundary queries, kept for lessons and both stages, drawn by seed (0: all).", preset=True
+    )
     tiny_refusals: Literal["all", "trained"] = setting(
         "Refusals to other names that it is taught: in every wording, or only in those that training uses.", "all"
     )

@@ -107,7 +107,7 @@ def is_writable(folder):
 
 
 def about():
-    """Where a result comes from: the code's commit and the versions."""
+    """Where a result comes from: the code's commit, the versions, the date."""
     home = Path(__file__).parent.parent
 
     def git(*args):
@@ -119,7 +119,7 @@ def about():
     changed = git("status", "--porcelain", "--", "*.py", "refusal.txt", "reproduce/*.json", ":!tests")
     commit = (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" with uncommitted changes" if changed else "")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "scipy")}
-    return {"commit": commit, "versions": {"python": platform.python_version(), **versions}}
+    return {"commit": commit, "versions": {"python": platform.python_version(), **versions}, "date": now()}
 
 
 def now():
@@ -185,16 +185,18 @@ def save_folder(path, fill):
 
 
 class Log:
-    """A JSON-lines file that can be cut back to where a saved state left it. `crc` is of all its bytes."""
+    """A JSON-lines file that can be cut back to where a saved state left it. `crc` is of all its bytes.
+    stamped: rows get the time of day."""
 
-    def __init__(self, path, keep_bytes=0, crc=0):
+    def __init__(self, path, keep_bytes=0, crc=0, stamped=False):
+        self.stamp = (lambda: {"time": now()}) if stamped else dict
         self.file, self.crc = open(os.devnull if RANK else path, "ab", buffering=0), crc
         if not RANK:
             self.file.truncate(keep_bytes)
             self.file.seek(keep_bytes)
 
     def write(self, row):
-        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(self.stamp() | row, ensure_ascii=False).encode() + b"\n"
         self.crc = zlib.crc32(line, self.crc)
         while line:  # a disk that is nearly full takes a part, and refuses the rest
             line = line[self.file.write(line) :]

@@ -16,9 +16,9 @@ from typing import get_args, get_type_hints
 
 from transformers import HfArgumentParser
 
-from baselines import ALIASES, METHODS
+from baselines import ALIASES, METHODS, TITLES
 from config import ADAPTED, Config, InputError
-from engine.files import read_rows
+from engine.files import RANK, read_rows
 
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)  # of the machine, not of the command
 
@@ -152,6 +152,19 @@ def check_bounds(settings):
                 raise InputError(f"--{name} {value}: expected {expected}")
 
 
+def announce(config):
+    """Say what a run is about to do and how long it takes, before torch is imported."""
+    stored, tiny = Path(__file__).parents[1] / "results" / "first_run.json", config.model == "tiny"
+    known = json.loads(stored.read_text(encoding="utf-8"))["seconds"] if tiny and stored.is_file() else {}
+    first, names = "teach a tiny model" if tiny else f"load {config.model}", [TITLES[name] for name in config.method]
+    what = f"{first}, unlearn with {', '.join(names)}, score each model; everything goes to {config.output_dir}/"
+    told = "not measured for these data; the live lines tell after a few steps"
+    if takes := known.get(config.benchmark):
+        long = f"{takes} s" if takes < 120 else f"{takes / 60:.0f} minutes"
+        told = f"about {long} on two CPU cores with default settings"
+    print(f"{config.benchmark}, seed {config.seed}: {what}\nTime: {told}", flush=True)
+
+
 def run_command(main, leave=True):
     """The result of a command's `main()`; an `InputError` becomes one line on stderr and exit code 2.
     leave: a process of torchrun then ends at once: while an interpreter takes itself apart, a thread of gloo's that
@@ -160,6 +173,8 @@ def run_command(main, leave=True):
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None if closed
     try:
         result = main()
+        if isinstance(result, Config) and not result.dry_run and not RANK:
+            announce(result)
         sys.stdout.flush()
     except (InputError, OSError) as error:
         code, told = 2, str(error)

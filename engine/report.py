@@ -5,8 +5,10 @@ docs/training_metrics.md defines every key of metrics.jsonl. The table has the r
 import csv
 import io
 import json
+import shlex
 import sys
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from huggingface_hub import EvalResult, ModelCardData
@@ -14,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 import benchmarks
 from baselines import TITLES
 from engine import plots
-from engine.files import RANK, now, read_lines, write_json, write_text
+from engine.files import RANK, read_lines, write_json, write_text
 from refusal import is_refusal
 from replay import is_hard
 
@@ -25,7 +27,7 @@ def record(run, phase, row, groups, queries, stops):
     row = name | group_metrics(groups, queries, run.config.tau) | row
     ended = torch.stack([(torch.isin(g.response_ids, torch.tensor(stops)) & g.mask).any(-1) for g in groups])  # (N, G)
     row["truncation"] = 1 - ended.float().mean().item()
-    run.metrics.write(row | {f"seconds_{part}": value for part, value in phase.seconds.items()} | {"time": now()})
+    run.metrics.write(row | {f"seconds_{part}": value for part, value in phase.seconds.items()})
     for group in groups:
         query = queries[group.query]
         run.samples.write(
@@ -133,7 +135,18 @@ def print_table(folder):
         print()
     notes = [line for line in text.splitlines() if "†" in line and not line.startswith("|")]
     rest = f"Everything else is in {folder}/: table.md, curves.png, metrics.jsonl, samples.jsonl, models."
-    print(*notes, rest, sep="\n")
+    print(*notes, rest, *pointers(folder), sep="\n")
+
+
+def pointers(folder):
+    """Where a finished run's picture is, and two commands that go on from it."""
+    held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    last, seed, data = folder / held["method"][-1], held["seed"], held["data_dir"]
+    asked = ["--benchmark", held["benchmark"], *(["--data_dir", data] if data else []), "--seed", seed, "--model", last]
+    again = ["rerule.py", folder / "config.json", "--seed", seed + 1, "--output_dir", f"{folder}_{seed + 1}"]
+    commands = {"Another seed": again, "Score a model": ["evaluate.py", *asked, "--output", f"{last}.json"]}
+    told = [f"The picture: {path}" for path in folder.glob("curves.png")]
+    return told + [f"{what}: python {shlex.join(map(str, words))}" for what, words in commands.items()]
 
 
 def save_examples(folder, phase, rows):
@@ -143,7 +156,7 @@ def save_examples(folder, phase, rows):
     write_text(folder / "predictions" / f"{phase}.jsonl", text)
 
 
-def model_card(phase, config, scores):
+def write_card(folder, phase, config, scores=MappingProxyType({})):
     """README.md of a saved model, with the Hub's header. scores: {column: value} once it has been evaluated."""
     stored, benchmark = Path(__file__).with_name("model_card.json"), benchmarks.ALL[config.benchmark]
     done = json.loads(stored.read_text(encoding="utf-8"))
@@ -159,4 +172,4 @@ def model_card(phase, config, scores):
         tags=["unlearning", "rerule", benchmark.name], model_name=title, eval_results=found or None,
     )  # fmt: skip
     text = stored.with_suffix(".md").read_text(encoding="utf-8").format(title=title, done=done, config=config)
-    return f"---\n{header.to_yaml()}\n---\n\n{text}"
+    write_text(folder / "README.md", f"---\n{header.to_yaml()}\n---\n\n{text}")

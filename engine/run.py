@@ -17,23 +17,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from config import Config, InputError
-from engine import report
-from engine.files import (
-    RANK,
-    Log,
-    about,
-    is_writable,
-    link_files,
-    now,
-    read_lines,
-    replacing,
-    save_folder,
-    write_json,
-    write_text,
-)  # fmt: skip
+from engine import fast, report
+from engine.bars import Bar
+from engine.files import RANK, Log, about, is_writable, link_files, read_lines, replacing, save_folder, write_json
 from engine.model import optimizer_for
 from engine.process import Engine
 from engine.seeds import batch_at, derive_seed
@@ -182,9 +170,9 @@ class Run:
             raise InputError(f"--output_dir {self.folder}: cannot be made ({error.strerror})") from None
         self.lock()
         self.engine.forget_states(self.folder, (self.state.get("payload") or {}).get("shards"))
-        start = {"command": sys.argv, **about(), "device": str(self.engine.device), "date": now()}
+        start = {"command": sys.argv, **about(), "device": str(self.engine.device)}
         write_json(self.folder / "config.json", asdict(self.config) | {"starts": [*self.starts, start]})
-        self.metrics = Log(self.folder / "metrics.jsonl", *self.state["sizes"]["metrics"])
+        self.metrics = Log(self.folder / "metrics.jsonl", *self.state["sizes"]["metrics"], stamped=True)
         self.samples = Log(self.folder / "samples.jsonl", *self.state["sizes"]["samples"])
         if self.config.start_from and not self.state["done"]:
             self.adopt(Path(self.config.start_from))
@@ -211,7 +199,7 @@ class Run:
         write_json(self.folder / "ways.json", self.engine.ways)
         model, scored = self.folder / phase.split()[0], phase.endswith(" scored")
         if scored and model.is_dir():
-            write_text(model / "README.md", report.model_card(model.name, self.config, result))
+            report.write_card(model, model.name, self.config, result)
 
     def rows(self):
         """{phase: its evaluation} of every phase scored so far, for the table."""
@@ -225,7 +213,7 @@ class Run:
         def fill(folder):
             model.save_pretrained(folder, **({"state_dict": weights} if weights else {}))
             tokenizer.save_pretrained(folder)
-            (folder / "README.md").write_text(report.model_card(phase, self.config, {}), encoding="utf-8")
+            report.write_card(folder, phase, self.config)
             for path in folder.rglob("*.safetensors"):  # its library lets nobody else read them
                 path.chmod(folder.stat().st_mode & 0o666)
 
@@ -257,7 +245,7 @@ class Phase:
                 where, reason = run.folder / "state.pt", f"{[*str(error).splitlines(), ''][0]:.80}"
                 raise InputError(f"{where}: does not fit the model of {name} ({reason})") from None
         todo = range(self.first, steps + 1)
-        self.bar = tqdm(todo, desc=name, initial=self.first - 1, total=steps, dynamic_ncols=True)
+        self.bar = Bar(todo, desc=name, initial=self.first - 1, total=steps)
 
     def __iter__(self):
         for step in self.bar:
@@ -306,7 +294,7 @@ def descend(run, phase, stage, model, loss_of, *, steps, lr, warmup, stop=None):
         shown = {name: f"{value:.3g}" for name, value in more.items() if value is not None}
         steps.bar.set_postfix(loss=f"{loss:.3f}", **shown)
         row = {"method": phase, "stage": stage, "step": step, "loss": loss, "reward": None, "kl": None}
-        run.metrics.write(row | {"grad_norm": norm, **more, "lr": rate, "seconds": steps.total, "time": now()})
+        run.metrics.write(row | {"grad_norm": norm, **more, "lr": rate, "seconds": steps.total})
     return steps.total, steps.over if isinstance(steps.over, str) else None
 
 
@@ -316,6 +304,8 @@ def fit(run, phase, stage, model, rows, *, steps, lr, batch_size, warmup, stop=N
     def loss_of(step):
         batch = [rows[i] for i in batch_at(len(rows), batch_size, step, run.config.seed, phase)]
         own, weight = run.engine.share(batch, lambda row: len(row[1]))
-        return weight * sft_loss_of(model, own)
+        prompts, answers = zip(*own, strict=True)
+        prompts, *past = fast.read_openings(model, prompts) if run.config.model == "tiny" else [prompts]
+        return weight * sft_loss_of(model, [*zip(prompts, answers, strict=True)], *past)
 
     return descend(run, phase, stage, model, loss_of, steps=steps, lr=lr, warmup=warmup, stop=stop)

@@ -16,7 +16,7 @@ import rerule
 from benchmarks import tofu
 from benchmarks.tiny import chat_template, text_tokenizer
 from data import Prompt, encode_answer, encode_pair, encode_prompt
-from engine.report import model_card
+from engine.report import write_card
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +46,19 @@ def test_a_card_has_the_hubs_header_and_the_scores(run):
         assert "## Limits" in card.text and "Prompts" in card.text
 
 
-def test_a_card_of_a_given_model_names_it_and_the_data_and_claims_no_licence(run):
+def test_a_card_of_a_given_model_names_it_and_the_data_and_claims_no_licence(run, tmp_path):
     config = rerule.configure(["--benchmark", "builtin"])
     config = replace(config, benchmark="tofu", model="some/model")
-    data = ModelCard(model_card("rule", config, {"model_utility": 0.5})).data
+
+    def card(config, scores):
+        write_card(tmp_path, "rule", config, scores)
+        return ModelCard.load(tmp_path / "README.md").data
+
+    data = card(config, {"model_utility": 0.5})
     assert (data.base_model, data.datasets, data.license) == ("some/model", "locuslab/TOFU", "other")
     assert data.eval_results[0].metric_value == 0.5 and data.eval_results[0].dataset_type == "locuslab/TOFU"
-    assert ModelCard(model_card("rule", config, {})).data.eval_results is None
-    assert ModelCard(model_card("rule", replace(config, model=str(run)), {})).data.base_model is None
+    assert card(config, {}).eval_results is None
+    assert card(replace(config, model=str(run)), {}).base_model is None
 
 
 def test_settings_say_where_they_come_from_and_are_a_command_again(run):
