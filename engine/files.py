@@ -5,6 +5,7 @@ Every mistake of the user's becomes an `InputError` that names the file, row, fi
 
 import json
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,6 +91,11 @@ def link_files(source, folder):
             shutil.copy2(path, target)
 
     shutil.copytree(source, folder, copy_function=link, dirs_exist_ok=True)
+
+
+def escaped(text):
+    """Text from outside as one line of Markdown that says just this."""
+    return re.sub(r"([\\`*_{}\[\]<>()#|!~])", r"\\\1", " ".join(str(text).split()))
 
 
 @contextmanager

@@ -11,13 +11,14 @@ import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from config import Config, InputError
-from engine import report
+from engine import report, trackers
 from engine.files import RANK, Log, is_writable, link_files, read_lines, replacing, save_folder, write_json
 from engine.model import optimizer_for
 from engine.process import Engine
@@ -27,7 +28,7 @@ from sft import learning_rate, sft_loss_of
 EARLY = ("original", "retained", "rej_steer")  # phases before Stage 2, which `--start_from` takes over
 # what a run may be gone on with
 FREE = {"resume", "save_every", "output_dir", "device", "start_from", "dry_run", "offload", "rollout_prompts",
-        "max_tokens", "eval_batch_size", "gradient_checkpointing", "cuda_graphs"}  # fmt: skip
+        "max_tokens", "eval_batch_size", "gradient_checkpointing", "cuda_graphs", "report_to"}  # fmt: skip
 BEFORE_STAGE_2 = [
     "benchmark", "crossed", "model", "tokenizer", "data_dir", "seed", "retain_log", "weight_decay", "max_grad_norm",
     "temperature", "max_new_tokens", "save_dtype",
@@ -142,6 +143,12 @@ class Run:
         if self.config.start_from and not self.state["done"]:
             self.adopt(Path(self.config.start_from))
 
+    def log(self, row, rollouts=()):
+        """Write a step's row with the time of day; a tracker gets some of its rollouts too."""
+        row["time"] = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        self.metrics.write(row)
+        trackers.report(self, row, rollouts)
+
     def finished(self, phase):
         return phase in self.state["done"]
 
@@ -162,6 +169,9 @@ class Run:
         self.state["done"][phase] = result
         self.save(None, 0, None)
         write_json(self.folder / "ways.json", self.engine.ways)
+        name, _, scored = phase.partition(" ")
+        if scored:
+            trackers.report(self, {"method": name, **{f"score_{column}": result[column] for column in result}})
 
     def rows(self):
         """{phase: its evaluation} of every phase scored so far, for the table."""
@@ -250,7 +260,7 @@ def descend(run, phase, stage, model, loss_of, *, steps, lr, warmup, stop=None):
         shown = {name: f"{value:.3g}" for name, value in more.items() if value is not None}
         steps.bar.set_postfix(loss=f"{loss:.3f}", **shown)
         row = {"method": phase, "stage": stage, "step": step, "loss": loss, "reward": None, "kl": None}
-        run.metrics.write(row | {"grad_norm": norm, **more, "lr": rate, "seconds": steps.total})
+        run.log(row | {"grad_norm": norm, **more, "lr": rate, "seconds": steps.total})
     return steps.total, steps.over if isinstance(steps.over, str) else None
 
 
