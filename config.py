@@ -165,6 +165,9 @@ class Data:
         "Number type of saved models; auto: bfloat16 where a GPU computes, else float32.", "auto"
     )
     eval_every: Natural | None = setting("Steps of Stage 2 between evaluations for the curves (0: none).", preset=True)
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
+        "Report every row of metrics.jsonl to a tracker too.", "none"
+    )
 
 
 @dataclass

@@ -146,6 +146,11 @@ def link_files(source, folder):
     shutil.copytree(source, folder, copy_function=link, dirs_exist_ok=True)
 
 
+def escaped(text):
+    """Text from outside as one line of Markdown that says just this."""
+    return re.sub(r"([\\`*_{}\[\]<>()#|!~])", r"\\\1", " ".join(str(text).split()))
+
+
 @contextmanager
 def replacing(path):
     """A temporary name to write under, renamed to `path` once the block is over."""
@@ -185,18 +190,16 @@ def save_folder(path, fill):
 
 
 class Log:
-    """A JSON-lines file that can be cut back to where a saved state left it. `crc` is of all its bytes.
-    stamped: rows get the time of day."""
+    """A JSON-lines file that can be cut back to where a saved state left it. `crc` is of all its bytes."""
 
-    def __init__(self, path, keep_bytes=0, crc=0, stamped=False):
-        self.stamp = (lambda: {"time": now()}) if stamped else dict
+    def __init__(self, path, keep_bytes=0, crc=0):
         self.file, self.crc = open(os.devnull if RANK else path, "ab", buffering=0), crc
         if not RANK:
             self.file.truncate(keep_bytes)
             self.file.seek(keep_bytes)
 
     def write(self, row):
-        line = json.dumps(self.stamp() | row, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         self.crc = zlib.crc32(line, self.crc)
         while line:  # a disk that is nearly full takes a part, and refuses the rest
             line = line[self.file.write(line) :]

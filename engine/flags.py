@@ -128,6 +128,9 @@ def resolve(config, benchmarks):
     require(config.model.strip(), "model", "a Hugging Face id, a folder or tiny")
     require(not config.lora_rank or find_spec("peft"), "lora_rank", "peft to be installed (pip install peft)")
     require(not config.lora_rank or not config.offload, "lora_rank", "no --offload: frozen weights need none")
+    tracker = config.report_to != "none" and find_spec(config.report_to)  # a mere folder has no origin
+    require(config.report_to == "none" or (tracker and tracker.origin), "report_to",
+            f"{config.report_to} to be installed (pip install {config.report_to})")  # fmt: skip
     require(config.lora_rank or config.lora_alpha is None, "lora_alpha", "--lora_rank beside it")
     config.lora_alpha = config.lora_alpha or 2.0 * config.lora_rank or None
     for name in ("replay_groups", "min_groups"):

@@ -27,7 +27,10 @@ def record(run, phase, row, groups, queries, stops):
     row = name | group_metrics(groups, queries, run.config.tau) | row
     ended = torch.stack([(torch.isin(g.response_ids, torch.tensor(stops)) & g.mask).any(-1) for g in groups])  # (N, G)
     row["truncation"] = 1 - ended.float().mean().item()
-    run.metrics.write(row | {f"seconds_{part}": value for part, value in phase.seconds.items()})
+    shown = row["step"] == phase.first or row["step"] % max(1, run.config.steps // 4) == 0
+    rollouts = [[queries[g.query].kind, queries[g.query].question, g.texts[0], g.rewards[0].item()] for g in groups]
+    seconds = {f"seconds_{part}": value for part, value in phase.seconds.items()}
+    run.log(row | seconds, rollouts if shown else ())
     for group in groups:
         query = queries[group.query]
         run.samples.write(
@@ -35,7 +38,7 @@ def record(run, phase, row, groups, queries, stops):
              "prompt": query.question, "completions": group.texts, "rewards": group.rewards.tolist()}
         )  # fmt: skip
     phase.bar.set_postfix(reward=f"{row['reward']:.2f}", kl=f"{row['kl']:.3f}", buffer=row["buffer_size"])
-    if row["step"] == phase.first or row["step"] % max(1, run.config.steps // 4) == 0:
+    if shown:
         show_samples(phase, groups, queries)
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from config import Config, InputError
-from engine import fast, report
+from engine import fast, report, trackers
 from engine.bars import Bar
-from engine.files import RANK, Log, about, is_writable, link_files, read_lines, replacing, save_folder, write_json
+from engine.files import RANK, Log, about, is_writable, link_files, now, read_lines, replacing, save_folder, write_json
 from engine.model import optimizer_for
 from engine.process import Engine
 from engine.seeds import batch_at, derive_seed
@@ -32,7 +32,7 @@ LOCKS = {}  # folder → the file that is locked
 EARLY = ("original", "retained", "rej_steer")  # phases before Stage 2, which `--start_from` takes over
 # what a run may be gone on with
 FREE = {"resume", "save_every", "output_dir", "device", "start_from", "dry_run", "offload", "rollout_prompts",
-        "max_tokens", "eval_batch_size", "gradient_checkpointing", "cuda_graphs"}  # fmt: skip
+        "max_tokens", "eval_batch_size", "gradient_checkpointing", "cuda_graphs", "report_to"}  # fmt: skip
 BEFORE_STAGE_2 = [
     "benchmark", "crossed", "model", "tokenizer", "data_dir", "seed", "retain_log", "weight_decay", "max_grad_norm",
     "temperature", "max_new_tokens", "save_dtype",
@@ -172,10 +172,16 @@ class Run:
         self.engine.forget_states(self.folder, (self.state.get("payload") or {}).get("shards"))
         start = {"command": sys.argv, **about(), "device": str(self.engine.device)}
         write_json(self.folder / "config.json", asdict(self.config) | {"starts": [*self.starts, start]})
-        self.metrics = Log(self.folder / "metrics.jsonl", *self.state["sizes"]["metrics"], stamped=True)
+        self.metrics = Log(self.folder / "metrics.jsonl", *self.state["sizes"]["metrics"])
         self.samples = Log(self.folder / "samples.jsonl", *self.state["sizes"]["samples"])
         if self.config.start_from and not self.state["done"]:
             self.adopt(Path(self.config.start_from))
+
+    def log(self, row, rollouts=()):
+        """Write a step's row with the time of day; a tracker gets some of its rollouts too."""
+        row["time"] = now()
+        self.metrics.write(row)
+        trackers.report(self, row, rollouts)
 
     def finished(self, phase):
         return phase in self.state["done"]
@@ -197,9 +203,11 @@ class Run:
         self.state["done"][phase] = result
         self.save(None, 0, None)
         write_json(self.folder / "ways.json", self.engine.ways)
-        model, scored = self.folder / phase.split()[0], phase.endswith(" scored")
-        if scored and model.is_dir():
-            report.write_card(model, model.name, self.config, result)
+        name, _, scored = phase.partition(" ")
+        if scored:
+            trackers.report(self, {"method": name, **{f"score_{column}": result[column] for column in result}})
+            if (self.folder / name).is_dir():
+                report.write_card(self.folder / name, name, self.config, result)
 
     def rows(self):
         """{phase: its evaluation} of every phase scored so far, for the table."""
@@ -294,7 +302,7 @@ def descend(run, phase, stage, model, loss_of, *, steps, lr, warmup, stop=None):
         shown = {name: f"{value:.3g}" for name, value in more.items() if value is not None}
         steps.bar.set_postfix(loss=f"{loss:.3f}", **shown)
         row = {"method": phase, "stage": stage, "step": step, "loss": loss, "reward": None, "kl": None}
-        run.metrics.write(row | {"grad_norm": norm, **more, "lr": rate, "seconds": steps.total})
+        run.log(row | {"grad_norm": norm, **more, "lr": rate, "seconds": steps.total})
     return steps.total, steps.over if isinstance(steps.over, str) else None
 
 
