@@ -78,6 +78,7 @@ class Benchmark:
     row_columns: dict = field(default_factory=dict)  # of a run's table; unless given: `columns` and all others'
     prompt_tokens: int = 64  # about as many as its longest prompts have, for the memory plan
     reads_files: bool = True  # from --data_dir
+    hub: str = ""  # its data set on the Hub
     by_target: bool = False  # a summary is the mean over targets of each target's own
     newline_ends: bool = False  # an evaluated answer ends at a newline
     cut: Callable = lambda split, text: text  # what of an answer is scored

@@ -53,7 +53,7 @@ from baselines.controls import buffer_for, least_stored, refill, zero_gradient
 from benchmarks.attacks import attacked, prepare, run_columns
 from benchmarks.fits import check_model
 from benchmarks.logs import read_retained
-from benchmarks.tiny import tiny_model
+from benchmarks.tiny import sample_of, tiny_model
 from data import decode, encode_answer, encode_prompt, stop_ids
 from engine import report
 from engine.model import optimizer_for
@@ -194,7 +194,7 @@ def main(config, figures=True):
 
         return memory.show(config)
     benchmark = benchmarks.ALL[config.benchmark]
-    training, probes = benchmark.train(config), benchmark.probes(config)
+    training, probes = sample_of(benchmark.train(config), config), benchmark.probes(config)
     texts = prepare(config.attack, benchmark, config, probes)
     retained = read_retained(config.retain_log, benchmark, probes) if config.retain_log else None
     run = Run(config, engine)

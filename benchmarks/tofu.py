@@ -237,7 +237,7 @@ def own_log(path, log, sets):
 
 
 BENCHMARK = Benchmark(
-    name="tofu",
+    name="tofu", hub="locuslab/TOFU",
     preset=PRESET | dict(steps=11, tau=0.6, min_groups=80, warmup_steps=6, buffer_size=400, max_new_tokens=256,
                          tiny_epochs=20.0),
     tiny=TINY | dict(lr=1e-4, max_new_tokens=96, steps=20, baseline_epochs=20.0),

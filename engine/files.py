@@ -3,12 +3,17 @@
 Every file is written under a temporary name and renamed, so a run that is killed leaves the old file or the new one.
 Every mistake of the user's becomes an `InputError` that names the file, row, field or flag and what was expected."""
 
+import contextlib
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
+import subprocess
 import zlib
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 
 from config import InputError
@@ -119,6 +124,26 @@ def can_write(path):
         return False
 
 
+def about():
+    """Where a result comes from: the code's commit, the versions, the date."""
+    home = Path(__file__).parent.parent
+
+    def git(*args):
+        with contextlib.suppress(OSError):  # no git
+            done = subprocess.run(["git", "-C", str(home), *args], capture_output=True, text=True)
+            return done.stdout.strip() if done.returncode == 0 else ""
+        return ""
+
+    changed = git("status", "--porcelain", "--", "*.py", "refusal.txt", "reproduce/*.json", ":!tests")
+    commit = (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" with uncommitted changes" if changed else "")
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "scipy")}
+    return {"commit": commit, "versions": {"python": platform.python_version(), **versions}, "date": now()}
+
+
+def now():
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 def remove(path):
     """A file, a link or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
@@ -137,6 +162,11 @@ def link_files(source, folder):
             shutil.copy2(path, target)
 
     shutil.copytree(source, folder, copy_function=link, dirs_exist_ok=True)
+
+
+def escaped(text):
+    """Text from outside as one line of Markdown that says just this."""
+    return re.sub(r"([\\`*_{}\[\]<>()#|!~])", r"\\\1", " ".join(str(text).split()))
 
 
 @contextmanager

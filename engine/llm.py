@@ -21,9 +21,9 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import InferenceClient, get_session
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, InferenceTimeoutError, OfflineModeIsEnabled
-from tqdm import tqdm
 
 from config import InputError
+from engine.bars import Bar
 from engine.files import Log
 
 ATTEMPTS = 5
@@ -193,7 +193,7 @@ def ask_all(prompts, parse, *, url, model, key, cache, flag, field, max_tokens, 
     with bounded(flag, timeout), ThreadPoolExecutor(WORKERS) as pool:
         under_way = [pool.submit(work, prompt) for prompt in todo]
         try:
-            for future in tqdm(as_completed(under_way), desc=desc, total=len(todo), disable=not progress):
+            for future in Bar(as_completed(under_way), desc=desc, total=len(todo), disable=not progress):
                 future.result()
         finally:
             stopped.set()

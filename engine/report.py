@@ -2,12 +2,18 @@
 
 docs/training_metrics.md defines every key of metrics.jsonl. The table has the rows of the paper's Tables 1, 2 and 5."""
 
+import csv
+import io
 import json
+import shlex
 import sys
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
+from huggingface_hub import EvalResult, ModelCardData
 
+import benchmarks
 from baselines import TITLES
 from engine import plots
 from engine.files import RANK, read_lines, write_json, write_text
@@ -21,7 +27,10 @@ def record(run, phase, row, groups, queries, stops):
     row = name | group_metrics(groups, queries, run.config.tau) | row
     ended = torch.stack([(torch.isin(g.response_ids, torch.tensor(stops)) & g.mask).any(-1) for g in groups])  # (N, G)
     row["truncation"] = 1 - ended.float().mean().item()
-    run.metrics.write(row | {f"seconds_{part}": value for part, value in phase.seconds.items()})
+    shown = row["step"] == phase.first or row["step"] % max(1, run.config.steps // 4) == 0
+    rollouts = [[queries[g.query].kind, queries[g.query].question, g.texts[0], g.rewards[0].item()] for g in groups]
+    seconds = {f"seconds_{part}": value for part, value in phase.seconds.items()}
+    run.log(row | seconds, rollouts if shown else ())
     for group in groups:
         query = queries[group.query]
         run.samples.write(
@@ -29,7 +38,7 @@ def record(run, phase, row, groups, queries, stops):
              "prompt": query.question, "completions": group.texts, "rewards": group.rewards.tolist()}
         )  # fmt: skip
     phase.bar.set_postfix(reward=f"{row['reward']:.2f}", kl=f"{row['kl']:.3f}", buffer=row["buffer_size"])
-    if row["step"] == phase.first or row["step"] % max(1, run.config.steps // 4) == 0:
+    if shown:
         show_samples(phase, groups, queries)
 
 
@@ -66,6 +75,9 @@ def write(folder, columns, results, figures=True):
     known = {key for row in results.values() for key, value in row.items() if value is not None}
     columns = {key: title for key, title in columns.items() if key in known} | {"seconds": "Training, s ↓"}
     results = {name: results[name] for name in TITLES if name in results}
+    lines, cells = io.StringIO(), [[TITLES[name], *map(row.get, columns)] for name, row in results.items()]
+    csv.writer(lines).writerows([["Model", *columns], *cells])
+    write_text(folder / "table.csv", lines.getvalue())
     write_json(folder / "table.json", {TITLES[name]: row for name, row in results.items()})
     lines, notes = [f"| {' | '.join(['Model', *columns.values()])} |", "|---|" + "---:|" * len(columns)], {}
     for name, row in results.items():
@@ -126,7 +138,18 @@ def print_table(folder):
         print()
     notes = [line for line in text.splitlines() if "†" in line and not line.startswith("|")]
     rest = f"Everything else is in {folder}/: table.md, curves.png, metrics.jsonl, samples.jsonl, models."
-    print(*notes, rest, sep="\n")
+    print(*notes, rest, *pointers(folder), sep="\n")
+
+
+def pointers(folder):
+    """Where a finished run's picture is, and two commands that go on from it."""
+    held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    last, seed, data = folder / held["method"][-1], held["seed"], held["data_dir"]
+    asked = ["--benchmark", held["benchmark"], *(["--data_dir", data] if data else []), "--seed", seed, "--model", last]
+    again = ["rerule.py", folder / "config.json", "--seed", seed + 1, "--output_dir", f"{folder}_{seed + 1}"]
+    commands = {"Another seed": again, "Score a model": ["evaluate.py", *asked, "--output", f"{last}.json"]}
+    told = [f"The picture: {path}" for path in folder.glob("curves.png")]
+    return told + [f"{what}: python {shlex.join(map(str, words))}" for what, words in commands.items()]
 
 
 def save_examples(folder, phase, rows):
@@ -136,10 +159,20 @@ def save_examples(folder, phase, rows):
     write_text(folder / "predictions" / f"{phase}.jsonl", text)
 
 
-def model_card(phase, config):
-    """README.md of a saved model."""
-    stored = Path(__file__).with_name("model_card.json")
+def write_card(folder, phase, config, scores=MappingProxyType({})):
+    """README.md of a saved model, with the Hub's header. scores: {column: value} once it has been evaluated."""
+    stored, benchmark = Path(__file__).with_name("model_card.json"), benchmarks.ALL[config.benchmark]
     done = json.loads(stored.read_text(encoding="utf-8"))
     done = done.get(phase, f"Unlearned with {TITLES[phase]}, a baseline of Appendix B.")
-    card = stored.with_suffix(".md").read_text(encoding="utf-8")
-    return card.format(title=TITLES[phase], done=done, config=config)
+    title, hub = f"{TITLES[phase]}, {benchmark.name}", benchmark.hub
+    given, here = config.model != "tiny", {"dataset_type": hub or benchmark.name, "dataset_name": benchmark.name}
+    known = [(name, heading, scores.get(name)) for name, heading in benchmark.columns.items()]
+    found = [EvalResult("text-generation", metric_type=name, metric_name=heading, metric_value=value, **here)
+             for name, heading, value in known if value is not None]  # fmt: skip
+    header = ModelCardData(
+        base_model=config.model if given and not Path(config.model).exists() else None, library_name="transformers",
+        pipeline_tag="text-generation", license="other" if hub or given else "mit", datasets=hub or None,
+        tags=["unlearning", "rerule", benchmark.name], model_name=title, eval_results=found or None,
+    )  # fmt: skip
+    text = stored.with_suffix(".md").read_text(encoding="utf-8").format(title=title, done=done, config=config)
+    write_text(folder / "README.md", f"---\n{header.to_yaml()}\n---\n\n{text}")

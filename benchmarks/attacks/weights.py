@@ -5,7 +5,6 @@ import math
 from importlib.util import find_spec
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -13,6 +12,7 @@ from benchmarks.attacks.case import recall
 from benchmarks.attacks.measures import quantisation, relearning, rounded
 from benchmarks.metrics import UNSEEN
 from data import encode_answer, encode_prompt
+from engine.bars import Bar
 from engine.model import optimizer_for
 from engine.seeds import batch_at
 from sft import sft_loss_of
@@ -57,7 +57,7 @@ def fine_tuned(case, taught, lr, name):
     tokenizer = case.tokenizer
     rows = [(encode_prompt(tokenizer, p.prompt), encode_answer(tokenizer, p.prompt, p.answer)) for p in taught]
     yield 0, model
-    for step in tqdm(range(1, STEPS[-1] + 1), desc=f"relearning, {name}", leave=False, disable=not case.progress):
+    for step in Bar(range(1, STEPS[-1] + 1), desc=f"relearning, {name}", leave=False, disable=not case.progress):
         batch = [rows[i] for i in batch_at(len(rows), BATCH, step, case.seed, "relearn", name)]
         sft_loss_of(model, batch).backward()
         if not math.isfinite(case.engine.step(model, optimizer, 1.0)):

@@ -4,6 +4,7 @@ import codecs
 import io
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -228,8 +229,10 @@ def left(folder):
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         if path.suffix == ".jsonl" or name == "table.json":
-            found[name] = [part for part in path.read_text().replace("}", ",").split(",") if '"seconds' not in part]
-        elif path.name not in ("state.pt", "config.json", ".lock", "table.md") or path.parent != folder:
+            found[name] = [
+                part for part in path.read_text().replace("}", ",").split(",") if not re.search('"seconds|"time"', part)
+            ]
+        elif path.name not in ("state.pt", "config.json", ".lock", "table.md", "table.csv") or path.parent != folder:
             found[name] = path.read_bytes()
     return found
 

@@ -63,7 +63,6 @@ def test_E18_a_stray_temporary_name_is_in_nobodys_way(interrupted, tmp_path, nam
     assert not list(interrupted.glob("*.tmp")) and (kind != "link" or (tmp_path / "mine" / "thesis").exists())
 
 
-@pytest.mark.xfail(reason="modes of files are changed elsewhere at the same time", strict=False)
 def test_E27_others_may_read_a_model_where_they_may_read_the_rest(finished):
     mask = os.umask(0)
     os.umask(mask)

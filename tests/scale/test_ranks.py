@@ -48,7 +48,7 @@ def torchrun(n, *argv, timeout=300):
 
 def metrics(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "time"))} for row in rows]
 
 
 # --- one process, two processes and the host's memory: the same step ------------------------------------------------
