@@ -69,7 +69,7 @@ def read_texts(path):
 
 def read_lines(path):
     """Rows of a JSON-lines file of our own."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in Path(path).read_bytes().splitlines()]  # of bytes: a text may hold U+2028
 
 
 def is_writable(folder):
