@@ -19,22 +19,20 @@ def record(run, phase, row, groups, queries, stops):
     """Write a step's rows and show how it went. `row`: what the step itself has measured."""
     name = {"method": phase.name, "stage": 2, "step": groups[0].step}
     row = name | group_metrics(groups, queries, run.config.tau) | row
-    for place, group in enumerate(groups):
-        group.place = place
-    if "replay_groups" in row:
-        row |= replayed(run, phase.buffer.latest, row)
     entered = [id(group) for group in phase.buffer.ring if group.step == row["step"]]
-    ended = torch.stack([(torch.isin(g.response_ids, torch.tensor(stops)) & g.mask).any(-1) for g in groups])  # (N, G)
-    row["truncation"] = 1 - ended.float().mean().item()
-    run.metrics.write(row | {f"seconds_{part}": value for part, value in phase.seconds.items()})
-    for group in groups:
-        query = queries[group.query]
+    for place, group in enumerate(groups):
+        query, group.place = queries[group.query], place
         run.samples.write(
             {"method": phase.name, "step": group.step, "query": group.query, "kind": query.kind, "group": query.group,
              "prompt": query.question, "completions": group.texts, "rewards": group.rewards.tolist(),
              "refusals": [is_refusal(text) for text in group.texts],
              "stored": entered.index(id(group)) + 1 if id(group) in entered else 0}
         )  # fmt: skip
+    if "replay_groups" in row:
+        row |= replayed(run, phase.buffer.latest, row)
+    ended = torch.stack([(torch.isin(g.response_ids, torch.tensor(stops)) & g.mask).any(-1) for g in groups])  # (N, G)
+    row["truncation"] = 1 - ended.float().mean().item()
+    run.metrics.write(row | {f"seconds_{part}": value for part, value in phase.seconds.items()})
     phase.bar.set_postfix(reward=f"{row['reward']:.2f}", kl=f"{row['kl']:.3f}", buffer=row["buffer_size"])
     if row["step"] == phase.first or row["step"] % max(1, run.config.steps // 4) == 0:
         show_samples(phase, groups, queries)

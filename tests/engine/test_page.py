@@ -129,11 +129,17 @@ def test_a_groups_weight_by_hand(model, level):
     groups = make_groups(model, ((3, 4, 5, 6, 7), (3, 4), (8,)))
     config, told = Config(ratio_level=level), []
     for place, group in enumerate(groups):
-        group.place, group.train_logprobs = place, group.old_logprobs + 0.05 * (place - 1)
-        lengths = group.mask.sum(-1).tolist()
-        shift = 0.05 * (place - 1)
-        ratio = {"sequence": [shift * n for n in lengths], "geometric": [shift] * 3, "token": [shift]}[level]
-        told.append((torch.tensor(ratio).exp().clamp(0.8, 1.3)).mean().item())
+        group.place, group.train_logprobs = place, group.old_logprobs.clone()
+        shifts = []  # of each response's tokens: log π_θ − log π_old
+        for i, length in enumerate(group.mask.sum(-1).tolist()):
+            shifts.append(torch.tensor([0.1 * (t - place) for t in range(length)]))
+            group.train_logprobs[i, :length] += shifts[-1]
+        logs = {
+            "sequence": [s.sum() for s in shifts],
+            "geometric": [s.mean() for s in shifts],
+            "token": torch.cat(shifts),
+        }
+        told.append(torch.stack([*logs[level]]).exp().clamp(0.8, 1.3).mean().item())
     run = SimpleNamespace(config=config, engine=Engine("cpu"))
     found = report.replayed(run, groups[::-1], {"replay_skipped": 0, "step": 4})
     assert [row[:3] for row in found["replayed"]] == [[1, place, place] for place in (2, 1, 0)]
@@ -337,3 +343,34 @@ def test_a_browser_runs_nothing_that_a_model_wrote(made, tmp_path):
     for mark in ("␀", "␛", "⟨U+2028⟩", "⟨U+202E⟩", "<em>nothing</em>"):
         assert mark in shown, mark
     assert "This log does not say which groups were stored" in shown
+
+
+def test_a_browser_answers_to_the_slider_the_filters_and_a_prompt_followed(base, tmp_path):
+    """Each act in turn, as the keyboard would do it; what the page then shows is kept in its last part."""
+    acts = """
+      const kept = [], cards = () => document.querySelectorAll("article").length;
+      const keep = () => kept.push($("count").textContent + " | " + cards());
+      const set = (id, value, event) => { $(id).value = value; $(id).dispatchEvent(new Event(event)); keep(); };
+      set("step", 1, "input"); set("only", "hard", "change"); set("only", "", "change");
+      set("kind", "forget", "change"); set("method", "rule", "change"); set("kind", "", "change");
+      set("scope", "all", "change");
+      document.querySelector("article button").click(); keep();
+      $("changed").value = "refuses"; $("changed").dispatchEvent(new Event("change")); kept.push($("rows").textContent);
+      $("settings").append(kept.join("; "));
+    </script>"""
+    path = tmp_path / "acts.html"
+    head, end = (base / "run.html").read_text(encoding="utf-8").rsplit("</script>", 1)
+    path.write_text(head + acts + end, encoding="utf-8")
+    samples = data_of(base / "run.html")["samples"]
+    one = [row for row in samples if (row["method"], row["step"]) == ("rerule", 1)]
+    rule = [row for row in samples if row["method"] == "rule"]
+    first = [row for row in rule if row["step"] == 1]
+    followed = [row for row in samples if row["prompt"] == rule[0]["prompt"]]
+    hard, forget = sum(row["hard"] for row in one), sum(row["kind"] == "forget" for row in one)
+    counts = [(len(one), "ReRULE"), (hard, "ReRULE"), (len(one), "ReRULE"), (forget, "ReRULE"),
+              (sum(row["kind"] == "forget" for row in first), "RULE"), (len(first), "RULE")]  # fmt: skip
+    told = [f"{n} {'group' if n == 1 else 'groups'} of {method} at step 1 | {n}" for n, method in counts]
+    told += [f"{len(rule)} groups | {min(24, len(rule))}", f"{len(followed)} groups | {len(followed)}"]
+    before, after = (read_lines(base / "predictions" / f"{phase}.jsonl") for phase in ("original", "rerule"))
+    refuses = sum(not a["refusal"] and b["refusal"] for a, b in zip(before, after, strict=True))
+    assert "; ".join([*told, f"{refuses} of {len(before)} rows"]) in dom(path, tmp_path)
