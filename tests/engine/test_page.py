@@ -353,7 +353,9 @@ def test_a_browser_answers_to_the_slider_the_filters_and_a_prompt_followed(base,
       const set = (id, value, event) => { $(id).value = value; $(id).dispatchEvent(new Event(event)); keep(); };
       set("step", 1, "input"); set("only", "hard", "change"); set("only", "", "change");
       set("kind", "forget", "change"); set("method", "rule", "change"); set("kind", "", "change");
-      set("scope", "all", "change");
+      set("scope", "all", "change"); set("method", "rerule", "change"); set("only", "drawn", "change");
+      kept.push(document.querySelector("article .drawn").textContent); set("only", "", "change");
+      set("method", "rule", "change");
       document.querySelector("article button").click(); keep();
       $("changed").value = "refuses"; $("changed").dispatchEvent(new Event("change")); kept.push($("rows").textContent);
       $("settings").append(kept.join("; "));
@@ -370,6 +372,19 @@ def test_a_browser_answers_to_the_slider_the_filters_and_a_prompt_followed(base,
     counts = [(len(one), "ReRULE"), (hard, "ReRULE"), (len(one), "ReRULE"), (forget, "ReRULE"),
               (sum(row["kind"] == "forget" for row in first), "RULE"), (len(first), "RULE")]  # fmt: skip
     told = [f"{n} {'group' if n == 1 else 'groups'} of {method} at step 1 | {n}" for n, method in counts]
+    rerule_rows = [row for row in samples if row["method"] == "rerule"]
+    found = {}  # {(step, place): what the log says of its replays}
+    for row in stage2(base):
+        for step, place, _, weight in row.get("replayed", ()):
+            said = f"weight {weight:.2f}" if weight is not None else "skipped: no advantage"
+            found.setdefault((step, place), []).append(
+                f"replayed at step {row['step']}: age {row['step'] - step}, {said}"
+            )
+    first_drawn = found[min(found)]
+    told += [f"{len(rule)} groups | {min(24, len(rule))}", f"{len(rerule_rows)} groups | {min(24, len(rerule_rows))}"]
+    told += [f"{len(found)} groups | {min(24, len(found))}"]
+    told += [first_drawn[0] if len(first_drawn) < 4 else f"replayed {len(first_drawn)} times"]
+    told += [f"{len(rerule_rows)} groups | {min(24, len(rerule_rows))}"]
     told += [f"{len(rule)} groups | {min(24, len(rule))}", f"{len(followed)} groups | {len(followed)}"]
     before, after = (read_lines(base / "predictions" / f"{phase}.jsonl") for phase in ("original", "rerule"))
     refuses = sum(not a["refusal"] and b["refusal"] for a, b in zip(before, after, strict=True))

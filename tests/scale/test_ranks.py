@@ -225,7 +225,7 @@ def same_run(folder, other):
         assert set(row) == set(theirs)
         for *drawn, weight in row.pop("replayed", ()):  # each rank has computed a part of the weights
             *same, other_weight = theirs["replayed"].pop(0)
-            assert drawn == same and weight == pytest.approx(other_weight, rel=1e-3)
+            assert drawn == same and (weight or 0) == pytest.approx(other_weight or 0, rel=1e-3)
         assert not theirs.pop("replayed", None)
         for name, value in row.items():
             close = pytest.approx(theirs[name], rel=1e-3, abs=1e-4) if isinstance(value, float) else theirs[name]
