@@ -101,7 +101,7 @@ def read_texts(path):
 def read_lines(path):
     """Rows of a JSON-lines file of our own. Raises: InputError."""
     try:
-        return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in Path(path).read_bytes().splitlines()]  # of bytes: a text may hold U+2028
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON lines ({error!r:.80})") from None
 

@@ -15,31 +15,51 @@ from huggingface_hub import EvalResult, ModelCardData
 
 import benchmarks
 from baselines import TITLES
-from engine import plots
+from engine import page, plots
 from engine.files import RANK, read_lines, write_json, write_text
 from refusal import is_refusal
-from replay import is_hard
+from replay import clip_ratio, importance_ratio, is_hard
 
 
 def record(run, phase, row, groups, queries, stops):
     """Write a step's rows and show how it went. `row`: what the step itself has measured."""
     name = {"method": phase.name, "stage": 2, "step": groups[0].step}
     row = name | group_metrics(groups, queries, run.config.tau) | row
+    entered = [id(group) for group in phase.buffer.ring if group.step == row["step"]]
+    for place, group in enumerate(groups):
+        query, group.place = queries[group.query], place
+        run.samples.write(
+            {"method": phase.name, "step": group.step, "query": group.query, "kind": query.kind, "group": query.group,
+             "prompt": query.question, "completions": group.texts, "rewards": group.rewards.tolist(),
+             "refusals": [is_refusal(text) for text in group.texts],
+             "stored": entered.index(id(group)) + 1 if id(group) in entered else 0}
+        )  # fmt: skip
+    if "replay_groups" in row:
+        row |= replayed(run, phase.buffer.latest, row)
     ended = torch.stack([(torch.isin(g.response_ids, torch.tensor(stops)) & g.mask).any(-1) for g in groups])  # (N, G)
     row["truncation"] = 1 - ended.float().mean().item()
     shown = row["step"] == phase.first or row["step"] % max(1, run.config.steps // 4) == 0
     rollouts = [[queries[g.query].kind, queries[g.query].question, g.texts[0], g.rewards[0].item()] for g in groups]
     seconds = {f"seconds_{part}": value for part, value in phase.seconds.items()}
     run.log(row | seconds, rollouts if shown else ())
-    for group in groups:
-        query = queries[group.query]
-        run.samples.write(
-            {"method": phase.name, "step": group.step, "query": group.query, "kind": query.kind, "group": query.group,
-             "prompt": query.question, "completions": group.texts, "rewards": group.rewards.tolist()}
-        )  # fmt: skip
     phase.bar.set_postfix(reward=f"{row['reward']:.2f}", kl=f"{row['kl']:.3f}", buffer=row["buffer_size"])
     if shown:
         show_samples(phase, groups, queries)
+
+
+def replayed(run, drawn, row):
+    """The groups of a replay update for the log: [step sampled, place in its batch, query, mean clipped weight]. The
+    place is None for fresh rollouts, which no line of the log has; the weight for a group that was skipped."""
+    config, told = run.config, []
+    run.engine.complete([g for g in drawn if not (row["replay_skipped"] and g.all_equal())], "train_logprobs")
+    for group in drawn:
+        own, group.train_logprobs, weight = group.train_logprobs, None, None
+        if own is not None:
+            ratio = importance_ratio(own, group.old_logprobs, group.mask, config.ratio_level)  # (G, T)
+            ratio = ratio[group.mask] if config.ratio_level == "token" else ratio[:, 0]
+            weight = clip_ratio(ratio, config.epsilon_low, config.epsilon_high).mean().item()
+        told.append([group.step, group.place, group.query, weight])
+    return {"replay_age": sum(row["step"] - g.step for g in drawn) / max(1, len(drawn)), "replayed": told}
 
 
 def group_metrics(groups, queries, tau):
@@ -90,6 +110,7 @@ def write(folder, columns, results, figures=True):
     told = [f"{'every row' if len(of) == len(results) else ', '.join(of)}: {note}" for note, of in notes.items()]
     write_text(folder / "table.md", "\n".join([*lines, "", *told]).rstrip() + "\n")
     if figures:
+        page.write(folder)
         plots.curves(folder)
         recalls = ("forget_recall", "retain_recall")
         rows = {TITLES[name]: [row] for name, row in results.items() if None not in map(row.get, recalls)}
@@ -137,7 +158,7 @@ def print_table(folder):
             print(f"{title if at else '':<{width}}{cells}")
         print()
     notes = [line for line in text.splitlines() if "†" in line and not line.startswith("|")]
-    rest = f"Everything else is in {folder}/: table.md, curves.png, metrics.jsonl, samples.jsonl, models."
+    rest = f"Everything else is in {folder}/: run.html, table.md, curves.png, metrics.jsonl, samples.jsonl, models."
     print(*notes, rest, *pointers(folder), sep="\n")
 
 

@@ -20,6 +20,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 COMMANDS = {
     "rerule.py": "config.Config",
     "evaluate.py": "evaluate.Options",
+    "engine.page": "engine.page.Options",
     "build_data": "build_data.__main__.Options",
     "reproduce": "reproduce.__main__.Options",
     "reproduce.attacks": "reproduce.attacks.Options",

@@ -222,6 +222,10 @@ def same_run(folder, other):
     assert len(metrics(folder)) == len(metrics(other))
     for row, theirs in zip(metrics(folder), metrics(other), strict=True):
         assert set(row) == set(theirs)
+        for *drawn, weight in row.pop("replayed", ()):  # each rank has computed a part of the weights
+            *same, other_weight = theirs["replayed"].pop(0)
+            assert drawn == same and (weight or 0) == pytest.approx(other_weight or 0, rel=1e-3)
+        assert not theirs.pop("replayed", None)
         for name, value in row.items():
             close = pytest.approx(theirs[name], rel=1e-3, abs=1e-4) if isinstance(value, float) else theirs[name]
             assert value == close, (row["method"], row["step"], name)
