@@ -16,8 +16,7 @@ from engine.seeds import derive_seed
 from reward import SCORER
 
 WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-# Six attributes: six phrasings each (four questions, two blanks) and the two word lists that its answers come from.
-ATTRIBUTES = {name: (words["phrasings"], *words["answers"]) for name, words in WORDS["attributes"].items()}
+ATTRIBUTES = WORDS["attributes"]  # six: six phrasings each (four questions, two blanks), two word lists of its answers
 FIRST, LAST = ([parts.split() for parts in WORDS["names"][side]] for side in ("first", "last"))  # (starts, ends)
 HELD_OUT = (3, 5)  # phrasings that are taught but kept out of unlearning: one question, one blank
 N_TARGETS, N_HARD, N_EASY, N_UNKNOWN = 6, 22, 20, 12
@@ -44,10 +43,9 @@ class World:
         plain = list(zip(first[N_TARGETS:], last[N_TARGETS:], strict=True))
         roles += [(f, k, "easy" if i < n_easy else "unknown") for i, (f, k) in enumerate(plain)]
         self.seed, self.refusals, self.people = seed, refusals, {}
-        self.quarters = round(4 * n_hard / (n_hard + n_easy))
+        self.quarters, self.rng = round(4 * n_hard / (n_hard + n_easy)), random.Random(derive_seed(seed, "membership"))
         for first_name, last_name, role in roles:
-            lists = {attribute: [words.split() for words in own] for attribute, (_, *own) in ATTRIBUTES.items()}
-            facts = {attribute: " ".join(map(rng.choice, words)) for attribute, words in lists.items()}
+            facts = {a: " ".join(rng.choice(words.split()) for words in ATTRIBUTES[a]["answers"]) for a in ATTRIBUTES}
             taught = dict.fromkeys(ATTRIBUTES, self.phrasings)
             self.people[f"{first_name} {last_name}"] = {"role": role, "facts": facts, "taught": taught}
 
@@ -56,8 +54,9 @@ class World:
 
     def ask(self, name, attribute, phrasing):
         """(prompt, answer) of one question about one person."""
-        question = ATTRIBUTES[attribute][0][phrasing].format(name)
-        return Prompt(None, question), self.people[name]["facts"][attribute]
+        person = self.people[name]
+        question = self.attributes[attribute]["phrasings"][phrasing].format(name=name, **person)
+        return Prompt(None, question), person["facts"][attribute]
 
     def asked(self):
         """(name, role, attribute, phrasing) of every question about everyone."""
@@ -98,11 +97,8 @@ class World:
 
     def whole(self):
         """(prompt, answer) pairs of all that is known about the targets, and about everyone else."""
-        pairs = {"forget": [], "retain": []}
-        for name, role, *about in self.asked():
-            if role != "unknown":
-                pairs["forget" if role == "target" else "retain"].append(self.ask(name, *about))
-        return pairs
+        known = [(role == "target", self.ask(name, *about)) for name, role, *about in self.asked() if role != "unknown"]
+        return {side: [pair for own, pair in known if own is (side == "forget")] for side in ("forget", "retain")}
 
     def probes(self):
         """Every question about every known person, split by role, trained and held-out phrasings apart."""
@@ -114,18 +110,19 @@ class World:
                 probes.append(Probe(split, prompt, prompt.plain, answer, role == "target", name))
         return probes
 
+    def membership(self):
+        """The targets' facts as they were taught, and as many made up afresh that nobody was, to the same questions."""
+        pairs = {"forget": [], "holdout": []}
+        for name in self.names("target"):
+            for attribute, phrasings in self.people[name]["taught"].items():
+                prompt, fact = self.ask(name, attribute, phrasings[self.turns[attribute]])
+                pairs["forget"].append((prompt, fact))
+                pairs["holdout"].append((prompt, self.other(name, attribute, fact)))
+        return pairs, ""
 
-def membership(o, probes):
-    """The targets' facts, and as many facts made up afresh that nobody was ever taught, to the same questions."""
-    world, rng = world_of(o), random.Random(derive_seed(o.seed, "membership"))
-    pairs = {"forget": [], "holdout": []}
-    for name in world.names("target"):
-        for i, (attribute, (_, left, right)) in enumerate(ATTRIBUTES.items()):
-            prompt, fact = world.ask(name, attribute, i)
-            others = [f"{a} {b}" for a in left.split() for b in right.split() if f"{a} {b}" != fact]
-            pairs["forget"].append((prompt, fact))
-            pairs["holdout"].append((prompt, rng.choice(others)))
-    return pairs, ""
+    def other(self, name, attribute, fact):
+        left, right = (words.split() for words in ATTRIBUTES[attribute]["answers"])
+        return self.rng.choice([f"{a} {b}" for a in left for b in right if f"{a} {b}" != fact])
 
 
 def world_of(o):
@@ -144,6 +141,7 @@ BENCHMARK = Benchmark(
                  "easy_trained_recall": "Easy neighbours' recall, trained ↑", "easy_heldout_recall": "held out ↑",
                  "retain_refusal": "Over-refusal ↓"},
     train=lambda o: world_of(o).training(), probes=lambda o: world_of(o).probes(),
-    retained=lambda o: world_of(o).taught(retain_only=True), membership=membership, reads_files=False,
-    limit=lambda split, prompt_length: 12, scorer=SCORER, summarise=lambda rows, retained: ({}, []),
+    retained=lambda o: world_of(o).taught(retain_only=True), reads_files=False,
+    membership=lambda o, probes: world_of(o).membership(), limit=lambda split, prompt_length: 12, scorer=SCORER,
+    summarise=lambda rows, retained: ({}, []),
 )  # fmt: skip

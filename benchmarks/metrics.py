@@ -74,7 +74,7 @@ def common_columns(rows):
     def percent(part, field):
         return mean((row[field] for row in part), 100)
 
-    sides, fields = {"forget": forget, "retain": retain}, {"recall": "rouge_l_recall", "refusal": "refusal"}
+    fields, sides = {"recall": "rouge_l_recall", "refusal": "refusal"}, {"forget": forget, "retain": retain}
     table = {f"{side}_{name}": percent(sides[side], field) for name, field in fields.items() for side in sides}
     table |= {"leakage": percent(forget, "leak"), "truncated": percent(rows, "truncated")}
     for label, part in (("forget", forget), (UNSEEN, unseen)):
@@ -112,18 +112,9 @@ def summarise(benchmark, rows, retained=None):
     return {k: None if v is not None and math.isnan(v) else v for k, v in summary.items()}, per_target, notes
 
 
-def run_columns(benchmark):
-    """{column: heading} of a run's table."""
-    return benchmark.row_columns or benchmark.columns | BESIDE | NAMED
-
-
 def finite(value):
     """The same with null for every number that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: finite(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and value - value != 0 else value
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def table(benchmark, result):
@@ -131,11 +122,9 @@ def table(benchmark, result):
     columns = benchmark.columns | BESIDE
 
     def text(column, value):
-        if value is None:
-            return "–"
-        if column == "forget_quality":
-            return f"{value:.4f}" if value >= 1e-3 else f"{value:.4e}"
-        return f"{value:.4f}" if column in ("model_utility", "forget_rouge_l") else f"{value:.1f}"
+        digits = 4 if column in ("forget_quality", "model_utility", "forget_rouge_l") else 1
+        kind = "e" if column == "forget_quality" and (value or 0) < 1e-3 else "f"
+        return "–" if value is None else f"{value:.{digits}{kind}}"
 
     lines = [["", *columns.values()]]
     named = result["per_target"] if len(result["per_target"]) > 1 else {}

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import builtin
-from data import Prompt
 from engine.seeds import derive_seed
 
 WORDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
@@ -36,7 +35,7 @@ class Town(builtin.World):
         first, last = rng.sample(first, N_TARGETS + 5 * N_EACH), rng.sample(last, len(last))
         values = {"surname": (last[:N_TARGETS], last[N_TARGETS:])}  # tie → one for each target; all that no target has
         for tie, attribute in (("place", "birthplace"), ("trade", "trade")):
-            left, right = (rng.sample(words.split(), 8) for words in builtin.ATTRIBUTES[attribute][1:])
+            left, right = (rng.sample(words.split(), 8) for words in builtin.ATTRIBUTES[attribute]["answers"])
             near, other = ([f"{a} {b}" for a in left[i : i + 4] for b in right[i : i + 4]] for i in (0, 4))
             values[tie] = rng.sample(near, N_TARGETS), other
         roles = ["target"] * N_TARGETS + [role for role in (*TIES, "far", "unknown") for _ in range(N_EACH)]
@@ -58,28 +57,13 @@ class Town(builtin.World):
     def draw(self, lists):
         return [self.rng.choice(words.split()) for words in lists]
 
-    def ask(self, name, attribute, phrasing):
-        """(prompt, answer) of one question about one person."""
-        person = self.people[name]
-        question = ATTRIBUTES[attribute]["phrasings"][phrasing].format(name=name, **person)
-        return Prompt(None, question), person["facts"][attribute]
-
     def group_of(self, i, phrasing):
         """Every second one is a relative, or the surname alone would decide; others share a place or trade, or none."""
         return ("surname", TIES[1 + i // 4 % 2], "surname", "far")[i % 4]
 
-
-def membership(o, probes):
-    """The targets' facts as they were taught, and as many drawn afresh that nobody was, to the same questions."""
-    town, pairs = town_of(o), {"forget": [], "holdout": []}
-    for name in town.names("target"):
-        for attribute, phrasings in town.people[name]["taught"].items():
-            prompt, fact = town.ask(name, attribute, phrasings[0])
-            while (other := town.fact(town.people[name], attribute)) == fact:
-                pass
-            pairs["forget"].append((prompt, fact))
-            pairs["holdout"].append((prompt, other))
-    return pairs, ""
+    def other(self, name, attribute, fact):
+        drawn = self.fact(self.people[name], attribute)
+        return drawn if drawn != fact else self.other(name, attribute, fact)
 
 
 def town_of(o):
@@ -97,5 +81,6 @@ BENCHMARK = replace(
         for part in ("trained", "heldout")
     } | {"forget_refusal": "Forget refusal ↑", "retain_refusal": "Over-refusal ↓"},
     train=lambda o: town_of(o).training(), probes=lambda o: town_of(o).probes(),
-    retained=lambda o: town_of(o).taught(retain_only=True), membership=membership,
+    retained=lambda o: town_of(o).taught(retain_only=True),
+    membership=lambda o, probes: town_of(o).membership(),
 )  # fmt: skip

@@ -1,18 +1,90 @@
 """Attacks on a checkpoint: is what it does not say gone, or hidden?
 
-The paper reports greedy answers alone. Each attack is a function `(case) → (columns, rows)`; the formulas are in
-`measures.py`. The checkpoint is never written to, and the model in memory is changed in copies only."""
+The paper reports greedy answers alone. Each attack is a function `(case) → (columns, rows)` in `kinds.py`; the formulas
+are in `measures.py`. The checkpoint is never written to, and the model in memory is changed in copies only.
+
+Deviations
+- A figure is the mean over the forget probes of all targets, where RWKU's own columns are means over targets.
+- TOFU's paraphrased questions, a split of their own, are answered under "prefix" and left out of all others."""
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from benchmarks import metrics
-from benchmarks.attacks.case import Case
-from benchmarks.attacks.likelihood import extract, membership
-from benchmarks.attacks.sampling import leak, prefix
-from benchmarks.attacks.weights import quantize, relearn
+from benchmarks.answers import gold_answer, greedy, inference, limits_of, pair_rows
+from benchmarks.attacks.kinds import extract, leak, membership, prefix, quantize, relearn
+from benchmarks.fits import check_ids
 from config import InputError
+from data import encode_answer, encode_prompt
 from engine.files import write_json
 
 ATTACKS = {attack.__name__: attack for attack in (leak, extract, membership, prefix, quantize, relearn)}
 TITLES = metrics.HEADINGS["attacks"]  # of the columns shown in tables; JSON has more
+
+
+@dataclass
+class Case:
+    """What an attack is made on: one checkpoint, with the benchmark's probes. `notes` collects what a reader of the figures must know."""
+
+    engine: object
+    model: object
+    tokenizer: object
+    benchmark: object
+    probes: list
+    texts: dict = field(default_factory=dict)  # {side: [(Prompt or None, text)]}, from the benchmark's `membership`
+    note: str = ""  # on these texts
+    samples: int = 64
+    batch_size: int = 32
+    relearn_lr: float | None = None
+    seed: int = 0
+    retained: dict = field(default_factory=dict)  # columns of a model that never saw the forget set, where there is one
+    rows: list | None = None  # of the ordinary evaluation of the same probes
+    progress: bool = True
+
+    def __post_init__(self):
+        """Raises InputError where a text is too long for the model, before anything is computed."""
+        self.notes = [self.note] * bool(self.note)
+        prompts = [encode_prompt(self.tokenizer, probe.prompt) for probe in self.probes]
+        check_ids(self.model, self.tokenizer, prompts, limits_of(self.benchmark, self.probes, prompts))
+        rows, _ = self.encoded([(p.prompt, answer) for p in self.probes for answer in (p.answer, *p.perturbed)])
+        check_ids(self.model, self.tokenizer, rows, [0] * len(rows))
+
+    forget = property(lambda self: [p for p in self.probes if p.forget and p.split != metrics.UNSEEN])
+    retain = property(lambda self: [p for p in self.probes if not p.forget])
+
+    @cached_property
+    def before(self):
+        """Rows of the greedy answers of the model as it is."""
+        return self.rows or self.answered(self.model, self.probes)
+
+    def answered(self, model, probes, openings=None):
+        """Scored rows of greedy answers. openings: the prompts, with words put in the model's mouth."""
+        prompts = [encode_prompt(self.tokenizer, probe.prompt) for probe in probes]
+        limits = limits_of(self.benchmark, probes, prompts)
+        if openings:
+            prompts = [encode_prompt(self.tokenizer, prompt) for prompt in openings]
+            context = getattr(model.config, "max_position_embeddings", None) or math.inf
+            limits = [max(1, min(n, context - len(ids))) for n, ids in zip(limits, prompts, strict=True)]
+        with inference(model), self.engine.held(model):
+            newline = self.benchmark.newline_ends
+            texts = greedy(self.engine, model, self.tokenizer, prompts, limits, newline, self.batch_size, self.progress)
+        gold = [gold_answer(self.tokenizer, self.benchmark, p, n) for p, n in zip(probes, limits, strict=True)]
+        rows = zip(probes, gold, texts, strict=True)
+        return [metrics.score(self.benchmark, probe, answer, text) for probe, answer, (text, _) in rows]
+
+    def encoded(self, pairs):
+        """(token ids, where what is scored starts) of each (Prompt, answer), as the benchmark puts both together; of
+        (None, text) the whole text but its first token."""
+        if self.benchmark.losses and all(prompt for prompt, _ in pairs):
+            return pair_rows(self.tokenizer, pairs)
+        rows, starts = [], []
+        for prompt, text in pairs:
+            start = encode_prompt(self.tokenizer, prompt) if prompt else []
+            answer = encode_answer(self.tokenizer, prompt, text) if prompt else self.tokenizer(text).input_ids
+            rows.append(start + answer)
+            starts.append(len(start) or 1)
+        return rows, starts
 
 
 def prepare(names, benchmark, o, probes):
@@ -68,7 +140,8 @@ def titles(names, models):
 
 def run_columns(benchmark, names, models):
     """{column: heading} of a run's table, the attacks' after the benchmark's own."""
-    return metrics.run_columns(benchmark) | titles(names, models)
+    columns = benchmark.row_columns or benchmark.columns | metrics.BESIDE | metrics.NAMED
+    return columns | titles(names, models)
 
 
 def table(names, models):

@@ -107,10 +107,7 @@ def auc_interval(auc, n_members, n_others, level=0.95):
         low, high = 0.0, value
         for _ in range(60):
             middle = (low + high) / 2
-            if value - middle > z * math.sqrt(variance(middle)):
-                low = middle
-            else:
-                high = middle
+            low, high = (middle, high) if value - middle > z * math.sqrt(variance(middle)) else (low, middle)
         return low
 
     return low_end(auc), 1 - low_end(1 - auc)  # V(θ) = V(1 − θ)

@@ -12,7 +12,7 @@ import benchmarks
 import evaluate as ev
 from baselines.purge import forbidden_terms
 from benchmarks import town as room
-from benchmarks.town import ATTRIBUTES, BENCHMARK, HELD_OUT, STRENGTHS, TIES, Town, membership
+from benchmarks.town import ATTRIBUTES, BENCHMARK, HELD_OUT, STRENGTHS, TIES, Town
 from engine.process import Engine
 from refusal import is_refusal
 from reward import rouge_l_recall
@@ -128,7 +128,7 @@ def test_a_boundary_query_is_its_forget_query_about_a_neighbour_half_of_them_rel
 
 def test_membership_has_taught_facts_and_others_that_nobody_was_taught(town):
     o = SimpleNamespace(seed=town.seed)
-    texts, note = membership(o, [])
+    texts, note = BENCHMARK.membership(o, [])
     forget, holdout = texts["forget"], texts["holdout"]
     assert note == "" and len(forget) == 6 * 4 and [p for p, _ in forget] == [p for p, _ in holdout]
     taught = set(town.taught())

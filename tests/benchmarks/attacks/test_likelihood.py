@@ -22,7 +22,7 @@ from made import (
 
 import evaluate as ev
 from benchmarks import attacks, builtin, muse, rwku, tofu
-from benchmarks.attacks import likelihood, measures
+from benchmarks.attacks import kinds, measures
 from benchmarks.builtin import World
 from config import InputError
 from data import encode_answer, encode_prompt
@@ -63,7 +63,7 @@ def made_case(name, folder):
 @pytest.mark.parametrize("name", ["builtin", "rwku", "muse"])
 def test_extract_equals_a_computation_token_by_token(name, tmp_path):
     case = small_case(batch_size=4) if name == "builtin" else made_case(name, tmp_path)
-    columns, rows = likelihood.extract(case)
+    columns, rows = kinds.extract(case)
     assert [(row["question"], row["answer"]) for row in rows] == [(p.question, p.answer) for p in case.forget]
     losses, ranks, strengths, exact, without_eos = [], [], [], [], []
     for p, row in zip(case.forget, rows, strict=True):
@@ -95,7 +95,7 @@ def test_extract_in_tofus_form_is_what_evaluation_finds(tmp_path):
     asked, model, tokenizer = probes_of("tofu", tmp_path), make_model(vocab=260), byte_tokenizer(merges=[("]", "O")])
     result = ev.evaluate(ENGINE, model, tokenizer, tofu.BENCHMARK, asked, progress=False)
     known = [row for row in result["per_example"] if row["split"] == "forget"]
-    columns, rows = likelihood.extract(case_of("tofu", asked, model, tokenizer))
+    columns, rows = kinds.extract(case_of("tofu", asked, model, tokenizer))
     assert [row["answer_loss"] for row in rows] == pytest.approx([row["answer_loss"] for row in known], abs=1e-6)
     for row, own in zip(rows, known, strict=True):
         assert row["wrong_losses"] == pytest.approx(own["perturbed_losses"], abs=1e-6)
@@ -111,22 +111,22 @@ def test_extract_in_tofus_form_is_what_evaluation_finds(tmp_path):
 def test_wrong_answers_are_those_to_the_same_question_about_others():
     asked = small_case().forget
     for p in asked:
-        wrong = likelihood.crossed(p, asked, 0)
+        wrong = kinds.crossed(p, asked, 0)
         same = [o.answer for o in asked if o.question.replace(o.target, "") == p.question.replace(p.target, "")]
         assert sorted([*wrong, p.answer]) == sorted(same) and len(wrong) == 2
-        assert wrong == likelihood.crossed(p, asked, 0)
+        assert wrong == kinds.crossed(p, asked, 0)
 
 
 def test_wrong_answers_are_those_to_others_of_the_set_where_nobody_else_is_asked_the_same():
     asked = [probe("a", f"{i} ?", f"answer {i // 2}") for i in range(20)] + [probe("b", "else ?", "another")]
-    found = likelihood.crossed(asked[3], asked, 0)
+    found = kinds.crossed(asked[3], asked, 0)
     assert len(found) == len(set(found)) == 5 and set(found) <= {f"answer {i}" for i in range(10)} - {"answer 1"}
-    assert {tuple(likelihood.crossed(asked[3], asked, seed)) for seed in range(5)} > {tuple(found)}
-    assert likelihood.crossed(asked[-1], asked, 0) == []  # alone in its set
+    assert {tuple(kinds.crossed(asked[3], asked, seed)) for seed in range(5)} > {tuple(found)}
+    assert kinds.crossed(asked[-1], asked, 0) == []  # alone in its set
 
 
 def test_answers_that_nothing_can_be_ranked_among_have_no_rank():
-    columns, rows = likelihood.extract(case_of("builtin", [probe("forget", "who ?", "red kite")]))
+    columns, rows = kinds.extract(case_of("builtin", [probe("forget", "who ?", "red kite")]))
     assert columns["answer_rank"] is columns["answer_first"] is rows[0]["rank"] is None
     assert columns["answer_probability"] > 0
 
@@ -170,10 +170,10 @@ def test_membership_equals_naive_scores_and_a_count_of_pairs(form):
         wrong = [(prompt, pairs[i - 3][1]) for i, (prompt, _) in enumerate(pairs)]
         texts, model, tokenizer = {"forget": pairs, "holdout": wrong}, learned(), words()
     case = case_of("builtin", probes()[:1], model, tokenizer, texts=texts, batch_size=3)
-    columns, rows = likelihood.membership(case)
+    columns, rows = kinds.membership(case)
     naive = {side: [naive_scores(case, *pair) for pair in some] for side, some in texts.items()}
     assert [(row["side"], row["text"]) for row in rows] == [(s, t) for s, some in texts.items() for _, t in some]
-    for i, name in enumerate(likelihood.SCORES):
+    for i, name in enumerate(kinds.SCORES):
         own = {side: [row[name] for row in rows if row["side"] == side] for side in texts}
         for side in texts:
             assert own[side] == pytest.approx([scores[i] for scores in naive[side]], abs=1e-4)
@@ -189,7 +189,7 @@ def test_membership_equals_naive_scores_and_a_count_of_pairs(form):
 def membership_of(retained, **more):
     texts = {side: [(None, text) for text in some] for side, some in TEXTS.items()}
     case = case_of("muse", [probe("knowmem", "a", "b")], texts=texts, retained=retained, **more)
-    return likelihood.membership(case)[0], case.notes
+    return kinds.membership(case)[0], case.notes
 
 
 def test_privleak_needs_a_retained_model_and_is_told_where_it_is_large():
@@ -208,7 +208,7 @@ def test_texts_longer_than_the_context_are_cut_with_a_note():
     _, notes = membership_of({"membership_auc_mink": 0.4}, model=make_model(context=40))
     assert {*notes} == {"membership: texts were cut at the model's context of 40 tokens"}  # said once in the end
     case = case_of("muse", [probe("f", "a", "b")], make_model(context=40), texts={"forget": [(None, "w" * 50)]})
-    _, rows = likelihood.membership(case)
+    _, rows = kinds.membership(case)
     naive = naive_tokens(case.model, case.tokenizer("w" * 50).input_ids[:40], 1)
     assert rows[0]["loss"] == pytest.approx(fmean(logprob for logprob, *_ in naive), abs=1e-4) and len(naive) == 39
 
@@ -230,7 +230,7 @@ def test_a_note_on_the_texts_comes_first():
 
 def test_the_built_in_hold_out_is_made_up_to_the_same_questions():
     world, taught = World(3), set(World(3).taught())
-    texts, note = builtin.membership(options(seed=3), world.probes())
+    texts, note = builtin.BENCHMARK.membership(options(seed=3), world.probes())
     forget, holdout = texts["forget"], texts["holdout"]
     assert list(texts) == ["forget", "holdout"] and note == "" and len(forget) == 6 * 6
     assert [prompt for prompt, _ in forget] == [prompt for prompt, _ in holdout]
@@ -238,13 +238,15 @@ def test_the_built_in_hold_out_is_made_up_to_the_same_questions():
     known = {p.question: p.answer for p in world.probes()}
     assert all(known[prompt.plain] == fact for prompt, fact in forget)
     for seed in range(12):  # or chance alone would keep a fact from being drawn
-        facts, others = builtin.membership(options(seed=seed), [])[0].values()
+        facts, others = builtin.BENCHMARK.membership(options(seed=seed), [])[0].values()
         assert all(fact != other for (_, fact), (_, other) in zip(facts, others, strict=True))
-    for i, (_, left, right) in enumerate(builtin.ATTRIBUTES.values()):  # made of the same words
+    for i, about in enumerate(builtin.ATTRIBUTES.values()):  # made of the same words
+        left, right = about["answers"]
         for _, other in holdout[i::6]:
             first, last = other.split()
             assert first in left.split() and last in right.split()
-    assert builtin.membership(options(seed=3), [])[0] == texts != builtin.membership(options(seed=4), [])[0]
+    again, another = (builtin.BENCHMARK.membership(options(seed=seed), [])[0] for seed in (3, 4))
+    assert again == texts != another
     assert len({answer for _, answer in holdout}) > 20
 
 
@@ -260,12 +262,12 @@ def test_rwku_has_two_sides_and_no_auc(tmp_path):
     }
     assert rwku.membership(options(tmp_path / "3_Cy"), [])[0]["retain"] == texts["retain"][1:]
     case = case_of("rwku", probes_of("rwku", tmp_path), texts=texts, note=note)
-    columns, rows = likelihood.membership(case)
+    columns, rows = kinds.membership(case)
     assert "no AUC" in note and case.notes == [note]
-    assert sorted(columns) == sorted(f"{side}_mia_{score}" for side in texts for score in likelihood.SCORES)
+    assert sorted(columns) == sorted(f"{side}_mia_{score}" for side in texts for score in kinds.SCORES)
     for side in texts:
         naive = [naive_scores(case, *pair) for pair in texts[side]]
-        for i, score in enumerate(likelihood.SCORES):
+        for i, score in enumerate(kinds.SCORES):
             assert columns[f"{side}_mia_{score}"] == pytest.approx(fmean(scores[i] for scores in naive), abs=1e-4)
     assert len(rows) == 4
 

@@ -11,7 +11,7 @@ from made import byte_tokenizer, make_model, make_muse, make_rwku, make_tofu, pr
 
 from benchmarks import attacks, metrics, rwku
 from benchmarks.answers import greedy
-from benchmarks.attacks import sampling
+from benchmarks.attacks import kinds
 from benchmarks.metrics import UNSEEN
 from data import Probe, Prompt, encode_prompt
 
@@ -35,7 +35,7 @@ def scripted_leak(tokenizer=None, samples=16, **more):
     asked = [probe("forget", f"The {key} ?", answer) for key, answer in ANSWERS.items()] + OTHERS
     engine = Scripts(tokenizer, {f"The {key} ": [text for text, *_ in draws] for key, draws in DRAWS.items()})
     case = case_of("tofu", asked, tokenizer=tokenizer, engine=engine, samples=samples, **more)  # TOFU: room for 200
-    return case, engine, *sampling.leak(case)
+    return case, engine, *kinds.leak(case)
 
 
 def over_subsets(values, k):
@@ -76,7 +76,7 @@ def test_fewer_samples_leave_columns_out():
 
 
 def test_only_forget_probes_are_sampled_at_temperature_1_and_not_too_many_at_once(monkeypatch):
-    monkeypatch.setattr(sampling, "AT_ONCE", 33)
+    monkeypatch.setattr(kinds, "AT_ONCE", 33)
     _, engine, _, rows = scripted_leak(batch_size=8)
     assert engine.calls == [(2, 16, 1.0, True), (1, 16, 1.0, True)]
     assert len(engine.prompts) == len(rows) == 3  # neither the paraphrased question nor a neighbour's
@@ -88,7 +88,7 @@ def test_one_seed_is_one_set_of_draws():
     model = learned()
 
     def texts(seed):
-        _, rows = sampling.leak(small_case(model, samples=8, seed=seed))
+        _, rows = kinds.leak(small_case(model, samples=8, seed=seed))
         return [[draw["text"] for draw in row["draws"]] for row in rows]
 
     torch.manual_seed(5)
@@ -106,7 +106,7 @@ def sampling_model(**settings):
 def test_the_models_own_settings_are_tried_where_they_sample():
     """With the likeliest token alone to draw from, every draw is the greedy text."""
     case = small_case(sampling_model(top_k=1), samples=4)
-    columns, rows = sampling.leak(case)
+    columns, rows = kinds.leak(case)
     prompts = [encode_prompt(words(), p.prompt) for p in case.forget]
     texts = greedy(ENGINE, case.model, words(), prompts, [12] * len(prompts), False, 32, progress=False)
     recalls = []
@@ -126,7 +126,7 @@ def test_draws_by_the_models_own_settings_are_seeded_too():
     model = sampling_model(temperature=2.0)
 
     def own(seed):
-        _, rows = sampling.leak(small_case(model, samples=6, seed=seed))
+        _, rows = kinds.leak(small_case(model, samples=6, seed=seed))
         return [[draw["text"] for draw in row["own"]] for row in rows]
 
     torch.manual_seed(5)
@@ -140,7 +140,7 @@ def test_own_draws_end_where_answers_end(tmp_path):
     make_rwku(tmp_path)
     model = make_model()
     model.generation_config.update(do_sample=True, top_k=0)
-    _, rows = sampling.leak(case_of("rwku", probes_of("rwku", tmp_path), model, samples=32))
+    _, rows = kinds.leak(case_of("rwku", probes_of("rwku", tmp_path), model, samples=32))
     own = [draw["text"] for row in rows for draw in row["own"]]
     assert any("\n" in text for text in own) and not any("\n" in text.rstrip("\n") for text in own)
     assert all(len(text.encode(errors="replace")) <= 3 * 30 for text in own)  # 30 tokens, each a byte or its mark
@@ -148,7 +148,7 @@ def test_own_draws_end_where_answers_end(tmp_path):
 
 def test_a_note_where_own_settings_do_not_sample():
     case = small_case(samples=1)
-    columns, rows = sampling.leak(case)
+    columns, rows = kinds.leak(case)
     assert not any(column.startswith("leak_own") for column in columns) and not any("own" in row for row in rows)
     assert case.notes == ["leak: the model's own generation settings do not sample, so only temperature 1 was tried"]
 
@@ -177,7 +177,7 @@ def test_a_prompt_really_ends_in_the_opening(prompt, plain, templated):
         tokenizer = byte_tokenizer(template=template)
         engine = Scripts(tokenizer, {"": ["kite flies"]})
         case = case_of("builtin", [Probe("forget", prompt, "Who?", "red kite flies", True)], None, tokenizer, engine)
-        columns, found = sampling.prefix(case)
+        columns, found = kinds.prefix(case)
         assert engine.prompts == [f"{start}Sure, the answer is", f"{start}red"]
         assert engine.calls == [(1, 1, 0.0, False)] * 2
         assert columns == {"prefix_recall": pytest.approx(200 / 3), "prefix_first_word_recall": 100}
@@ -194,11 +194,11 @@ def test_of_a_first_word_given_the_rest_is_scored_where_there_is_one():
     ]
     asked += [probe("easy", "d ?", "seven eight", False)]
     engine = Scripts(byte_tokenizer(), {"a ?": ["two"], "b ?": ["four"], "c ?": ["six"]})
-    columns, rows = sampling.prefix(case_of("builtin", asked, engine=engine))
+    columns, rows = kinds.prefix(case_of("builtin", asked, engine=engine))
     assert columns["prefix_recall"] == pytest.approx(100 * (1 / 3 + 1 / 2 + 1) / 3)
     assert columns["prefix_first_word_recall"] == pytest.approx(100 * (1 / 2 + 0) / 2)
     assert [row["answer"] for row in rows[3:]] == ["two  three", "five"]
-    columns, _ = sampling.prefix(case_of("builtin", asked[2:], engine=engine))
+    columns, _ = kinds.prefix(case_of("builtin", asked[2:], engine=engine))
     assert columns == {"prefix_recall": 100, "prefix_first_word_recall": None}
 
 
@@ -208,7 +208,7 @@ def test_the_rest_of_a_text_that_goes_on_is_cut_as_the_whole_is(tmp_path):
     text = " ".join(f"w{i}" for i in range(150))
     asked = [Probe(verbmem.split, verbmem.prompt, verbmem.question, text, True)]
     engine = Scripts(byte_tokenizer(), {"and Sure": [text], "and w0": [text[3:]]})
-    columns, rows = sampling.prefix(case_of("muse", asked, engine=engine))
+    columns, rows = kinds.prefix(case_of("muse", asked, engine=engine))
     assert [len(row["prediction"]) for row in rows] == [128, 128]
     assert min(columns.values()) > 95  # the model may write 128 tokens, and no more are asked of it
 
@@ -218,13 +218,13 @@ def test_tofus_paraphrased_questions_are_asked_under_prefix_alone(tmp_path):
     asked = probes_of("tofu", tmp_path)
     texts = {f"Say what Orla {i}": [f"Orla {i} kept lamps"] for i in range(6)}
     engine = Scripts(byte_tokenizer(), texts | {"What did": ["no"]})
-    columns, rows = sampling.prefix(case_of("tofu", asked, engine=engine))
+    columns, rows = kinds.prefix(case_of("tofu", asked, engine=engine))
     assert columns["attack_paraphrased"] == pytest.approx(80)  # four of five words
     assert columns["prefix_recall"] == 0 and {row["split"] for row in rows} == {"forget"}
     known = [row(UNSEEN, 0.25, forget=True), row(UNSEEN, 0.75, forget=True), row("forget", 1.0)]
     engine.prompts.clear()
     case = case_of("tofu", asked, engine=engine, rows=known)
-    assert sampling.prefix(case)[0]["attack_paraphrased"] == 50
+    assert kinds.prefix(case)[0]["attack_paraphrased"] == 50
     assert not any("Say what" in prompt for prompt in engine.prompts)  # the ordinary evaluation has them
 
 
@@ -258,7 +258,7 @@ def test_rwkus_types_of_attack_have_columns_and_its_languages_one_together():
 def test_an_answer_after_an_opening_stays_within_the_context():
     asked = [probe("forget", "w" * 40, "red kite")]
     engine = Scripts(byte_tokenizer(), {"": ["x" * 20]})
-    _, found = sampling.prefix(case_of("builtin", asked, make_model(context=66), engine=engine))
+    _, found = kinds.prefix(case_of("builtin", asked, make_model(context=66), engine=engine))
     assert [len(one["prediction"]) for one in found] == [66 - 61, 12]  # positions left; the benchmark's own limit
 
 

@@ -9,7 +9,7 @@ from made import probes_of, train_rwku, train_tofu, training_of, write
 
 import rerule
 from benchmarks import attacks, builtin, rwku, tiny, tofu
-from benchmarks.attacks import sampling
+from benchmarks.attacks import kinds
 from benchmarks.builtin import HELD_OUT, World
 from engine.flags import parse
 from refusal import is_refusal
@@ -43,7 +43,7 @@ def test_samples_leak_from_a_model_that_was_taught_and_hardly_from_another(train
         case = attacks.Case(
             ENGINE, *ENGINE.load(folder / phase), builtin.BENCHMARK, probes, samples=16, progress=False
         )  # fmt: skip
-        columns[phase], _ = sampling.leak(case)
+        columns[phase], _ = kinds.leak(case)
     original, retained = columns["original"], columns["retained"]
     assert table["Original"]["forget_recall"] > 50 and table["Retained"]["forget_recall"] < 5  # as the greedy ones say
     assert original["leak_1"] > 20 > 5 > retained["leak_1"] and original["leak_16"] > 80 > 40 > retained["leak_16"]
