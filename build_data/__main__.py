@@ -19,7 +19,7 @@ from build_data.queries import Check, find_neighbours, hold_out, training_rows
 from build_data.rewrite import complete_all, language_model, normal
 from build_data.sources import EVALUATION, FILES, evaluation_queries, neighbours_path, read_facts, read_neighbours
 from config import Above0, Count, From0, InputError, Seed, setting
-from engine.files import is_writable, read_rows, save_folder, write_json
+from engine.files import is_writable, printable, read_rows, save_folder, write_json
 from engine.flags import check_bounds, parse, run_command
 from engine.llm import reach
 from engine.seeds import derive_seed
@@ -141,7 +141,7 @@ def show(report):
     print("overlap with the evaluation (its queries / as forget / as boundary queries of training):")
     print("  " + "; ".join(f"{split} {' / '.join(map(str, n.values()))}" for split, n in report["overlap"].items()))
     for row in report["sample"]:
-        print(f"  {row['kind']:>8}  {row['query']} → {row['answer']!r:.60}  [{row['made_by']}]")
+        print(f"  {row['kind']:>8}  {printable(row['query'])} → {row['answer']!r:.60}  [{row['made_by']}]")
 
 
 def main(argv=None):
