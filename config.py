@@ -165,6 +165,9 @@ class Data:
         "Number type of saved models; auto: bfloat16 where a GPU computes, else float32.", "auto"
     )
     eval_every: Natural | None = setting("Steps of Stage 2 between evaluations for the curves (0: none).", preset=True)
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
+        "Report every row of metrics.jsonl to a tracker too.", "none"
+    )
 
 
 @dataclass
@@ -229,6 +232,9 @@ class Tiny:
         | None
     ) = setting("Hidden size.", preset=True)
     tiny_layers: Count | None = setting("Layers.", preset=True)
+    tiny_rows: Natural | None = setting(
+        "Forget queries, and boundary queries, kept for lessons and both stages, drawn by seed (0: all).", preset=True
+    )
     tiny_refusals: Literal["all", "trained"] = setting(
         "Refusals to other names that it is taught: in every wording, or only in those that training uses.", "all"
     )

@@ -78,6 +78,7 @@ class Benchmark:
     row_columns: dict = field(default_factory=dict)  # of a run's table; unless given: `columns` and all others'
     prompt_tokens: int = 64  # about as many as its longest prompts have, for the memory plan
     reads_files: bool = True  # from --data_dir
+    hub: str = ""  # its data set on the Hub
     by_target: bool = False  # a summary is the mean over targets of each target's own
     newline_ends: bool = False  # an evaluated answer ends at a newline
     cut: Callable = lambda split, text: text  # what of an answer is scored
@@ -99,7 +100,10 @@ def encode_prompt(tokenizer, prompt):
     tokenizer adds, less an EOS at its end."""
     if prompt.user is not None and tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt.user}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) + prompt.opening
+        try:
+            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) + prompt.opening
+        except Exception as error:  # whatever a template raises, or its code runs into
+            raise InputError(f"the model's chat template does not take {prompt.user[:60]!r} ({error})") from None
         ids = tokenizer(text, add_special_tokens=False).input_ids
         bos = tokenizer("").input_ids[:1]  # [] where the tokenizer adds no BOS by itself
         if bos == [tokenizer.bos_token_id] and ids[:1] != bos:

@@ -16,7 +16,7 @@ class Options:
     """Score a checkpoint on RWKU, MUSE-Books, TOFU or the built-in world; print the paper's columns, write JSON."""
 
     benchmark: str = field(metadata={"help": "What to score on: rwku, muse, tofu, builtin, town."})
-    output: str = field(metadata={"help": "JSON file for the columns and every row behind them."})
+    output: str = field(metadata={"help": "JSON file for the result; TOFU_EVAL.json: in open-unlearning's form."})
     model: str = setting("Model folder or Hugging Face id.", "")
     tokenizer: str = setting("Where the tokenizer of all models is, if not with each.", "")
     data_dir: str = setting("The benchmark's folder; for RWKU one target's folder or a folder of them.", "")
@@ -59,7 +59,7 @@ from benchmarks.answers import answer_losses, gold_answer, greedy, inference, li
 from benchmarks.fits import check_ids
 from benchmarks.logs import read_log, read_retained
 from data import encode_prompt
-from engine.files import is_writable, write_json
+from engine.files import can_write, write_json
 from engine.llm import reach
 from engine.process import Engine
 
@@ -141,7 +141,8 @@ def check_options(o):
     compares = "retain_model" if o.retain_model else "retain_log" if o.retain_log else ""
     in_vain = compares and not benchmark.forget_rows and not (o.attack and o.retain_model)
     told = "only --benchmark tofu compares with a retained model; --attack takes --retain_model"
-    no_file = output.is_dir() or not output.absolute().parent.is_dir() or not is_writable(output.absolute().parent)
+    form = benchmarks.FORMS.get(output.name, (benchmark,))
+    no_file = output.is_dir() or not can_write(Path(f"{o.output}.tmp"))
     for wrong, message in (
         (bool(o.model) == bool(o.from_log), "expected one of --model and --from_log"),
         (o.retain_model and o.retain_log, "expected one of --retain_model and --retain_log"),
@@ -152,6 +153,7 @@ def check_options(o):
         (o.retain_model and o.from_log, "--retain_model: --from_log runs no model; give --retain_log"),
         (bool(o.judge_url) != bool(o.judge_model), "--judge_url and --judge_model go together"),
         (o.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no GPU is available"),
+        (form[0] is not benchmark, f"--output {o.output}: is the name of a log of --benchmark {form[0].name}"),
         (no_file, f"--output {o.output}: expected a file in a folder that exists"),
     ):
         if wrong:
@@ -159,7 +161,7 @@ def check_options(o):
     if o.judge_url:
         reach(o.judge_url, "--judge_url")
         cache = Path(o.judge_cache or f"{o.output}.judge.jsonl")
-        if cache.is_dir() or not is_writable(cache.parent):
+        if not can_write(cache):
             raise InputError(f"--judge_cache {cache}: expected a file that can be written")
     return benchmark
 
@@ -241,7 +243,8 @@ def main(o):
         print(*(f"{title}: {columns[name]:.1f}" for name, title in ability.TITLES.items()), sep="\n")
     for note in result["notes"]:
         print(note)
-    write_json(o.output, result | more)
+    _, form = benchmarks.FORMS.get(Path(o.output).name, (benchmark, dict))
+    write_json(o.output, form(result | more))
 
 
 if __name__ == "__main__":

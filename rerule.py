@@ -53,7 +53,7 @@ from baselines.controls import buffer_for, least_stored, refill, zero_gradient
 from benchmarks.attacks import attacked, prepare, run_columns
 from benchmarks.fits import check_model
 from benchmarks.logs import read_retained
-from benchmarks.tiny import tiny_model
+from benchmarks.tiny import sample_of, tiny_model
 from data import decode, encode_answer, encode_prompt, stop_ids
 from engine import report
 from engine.model import optimizer_for
@@ -163,16 +163,14 @@ def replay_update(engine, model, buffer, groups, update, logprobs_of, config, st
     divisors count them. Returns: what the log says of it."""
     drawn = buffer.draw(config.replay_groups, groups, generator("cpu", config.seed, "replay", step))
     used = [group for group in drawn if config.replay_kl or config.normalize_ratio or not group.all_equal()]
-    age = sum(step - group.step for group in drawn) / max(1, len(drawn))
-    row = {"replay_groups": len(drawn), "replay_skipped": len(drawn) - len(used), "replay_age": age}
+    row = {"replay_groups": len(drawn), "replay_skipped": len(drawn) - len(used)}
     mean_weight, clip = 1.0, (config.epsilon_low, config.epsilon_high)
     if used:
+        batches = partial(engine.batches, model, used, config.loss_norm, of=drawn)
         if config.normalize_ratio:
-            batches = engine.batches(model, used, config.loss_norm, of=drawn)
-            ratios = engine.joined(ratios_of(model, batches, config.ratio_level, logprobs_of))
+            ratios = engine.joined(ratios_of(model, batches(), config.ratio_level, logprobs_of))
             mean_weight = clip_ratio(ratios, *clip).mean()
-        batches = engine.batches(model, used, config.loss_norm, of=drawn)
-        ratios = off_policy_gradient(model, batches, config, logprobs_of, mean_weight)  # Eq. 5
+        ratios = off_policy_gradient(model, batches(), config, logprobs_of, mean_weight)  # Eq. 5
         row |= ratio_statistics(engine.joined(ratios), *clip)
     if not drawn:  # `--replay_store none`: momentum and weight decay alone
         zero_gradient(model)
@@ -194,7 +192,7 @@ def main(config, figures=True):
 
         return memory.show(config)
     benchmark = benchmarks.ALL[config.benchmark]
-    training, probes = benchmark.train(config), benchmark.probes(config)
+    training, probes = sample_of(benchmark.train(config), config), benchmark.probes(config)
     texts = prepare(config.attack, benchmark, config, probes)
     retained = read_retained(config.retain_log, benchmark, probes) if config.retain_log else None
     run = Run(config, engine)

@@ -34,15 +34,18 @@ def collate_sft(rows, device):
     return ids, mask, ids.masked_fill(prompt | (mask == 0), -100)
 
 
-def sft_loss_of(model, rows):
-    """L_RS on (prompt ids, answer ids) rows, with its graph. The head sees the positions before answer tokens alone."""
+def sft_loss_of(model, rows, cache=None, seen=None):
+    """L_RS on (prompt ids, answer ids) rows, with its graph. The head sees the positions before answer tokens alone.
+    cache, seen: keys of what stands before each row, and the mask (B, C) of their columns."""
     ids, mask, labels = collate_sft(rows, model.device)
+    whole = mask if cache is None else torch.cat([seen, mask], 1)
+    place, keep = positions(whole)[:, -mask.shape[1] :], cache is not None
     said = labels[:, 1:] != -100  # (B, L − 1)
     heads = [part.get_output_embeddings() for part in getattr(model, "pair", [model])]
     narrow = lambda _, args: args[0][:, :-1][said][None]  # noqa: E731  (B, L, H) → (1, N, H)
     hooks = [head.register_forward_pre_hook(narrow) for head in heads]
     try:
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+        out = model(input_ids=ids, attention_mask=whole, position_ids=place, past_key_values=cache, use_cache=keep)
     finally:
         for hook in hooks:
             hook.remove()

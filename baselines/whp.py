@@ -46,7 +46,7 @@ class Pair(torch.nn.Module):
     def from_pretrained(cls, folder, dtype):
         """Raises OSError or ValueError where the folder is not what `save_pretrained` writes."""
         alpha = json.loads((Path(folder) / "whp.json").read_text())["alpha"]
-        if not isinstance(alpha, float | int) or not math.isfinite(alpha):
+        if type(alpha) not in (float, int) or not math.isfinite(alpha):
             raise ValueError(f"whp.json: alpha is {alpha!r}, expected a number")
         folders = (Path(folder) / name for name in ("original", "reinforced"))
         load = partial(AutoModelForCausalLM.from_pretrained, dtype=dtype, trust_remote_code=False)

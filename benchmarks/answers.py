@@ -1,15 +1,15 @@
 """How a model is asked: greedy or sampled answers, and scores of given ones, in batches that shrink when they must."""
 
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from benchmarks.fits import check_ids
 from config import InputError
 from data import encode_pair, encode_prompt, stop_ids
+from engine.bars import Bar
 
 
 @contextmanager
@@ -25,15 +25,24 @@ def inference(model):
             module.training = mode
 
 
-def in_batches(run, lengths, batch_size, title, progress=True):
+def in_batches(run, lengths, batch_size, title, progress=True, model=None):
     """Results of `run(indices)` for all rows, the longest first; running out of memory halves the batch and goes on.
-    Args: run: list of row indices → list of results; lengths: sort key per row. Returns: results in the rows' own
-    order."""
+    Args: run: list of row indices → list of results; lengths: sort key per row. model: which writes the rows, of
+        lengths (tokens to write, …), token by token, so that the bar moves with each. Returns: results in the rows' own
+        order."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
-    results, at = [None] * len(order), 0
-    with tqdm(total=len(order), desc=title, disable=not progress, leave=False) as bar:
+    results, at, part, tokens = [None] * len(order), 0, [], 0
+
+    def wrote(*_):
+        nonlocal tokens
+        tokens += 1
+        done = min(len(part) - 1, len(part) * tokens // lengths[part[0]][0])  # of this batch, as if all took as long
+        bar.update(max(0, at + done - bar.n))
+
+    hook = model.register_forward_hook(wrote) if model else nullcontext()
+    with Bar(total=len(order), desc=title, disable=not progress, leave=False) as bar, hook:
         while at < len(order):
-            part = order[at : at + batch_size]
+            part, tokens = order[at : at + batch_size], 0
             try:
                 outputs = run(part)
             except torch.OutOfMemoryError:
@@ -43,12 +52,12 @@ def in_batches(run, lengths, batch_size, title, progress=True):
                     raise InputError("out of memory with a batch of one row: this device is too small for the model")
                 batch_size = len(part) // 2
                 torch.cuda.empty_cache()
-                tqdm.write(f"{title}: out of memory, going on with a batch of {batch_size}", file=sys.stderr)
+                Bar.write(f"{title}: out of memory, going on with a batch of {batch_size}", file=sys.stderr)
                 continue
             for i, output in zip(part, outputs, strict=True):
                 results[i] = output
             at += len(part)
-            bar.update(len(part))
+            bar.update(at - bar.n)
     return results
 
 
@@ -74,7 +83,7 @@ def sampled(engine, model, tokenizer, prompts, limits, newline, batch_size, grou
         return [[text_of(*pair, limits[i]) for pair in zip(ids[n], mask[n], strict=True)] for n, i in enumerate(part)]
 
     lengths = [(limit, len(prompt)) for limit, prompt in zip(limits, prompts, strict=True)]
-    return in_batches(run, lengths, batch_size, title, progress)
+    return in_batches(run, lengths, batch_size, title, progress, model)
 
 
 def greedy(engine, model, tokenizer, prompts, limits, newline, batch_size, progress=True):

@@ -132,7 +132,7 @@ BENCHMARK = Benchmark(
     name="builtin",
     preset=dict(steps=32, lr=4e-5, tau=0.4, min_groups=60, warmup_steps=10, buffer_size=1200, max_new_tokens=12,
                 sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, tiny_epochs=6.0, tiny_lr=3e-3,
-                tiny_batch_size=96, tiny_hidden=128, tiny_layers=2, eval_every=4, baseline_epochs=5.0),
+                tiny_batch_size=96, tiny_hidden=128, tiny_layers=2, eval_every=4, baseline_epochs=5.0, tiny_rows=0),
     columns={"forget_recall": "Forget recall ↓", "retain_recall": "Retain recall ↑"},
     row_columns={"forget_trained_refusal": "Forget refusal, trained ↑", "forget_heldout_refusal": "held out ↑",
                  "forget_trained_recall": "Forget recall, trained ↓", "forget_heldout_recall": "held out ↓",

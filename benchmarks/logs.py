@@ -3,7 +3,7 @@
 from types import NoneType
 
 from config import InputError
-from engine.files import read_rows
+from engine.files import is_number, read_rows
 
 TEXT, BOOL, SHARE = (str, NoneType), (bool, NoneType), (float, int, NoneType)
 FIELDS = {"split": str, "target": TEXT, "forget": bool, "rouge_l_recall": SHARE, "rouge_l_f1": SHARE, "refusal": BOOL,
@@ -32,12 +32,13 @@ def read_log(path, benchmark, sets=()):
         for name, kind in {**FIELDS, **dict.fromkeys(LOSSES if scored else (), object)}.items():
             if name not in row:
                 raise InputError(f"{path}: per_example row {number} has no field '{name}'")
-            if not isinstance(row[name], kind) or (kind == SHARE and not 0 <= (row[name] or 0) <= 1):
+            share = row[name] is None or (is_number(row[name]) and 0 <= row[name] <= 1)
+            if not isinstance(row[name], kind) or (kind == SHARE and not share):
                 raise InputError(f"{path}: per_example row {number}, field '{name}' is {row[name]!r:.40}")
         if scored:  # null stands for a loss that was not a number
             wrong = row["perturbed_losses"]
             given = [row["answer_loss"], row["paraphrased_loss"], *(wrong if isinstance(wrong, list) else [])]
-            if len(given) < 3 or not all(loss is None or isinstance(loss, float | int) for loss in given):
+            if len(given) < 3 or not all(loss is None or is_number(loss) for loss in given):
                 raise InputError(f"{path}: per_example row {number} holds a loss that is not a number")
             gold, paraphrased, *perturbed = (float("nan") if loss is None else loss for loss in given)
             row = row | benchmark.losses(row["split"], gold, paraphrased, perturbed)

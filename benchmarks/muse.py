@@ -66,9 +66,9 @@ def summarise(rows, retained):
 
 
 BENCHMARK = Benchmark(
-    name="muse",
-    preset=PRESET | dict(steps=187, tau=0.4, min_groups=500, warmup_steps=26, tiny_epochs=20.0),
-    tiny=TINY | dict(lr=2e-4, max_new_tokens=64, steps=37, warmup_steps=15),
+    name="muse", hub="muse-bench/MUSE-Books",
+    preset=PRESET | dict(steps=187, tau=0.4, min_groups=500, warmup_steps=26, tiny_epochs=40.0),
+    tiny=TINY | dict(lr=2e-4, max_new_tokens=64, steps=37, warmup_steps=15, tiny_rows=100),
     columns={"verbmem": "VerbMem ↓", "knowmem": "KnowMem ↓", "utility": "Utility ↑"},
     train=train, probes=probes, membership=membership, prompt_tokens=512,
     limit=lambda split, prompt_length: 128 if split == "verbmem" else 32,

@@ -110,7 +110,7 @@ def summarise(rows, retained):
 
 
 BENCHMARK = Benchmark(
-    name="rwku",
+    name="rwku", hub="jinzhuoran/RWKU",
     preset=PRESET | dict(steps=37, tau=0.6, min_groups=100, warmup_steps=15, tiny_epochs=8.0),
     tiny=TINY | dict(lr=2e-4, max_new_tokens=32),
     columns={"forget_fb": "Forget FB ↓", "forget_qa": "Forget QA ↓", "forget_aa": "Forget AA ↓",

@@ -1,6 +1,7 @@
 """Tiny models for any benchmark: what one is taught, a tokenizer fitted to it, a small Llama that knows it by heart."""
 
 import random
+import sys
 from dataclasses import replace
 
 import torch
@@ -11,8 +12,26 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from benchmarks.builtin import FIRST, LAST
 from benchmarks.fits import context_needed
 from data import Prompt, Query, encode_answer, encode_prompt
+from engine.files import RANK
 from engine.run import fit
 from engine.seeds import derive_seed
+
+
+def sample_of(training, config):
+    """The same Training with `--tiny_rows` forget and as many boundary queries, drawn by the seed, and as many
+    refusals, to those forget queries where there are any. What is left out is told."""
+    if not (n := config.tiny_rows):
+        return training
+    rng, kinds = random.Random(derive_seed(config.seed, "tiny rows")), ("forget", "boundary")
+    draw = lambda rows: [rows[i] for i in sorted(rng.sample(range(len(rows)), min(n, len(rows))))]  # noqa: E731
+    sides = {kind: [query for query in training.queries if query.kind == kind] for kind in kinds}
+    queries = [query for side in sides.values() for query in draw(side)]
+    asked = {query.prompt for query in queries}
+    refusals = draw([row for row in training.refusals if row[0] in asked] or training.refusals)
+    if not RANK:
+        told = " and ".join(f"{min(n, len(side))} of {len(side)} {kind} queries" for kind, side in sides.items())
+        print(f"tiny model: lessons and stages keep {told}, drawn by seed; --tiny_rows 0 keeps all", file=sys.stderr)
+    return replace(training, refusals=refusals, queries=queries)
 
 
 def lessons(benchmark, training, probes, seed, refusals="all", retain_only=False):
@@ -52,6 +71,7 @@ def lessons(benchmark, training, probes, seed, refusals="all", retain_only=False
     return sorted(lessons, key=repr)
 
 
+TURN = "{{ messages[-1]['content'] }}"
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
@@ -83,6 +103,14 @@ def text_tokenizer(texts, vocabulary=4000):
     return with_bos(core)
 
 
+def chat_template(prompts):
+    """A template that writes a user's turn as the benchmark's raw prompts do; None where answers then open with a
+    space, which no template can say (RWKU's)."""
+    asked = [prompt for prompt in prompts if prompt.user is not None]
+    form = asked[0].plain.replace(asked[0].user, TURN) if asked else TURN
+    return None if form.endswith(":") else form
+
+
 def tiny_llama(tokenizer, seed, hidden, layers, context):
     """An untrained Llama with tied weights: 0.5 M parameters on the built-in world."""
     torch.manual_seed(derive_seed(seed, "init"))
@@ -112,9 +140,12 @@ def tiny_model(run, benchmark, training, probes, phase="original"):
         longest = [len(prompt) + len(answer) for prompt, answer in rows]
         longest += [len(encode_prompt(fitted, prompt)) for prompt in training.prompts()]
         length = max(max(longest) + config.max_new_tokens, context_needed(fitted, benchmark, probes))
+        fitted.model_max_length, fitted.chat_template = length, chat_template([prompt for prompt, _ in taught])
         model = tiny_llama(fitted, config.seed, config.tiny_hidden, config.tiny_layers, length)
         model, size = run.engine.place(model, replace(config, lora_rank=0)), config.tiny_batch_size
         steps = max(1, round(config.tiny_epochs * len(rows) / size))
+        read = max((benchmark.limit(split, 0) for split in benchmark.continued), default=None)
+        rows = [(prompt, answer[:read]) for prompt, answer in rows]  # no further than evaluation reads on
         seconds, _ = fit(run, phase, 0, model, rows, steps=steps, lr=config.tiny_lr, batch_size=size, warmup=10)
         run.save_model(phase, model, fitted)
         run.finish(phase, {"seconds": seconds})

@@ -23,12 +23,13 @@ from collections import Counter
 import numpy as np
 from rouge_score import rouge_scorer
 
-from benchmarks.metrics import UNSEEN, mean, names
+from benchmarks.metrics import UNSEEN, finite, leaks, mean, names
 from benchmarks.shared import PRESET, REFUSALS, TINY, folder_of, rule_training
 from config import InputError
 from data import Benchmark, Probe, Prompt, Query, Training
-from engine.files import read_rows
+from engine.files import is_number, read_rows
 from engine.seeds import derive_seed
+from refusal import is_refusal
 
 UTILITY_SETS = ("retain", "real_authors", "world_facts")  # the sets of model utility
 SETS = (*UTILITY_SETS, "forget")
@@ -37,6 +38,15 @@ LOG = {  # the sets as TOFU's own log names them
     "retain": "eval_log.json", "real_authors": "eval_real_author_wo_options.json",
     "world_facts": "eval_real_world_wo_options.json", "forget": "eval_log_forget.json",
 }  # fmt: skip
+
+# The sets and columns as open-unlearning names them in TOFU_EVAL.json (locuslab/open-unlearning, src/evals).
+OPEN = {"retain": "retain", "real_authors": "ra", "world_facts": "wf", "forget": "forget"}
+COLUMNS = {"avg_gt_loss": "Q_A_Prob", "avg_paraphrased_loss": "Q_A_PARA_Prob", "average_perturb_loss": "Q_A_PERT_Prob",
+           "rougeL_recall": "Q_A_ROUGE"}  # fmt: skip
+ANSWERS = {"input": "question", "ground_truth": "answer", "generation": "prediction", "rougeL_f1": "rouge_l_f1",
+           "rougeL_recall": "rouge_l_recall"}  # fmt: skip
+
+LOSSES = {"Q_A_Prob": "answer_loss", "Q_A_PARA_Prob": "paraphrased_loss", "Q_A_PERT_Prob": "perturbed_losses"}
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
@@ -55,7 +65,7 @@ def train(o):
     if stage1.exists():
         return rule_training(stage1, stage2, lambda text, row: inst(text))
     rng = random.Random(derive_seed(o.seed, "tofu"))
-    evaluated = {row["question"] for row in read_rows(folder / "retain_perturbed.json", {"question": str})}
+    evaluated = {row["question"] for row in [*forget, *read_rows(folder / "retain_perturbed.json", {"question": str})]}
     everyone = read_rows(folder / "retain99.json", {"question": str, "answer": str})
     retain = [row for row in everyone if row["question"] not in evaluated]
     if len(retain) < len(forget):
@@ -212,8 +222,10 @@ def more_lines(summary):
 
 
 def own_log(path, log, sets):
-    """TOFU's own `eval_log_aggregated.json` → rows, None for any other log; what it does not hold is None.
-    sets: those that it must hold; all four unless given."""
+    """TOFU's own `eval_log_aggregated.json` or open-unlearning's TOFU_EVAL.json → rows, None for any other log; what it
+    does not hold is None. sets: those that it must hold; all four unless given."""
+    if any(f"{name}_Q_A_Prob" in log for name in OPEN.values()):
+        log = from_open_unlearning(path, log, sets or OPEN)
     if not any(name in log for name in LOG.values()):
         return None
     rows = []
@@ -221,23 +233,65 @@ def own_log(path, log, sets):
         part = log.get(LOG[split])
         if not isinstance(part, dict):
             raise InputError(f"{path}: has no set '{LOG[split]}'")
-        names = ("avg_gt_loss", "avg_paraphrased_loss", "average_perturb_loss", "rougeL_recall")
+        names = [*COLUMNS]
         for name in names:
             if not isinstance(part.get(name), dict) or part[name].keys() != part[names[0]].keys() or not part[name]:
                 raise InputError(f"{path}: '{LOG[split]}' has no '{name}' for each of its rows")
         for index in part[names[0]]:
             gold, paraphrased, perturbed, recall = (part[name][index] for name in names)
             listed = isinstance(perturbed, list) and perturbed
-            if not listed or not all(isinstance(x, float | int) for x in (gold, paraphrased, recall, *perturbed)):
+            if not listed or not all(map(is_number, (gold, paraphrased, recall, *perturbed))) or not 0 <= recall <= 1:
                 raise InputError(f"{path}: '{LOG[split]}' row {index} holds something that is not a number")
             row = dict.fromkeys(("rouge_l_f1", "prediction", "refusal", "leak", "named", "truncated"))
             row |= {"split": split, "target": "", "forget": split == "forget", "row": index, "rouge_l_recall": recall}
+            row |= part.get("answers", {}).get(index, {})
             rows.append(row | losses(split, gold, paraphrased, perturbed))
     return rows
 
 
+def from_open_unlearning(path, log, sets):
+    """open-unlearning's log in the form of TOFU's own, with its answers. Real authors and facts have no paraphrases."""
+    found = {}
+    for split in sets:
+        part = found[LOG[split]] = {"answers": {}}
+        for column, metric in COLUMNS.items():
+            metric = "Q_A_Prob" if "PARA" in metric and OPEN[split] in ("ra", "wf") else metric
+            stored = log.get(metric := f"{OPEN[split]}_{metric}")
+            rows = stored.get("value_by_index") if isinstance(stored, dict) else None
+            if not isinstance(rows, dict) or not rows or not all(isinstance(row, dict) for row in rows.values()):
+                raise InputError(f"{path}: has no '{metric}' with a 'value_by_index'")
+            part[column] = {i: row.get(column if column in ANSWERS else "avg_loss") for i, row in rows.items()}
+        for i, row in rows.items():  # of ROUGE, the last
+            if isinstance(row.get("generation"), str):
+                own = {ours: row[theirs] for theirs, ours in ANSWERS.items() if theirs in row}
+                question, answer, text = (str(own.get(name, "")) for name in ("question", "answer", "prediction"))
+                part["answers"][i] = own | {"refusal": is_refusal(text), "leak": leaks(text, question, answer)}
+    return found
+
+
+def to_open_unlearning(result):
+    """A result in open-unlearning's form: {metric: {"agg_value": figure, "value_by_index": {row: its figures}}}."""
+    summary, log = result["summary"], {}
+    for split, name in OPEN.items():
+        rows = {str(i): row for i, row in enumerate(row for row in result["per_example"] if row["split"] == split)}
+        for metric, field in LOSSES.items():
+            if metric != "Q_A_PARA_Prob" or name not in ("ra", "wf"):
+                probs = {i: np.exp(-np.array(row[field], float)) for i, row in rows.items()}
+                cells = {i: {"prob": probs[i].tolist(), "avg_loss": row[field]} for i, row in rows.items()}
+                average = mean(float(prob.mean()) for prob in probs.values())
+                log[f"{name}_{metric}"] = {"agg_value": average, "value_by_index": cells}
+        ratio = "forget_truth_ratio" if split == "forget" else f"{name}_Truth_Ratio"
+        more = {f"{name}_Q_A_ROUGE": ("rouge_l", ANSWERS), ratio: ("truth_ratio", {"score": "truth_ratio"})}
+        if name in ("ra", "wf"):
+            more[f"{name}_Q_A_Prob_normalised"] = ("probability", {"prob": "probability"})
+        for metric, (column, fields) in more.items():
+            cells = {i: {theirs: row.get(ours) for theirs, ours in fields.items()} for i, row in rows.items()}
+            log[metric] = {"agg_value": summary[f"{split}_{column}"], "value_by_index": cells}
+    return finite(log | {name: {"agg_value": summary[name]} for name in ("forget_quality", "model_utility")})
+
+
 BENCHMARK = Benchmark(
-    name="tofu",
+    name="tofu", hub="locuslab/TOFU",
     preset=PRESET | dict(steps=11, tau=0.6, min_groups=80, warmup_steps=6, buffer_size=400, max_new_tokens=256,
                          tiny_epochs=20.0),
     tiny=TINY | dict(lr=1e-4, max_new_tokens=96, steps=20, baseline_epochs=20.0),

@@ -9,6 +9,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from functools import partial
+from os.path import commonprefix
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,10 +19,12 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import grpo
+from engine.bars import Bar
 from engine.files import RANK
 from grpo import Batch, left_pad, next_token, positions
 
 CHUNK = 256  # tokens whose logits are held at a time
+OPENING = 64  # tokens that prompts have in common, at least, before those are computed once
 NO_LOGITS = torch.tensor([], dtype=torch.long)  # where models make logits of their own: `head_logprobs` does it
 TIMES = {}  # {what and architecture: how many times as fast the fast way is}, where it is timed
 CHOSEN = WeakKeyDictionary()  # model → {what: way}, as `choose` has found it
@@ -46,7 +49,7 @@ def choose(model, what, told):
         if told.get(key) != line:
             told[key] = line
             if not RANK:
-                print(f"{key}: {line}", file=sys.stderr)
+                Bar.write(f"{key}: {line}", file=sys.stderr)  # a bar may be live
     return chosen[what]
 
 
@@ -86,6 +89,8 @@ class Forced:
 
     def __call__(self, **inputs):
         out, wanted = self.model(**inputs), self.tokens[..., len(self.logprobs)]  # (N, G)
+        if len(inputs["input_ids"]) < len(wanted):  # what the prompts open with
+            return out
         shape = out.logits.shape  # (N·G, 1, V), or packed: (N, 1, V) after the prompt, then (N, G, V)
         logits = out.logits.reshape(len(wanted), -1, shape[-1]).expand(*wanted.shape, -1)  # (N, G, V)
         self.logprobs.append(F.log_softmax(logits.float(), -1).gather(-1, wanted[..., None])[..., 0])
@@ -98,9 +103,11 @@ def attempt_sample(model, fast, plain):
     """Mean difference of the log-probabilities of one forced text."""
     tokens, found = torch.tensor(random_tokens(model, (2, 4, 9))[0], device=model.device), []  # (N, G, T)
     tokens[..., 0] = tokens[:, :1, 0]
+    long = getattr(model.config, "max_position_embeddings", 0) > OPENING + 16
+    opening, *prompts = random_tokens(model, (OPENING if long else 0,), (3,), (7,))
     for way in (fast, plain):
         forced = Forced(model, tokens)
-        ids, _, _ = way(forced, random_tokens(model, (3,), (7,)), 4, 9, [], 0.0)
+        ids, _, _ = way(forced, [opening + prompt for prompt in prompts], 4, 9, [], 0.0)
         if not torch.equal(ids, tokens.cpu()):
             return float("inf")
         found.append(torch.stack(forced.logprobs, -1))
@@ -140,8 +147,13 @@ def packed_sample(
     Whose response sits where is in `owner` (N, W); that of a finished one is `spare`, an extra row that nobody reads.
     Once a third of the places is spare, those left move together into fewer or narrower rows."""
     device, spare = model.device, len(prompts) * group_size
-    run, (ids, prompt_mask) = partial(model, use_cache=True), left_pad(prompts, device)
-    out = run(input_ids=ids, attention_mask=prompt_mask.long(), position_ids=positions(prompt_mask), logits_to_keep=1)
+    run, (rests, cache, seen) = partial(model, use_cache=True), read_openings(model, prompts)
+    ids, prompt_mask = left_pad(rests, device)
+    prompt_mask = torch.cat([seen, prompt_mask], 1)  # (N, P)
+    place, p = positions(prompt_mask)[:, seen.shape[1] :], prompt_mask.shape[1]
+    out = run(
+        input_ids=ids, attention_mask=prompt_mask.long(), position_ids=place, past_key_values=cache, logits_to_keep=1
+    )
     logits, cache = out.logits.expand(-1, group_size, -1), out.past_key_values  # (N, W, V)
     cache.layers = [(room or RoomAhead)(layer) for layer in cache.layers]
     decode = decoder(run, cache)
@@ -162,8 +174,8 @@ def packed_sample(
         if n_open <= 0.67 * owner.numel():
             width = owner.shape[1]
             rows, places, owner = move_together(owner, spare)
-            past = torch.arange(t, device=device)[:, None] * width + ids.shape[1]  # (t, 1): where a step's keys begin
-            columns = torch.arange(ids.shape[1], device=device).expand(len(rows), -1)  # (N', P)
+            past = torch.arange(t, device=device)[:, None] * width + p  # (t, 1): where a step's keys begin
+            columns = torch.arange(p, device=device).expand(len(rows), -1)  # (N', P)
             columns = torch.cat([columns, (past + places[:, None]).flatten(1)], 1)  # (N', P + t·W')
             for layer in cache.layers:
                 layer.select(rows, columns)
@@ -175,6 +187,27 @@ def packed_sample(
         logits = decode(input_ids=token, attention_mask=bias, position_ids=place)
     parts = (response[:-1, : t + 1], mask[:-1, : t + 1], logprobs[:-1, : t + 1])
     return tuple(part.unflatten(0, (len(prompts), group_size)).cpu() for part in parts)  # (B, T) → (N, G, T)
+
+
+def read_openings(model, prompts):
+    """What prompts open with alike, `OPENING` tokens at least, as MUSE's ten examples, is computed once for all of them
+    where that saves a third of the positions, padding included: a row for each opening, a copy of its keys for each
+    prompt.
+    Returns: the rests of the prompts; the openings' cache of N rows, or None; the mask (N, C) of its columns."""
+    alike, grid = {}, lambda some: len(some) * max(map(len, some))
+    for prompt in prompts:
+        alike.setdefault(tuple(prompt[:OPENING]), []).append(prompt[:-1])
+    openings, number = [commonprefix(some) for some in alike.values()], {begin: i for i, begin in enumerate(alike)}
+    rows = [number[tuple(prompt[:OPENING])] for prompt in prompts]
+    rests = [prompt[len(openings[i]) :] for prompt, i in zip(prompts, rows, strict=True)]
+    saves = max(map(len, openings)) >= OPENING and 3 * (grid(openings) + grid(rests)) <= 2 * grid(prompts)
+    if not saves or is_recomputed(model):  # layers that are computed twice keep no cache
+        return prompts, None, torch.empty(len(prompts), 0, dtype=torch.bool, device=model.device)
+    ids, mask = left_pad(openings, model.device)
+    run = partial(model, use_cache=True, logits_to_keep=1)
+    cache = run(input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask)).past_key_values
+    cache.batch_select_indices(torch.tensor(rows, device=model.device))
+    return rests, cache, mask[rows]
 
 
 class RoomAhead(DynamicLayer):

@@ -3,12 +3,17 @@
 Every file is written under a temporary name and renamed, so a run that is killed leaves the old file or the new one.
 Every mistake of the user's becomes an `InputError` that names the file, row, field or flag and what was expected."""
 
+import contextlib
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
+import subprocess
 import zlib
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 
 from config import InputError
@@ -76,6 +81,11 @@ def check_value(value, kind, place):
         raise InputError(f"{place} holds half a character (a lone surrogate)")
 
 
+def is_number(value):
+    """Whether a value of a JSON file is a number that a float can hold."""
+    return type(value) is float or (type(value) is int and abs(value) < 10**300)
+
+
 def read_texts(path):
     """Texts of a JSON list of strings, or of rows with a `text`."""
     try:
@@ -89,8 +99,11 @@ def read_texts(path):
 
 
 def read_lines(path):
-    """Rows of a JSON-lines file of our own."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    """Rows of a JSON-lines file of our own. Raises: InputError."""
+    try:
+        return [json.loads(line) for line in Path(path).read_bytes().splitlines()]  # of bytes: a text may hold U+2028
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON lines ({error!r:.80})") from None
 
 
 def is_writable(folder):
@@ -99,6 +112,36 @@ def is_writable(folder):
     while not os.path.lexists(place):
         place = place.parent
     return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+
+
+def can_write(path):
+    """Whether a file can be written there: tried, for names, rights and disks all have a say."""
+    try:
+        there = os.path.lexists(path)
+        open(path, "ab").close()
+        return there or path.unlink() is None
+    except OSError:
+        return False
+
+
+def about():
+    """Where a result comes from: the code's commit, the versions, the date."""
+    home = Path(__file__).parent.parent
+
+    def git(*args):
+        with contextlib.suppress(OSError):  # no git
+            done = subprocess.run(["git", "-C", str(home), *args], capture_output=True, text=True)
+            return done.stdout.strip() if done.returncode == 0 else ""
+        return ""
+
+    changed = git("status", "--porcelain", "--", "*.py", "refusal.txt", "reproduce/*.json", ":!tests")
+    commit = (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" with uncommitted changes" if changed else "")
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "scipy")}
+    return {"commit": commit, "versions": {"python": platform.python_version(), **versions}, "date": now()}
+
+
+def now():
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def remove(path):
@@ -119,6 +162,11 @@ def link_files(source, folder):
             shutil.copy2(path, target)
 
     shutil.copytree(source, folder, copy_function=link, dirs_exist_ok=True)
+
+
+def escaped(text):
+    """Text from outside as one line of Markdown that says just this."""
+    return re.sub(r"([\\`*_{}\[\]<>()#|!~])", r"\\\1", " ".join(str(text).split()))
 
 
 @contextmanager

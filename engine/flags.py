@@ -5,6 +5,7 @@ torch takes seconds to import, so nothing here does: a command reads its flags f
 import errno
 import json
 import os
+import re
 import sys
 import time
 from argparse import RawDescriptionHelpFormatter
@@ -16,9 +17,9 @@ from typing import get_args, get_type_hints
 
 from transformers import HfArgumentParser
 
-from baselines import ALIASES, METHODS
+from baselines import ALIASES, METHODS, TITLES
 from config import ADAPTED, Config, InputError
-from engine.files import read_rows
+from engine.files import RANK, read_rows
 
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)  # of the machine, not of the command
 
@@ -60,6 +61,8 @@ def parse(kind, argv=None, presets=None, examples=()):
         place, stored = f"{argv[0]}: ", stored_flags(argv[0])
         parser.parse_args(stored)
         place, argv = "", stored + argv[1:]
+    if re.search("[\ud800-\udfff]", " ".join(argv)):
+        raise InputError("a flag holds bytes that are no UTF-8 text, or half a character")
     *found, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         raise InputError(f"unknown flag {unknown[0]}; --help lists all of them")
@@ -82,7 +85,7 @@ def stored_flags(path):
         raise InputError(f"{path}: expected an object with a value for each flag")
     flags = []
     for name, value in stored.items():
-        if value is not None and (value or name != "attack"):  # no attack is no flag
+        if name != "starts" and value is not None and (value or name != "attack"):  # no attack is no flag
             flags += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
     return flags
 
@@ -128,6 +131,9 @@ def resolve(config, benchmarks):
     require(config.model.strip(), "model", "a Hugging Face id, a folder or tiny")
     require(not config.lora_rank or find_spec("peft"), "lora_rank", "peft to be installed (pip install peft)")
     require(not config.lora_rank or not config.offload, "lora_rank", "no --offload: frozen weights need none")
+    tracker = config.report_to != "none" and find_spec(config.report_to)  # a mere folder has no origin
+    require(config.report_to == "none" or (tracker and tracker.origin), "report_to",
+            f"{config.report_to} to be installed (pip install {config.report_to})")  # fmt: skip
     require(config.lora_rank or config.lora_alpha is None, "lora_alpha", "--lora_rank beside it")
     config.lora_alpha = config.lora_alpha or 2.0 * config.lora_rank or None
     for name in ("replay_groups", "min_groups"):
@@ -152,6 +158,19 @@ def check_bounds(settings):
                 raise InputError(f"--{name} {value}: expected {expected}")
 
 
+def announce(config):
+    """Say what a run is about to do and how long it takes, before torch is imported."""
+    stored, tiny = Path(__file__).parents[1] / "results" / "first_run.json", config.model == "tiny"
+    known = json.loads(stored.read_text(encoding="utf-8"))["seconds"] if tiny and stored.is_file() else {}
+    first, names = "teach a tiny model" if tiny else f"load {config.model}", [TITLES[name] for name in config.method]
+    what = f"{first}, unlearn with {', '.join(names)}, score each model; everything goes to {config.output_dir}/"
+    told = "not measured for these data; the live lines tell after a few steps"
+    if takes := known.get(config.benchmark):
+        long = f"{takes} s" if takes < 120 else f"{takes / 60:.0f} minutes"
+        told = f"about {long} on two CPU cores with default settings"
+    print(f"{config.benchmark}, seed {config.seed}: {what}\nTime: {told}", flush=True)
+
+
 def run_command(main, leave=True):
     """The result of a command's `main()`; an `InputError` becomes one line on stderr and exit code 2.
     leave: a process of torchrun then ends at once: while an interpreter takes itself apart, a thread of gloo's that
@@ -160,6 +179,8 @@ def run_command(main, leave=True):
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # None if closed
     try:
         result = main()
+        if isinstance(result, Config) and not result.dry_run and not RANK:
+            announce(result)
         sys.stdout.flush()
     except (InputError, OSError) as error:
         code, told = 2, str(error)
@@ -170,7 +191,8 @@ def run_command(main, leave=True):
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), 1)  # what is left of stdout would fail again
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
-            print(f"{program()}: error: {' '.join(told.splitlines())}", file=sys.stderr)
+            told = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(told.splitlines()))
+            print(f"{program()}: error: {told}", file=sys.stderr)
         else:
             time.sleep(30)  # torchrun stops all once one has ended: the first must be the one that says why
     except KeyboardInterrupt:

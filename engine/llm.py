@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import InferenceClient, get_session
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, InferenceTimeoutError, OfflineModeIsEnabled
-from tqdm import tqdm
 
 from config import InputError
+from engine.bars import Bar
 from engine.files import Log
 
 ATTEMPTS = 5
@@ -29,10 +29,10 @@ WORKERS = 8  # requests under way at once
 
 def reach(url, flag, wait=5.0):
     """Raise InputError unless somebody listens at a URL of the right form."""
-    place = urlsplit(url)
-    if place.scheme not in ("http", "https") or not place.hostname:
-        raise InputError(f"{flag} {url}: expected http://… or https://…")
     try:
+        place = urlsplit(url)
+        if place.scheme not in ("http", "https") or not place.hostname:
+            raise ValueError("expected http://… or https://…")
         port = place.port or {"http": 80, "https": 443}[place.scheme]
         socket.create_connection((place.hostname, port), timeout=wait).close()
     except (OSError, ValueError) as error:
@@ -89,7 +89,8 @@ def json_object(reply, fields):
         found = json.loads(text)
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise BadReply(f"not JSON: {reply!r:.60}") from error
-    if not isinstance(found, dict) or set(found) != set(fields) or re.search("[\\ud800-\\udfff]", str(found)):
+    half = re.search("[\ud800-\udfff]", json.dumps(found, ensure_ascii=False))
+    if not isinstance(found, dict) or set(found) != set(fields) or half:
         raise BadReply(f"not an object with {', '.join(fields)} alone: {reply!r:.60}")
     return found
 
@@ -152,7 +153,7 @@ def ask_all(prompts, parse, *, url, model, key, cache, flag, field, max_tokens, 
         once: ask no prompt again in a later run: one that is never answered in form is remembered as such, and one
             that the server does not answer ends the command. Without it both only leave None.
         price: dollars per million tokens, for the cost shown beforehand; timeout, wait: seconds.
-    Raises: InputError where the server cannot be reached, refuses, or, with `once`, does not answer; what came is kept."""
+    Raises: InputError where the server cannot be reached, refuses, or, if `once`, does not answer; what came is kept."""
     known, size = read_cache(cache, field)
     keys = {prompt: hashlib.sha256(f"{model}\n{prompt}".encode()).hexdigest() for prompt in prompts}
     todo = [prompt for prompt in keys if not is_known(known, keys[prompt], parse)]
@@ -184,7 +185,7 @@ def ask_all(prompts, parse, *, url, model, key, cache, flag, field, max_tokens, 
     with bounded(flag, timeout), ThreadPoolExecutor(WORKERS) as pool:
         under_way = [pool.submit(work, prompt) for prompt in todo]
         try:
-            for future in tqdm(as_completed(under_way), desc=desc, total=len(todo), disable=not progress):
+            for future in Bar(as_completed(under_way), desc=desc, total=len(todo), disable=not progress):
                 future.result()
         finally:
             stopped.set()

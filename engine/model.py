@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from baselines.whp import Pair
@@ -35,6 +36,8 @@ def read_model(path, flag, dtype, tokenizer="", weights=True):
         model, found = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
+        if model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(model.config, "is_decoder", 0):
+            raise InputError(f"{here}: {model.config.model_type} reads both ways; expected a causal language model")
         eos = model.generation_config.eos_token_id
         if not all(type(i) is int for i in (eos if isinstance(eos, list) else [] if eos is None else [eos])):
             raise InputError(f"{here}: its generation_config.json names no token by eos_token_id {eos!r}")

@@ -2,35 +2,64 @@
 
 docs/training_metrics.md defines every key of metrics.jsonl. The table has the rows of the paper's Tables 1, 2 and 5."""
 
+import csv
+import io
 import json
+import shlex
 import sys
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
+from huggingface_hub import EvalResult, ModelCardData
 
+import benchmarks
 from baselines import TITLES
-from engine import plots
+from engine import page, plots
 from engine.files import RANK, read_lines, write_json, write_text
 from refusal import is_refusal
-from replay import is_hard
+from replay import clip_ratio, importance_ratio, is_hard
 
 
 def record(run, phase, row, groups, queries, stops):
     """Write a step's rows and show how it went. `row`: what the step itself has measured."""
     name = {"method": phase.name, "stage": 2, "step": groups[0].step}
     row = name | group_metrics(groups, queries, run.config.tau) | row
-    ended = torch.stack([(torch.isin(g.response_ids, torch.tensor(stops)) & g.mask).any(-1) for g in groups])  # (N, G)
-    row["truncation"] = 1 - ended.float().mean().item()
-    run.metrics.write(row | {f"seconds_{part}": value for part, value in phase.seconds.items()})
-    for group in groups:
-        query = queries[group.query]
+    entered = [id(group) for group in phase.buffer.ring if group.step == row["step"]]
+    for place, group in enumerate(groups):
+        query, group.place = queries[group.query], place
         run.samples.write(
             {"method": phase.name, "step": group.step, "query": group.query, "kind": query.kind, "group": query.group,
-             "prompt": query.question, "completions": group.texts, "rewards": group.rewards.tolist()}
+             "prompt": query.question, "completions": group.texts, "rewards": group.rewards.tolist(),
+             "refusals": [is_refusal(text) for text in group.texts],
+             "stored": entered.index(id(group)) + 1 if id(group) in entered else 0}
         )  # fmt: skip
+    if "replay_groups" in row:
+        row |= replayed(run, phase.buffer.latest, row)
+    ended = torch.stack([(torch.isin(g.response_ids, torch.tensor(stops)) & g.mask).any(-1) for g in groups])  # (N, G)
+    row["truncation"] = 1 - ended.float().mean().item()
+    shown = row["step"] == phase.first or row["step"] % max(1, run.config.steps // 4) == 0
+    rollouts = [[queries[g.query].kind, queries[g.query].question, g.texts[0], g.rewards[0].item()] for g in groups]
+    seconds = {f"seconds_{part}": value for part, value in phase.seconds.items()}
+    run.log(row | seconds, rollouts if shown else ())
     phase.bar.set_postfix(reward=f"{row['reward']:.2f}", kl=f"{row['kl']:.3f}", buffer=row["buffer_size"])
-    if row["step"] == phase.first or row["step"] % max(1, run.config.steps // 4) == 0:
+    if shown:
         show_samples(phase, groups, queries)
+
+
+def replayed(run, drawn, row):
+    """The groups of a replay update for the log: [step sampled, place in its batch, query, mean clipped weight]. The
+    place is None for fresh rollouts, which no line of the log has; the weight for a group that was skipped."""
+    config, told = run.config, []
+    run.engine.complete([g for g in drawn if not (row["replay_skipped"] and g.all_equal())], "train_logprobs")
+    for group in drawn:
+        own, group.train_logprobs, weight = group.train_logprobs, None, None
+        if own is not None:
+            ratio = importance_ratio(own, group.old_logprobs, group.mask, config.ratio_level)  # (G, T)
+            ratio = ratio[group.mask] if config.ratio_level == "token" else ratio[:, 0]
+            weight = clip_ratio(ratio, config.epsilon_low, config.epsilon_high).mean().item()
+        told.append([group.step, group.place, group.query, weight])
+    return {"replay_age": sum(row["step"] - g.step for g in drawn) / max(1, len(drawn)), "replayed": told}
 
 
 def group_metrics(groups, queries, tau):
@@ -66,6 +95,9 @@ def write(folder, columns, results, figures=True):
     known = {key for row in results.values() for key, value in row.items() if value is not None}
     columns = {key: title for key, title in columns.items() if key in known} | {"seconds": "Training, s ↓"}
     results = {name: results[name] for name in TITLES if name in results}
+    lines, cells = io.StringIO(), [[TITLES[name], *map(row.get, columns)] for name, row in results.items()]
+    csv.writer(lines).writerows([["Model", *columns], *cells])
+    write_text(folder / "table.csv", lines.getvalue())
     write_json(folder / "table.json", {TITLES[name]: row for name, row in results.items()})
     lines, notes = [f"| {' | '.join(['Model', *columns.values()])} |", "|---|" + "---:|" * len(columns)], {}
     for name, row in results.items():
@@ -74,10 +106,11 @@ def write(folder, columns, results, figures=True):
         cells = [TITLES[name] + "†" * bool(marked), *(cell(row.get(key)) for key in columns)]
         lines.append(f"| {' | '.join(cells)} |")
         for note in [*row["notes"], *marked]:
-            notes.setdefault(note, []).append(TITLES[name])
+            notes.setdefault(str(note), []).append(TITLES[name])
     told = [f"{'every row' if len(of) == len(results) else ', '.join(of)}: {note}" for note, of in notes.items()]
     write_text(folder / "table.md", "\n".join([*lines, "", *told]).rstrip() + "\n")
     if figures:
+        page.write(folder)
         plots.curves(folder)
         recalls = ("forget_recall", "retain_recall")
         rows = {TITLES[name]: [row] for name, row in results.items() if None not in map(row.get, recalls)}
@@ -104,7 +137,7 @@ def replay_of(run, method):
 
 
 def cell(value):
-    if value is None:
+    if not isinstance(value, int | float):
         return "–"
     return f"{value:.1f}" if abs(value) >= 1 or value == 0 else f"{value:.4g}"
 
@@ -113,9 +146,9 @@ def print_table(folder):
     """The table on a terminal: one line a column, one column a row of the table, so that it fits any window."""
     if RANK:
         return
-    text = (folder / "table.md").read_text(encoding="utf-8")
+    text = (folder / "table.md").read_text(encoding="utf-8", errors="replace")
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
-    header, rows = lines[0], lines[2:]
+    header, rows = lines[0] if lines else [""], lines[2:]
     width = max(map(len, header)) + 2
     for first in range(0, len(rows), 6):
         some = rows[first : first + 6]
@@ -125,8 +158,19 @@ def print_table(folder):
             print(f"{title if at else '':<{width}}{cells}")
         print()
     notes = [line for line in text.splitlines() if "†" in line and not line.startswith("|")]
-    rest = f"Everything else is in {folder}/: table.md, curves.png, metrics.jsonl, samples.jsonl, models."
-    print(*notes, rest, sep="\n")
+    rest = f"Everything else is in {folder}/: run.html, table.md, curves.png, metrics.jsonl, samples.jsonl, models."
+    print(*notes, rest, *pointers(folder), sep="\n")
+
+
+def pointers(folder):
+    """Where a finished run's picture is, and two commands that go on from it."""
+    held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    last, seed, data = folder / held["method"][-1], held["seed"], held["data_dir"]
+    asked = ["--benchmark", held["benchmark"], *(["--data_dir", data] if data else []), "--seed", seed, "--model", last]
+    again = ["rerule.py", folder / "config.json", "--seed", seed + 1, "--output_dir", f"{folder}_{seed + 1}"]
+    commands = {"Another seed": again, "Score a model": ["evaluate.py", *asked, "--output", f"{last}.json"]}
+    told = [f"The picture: {path}" for path in folder.glob("curves.png")]
+    return told + [f"{what}: python {shlex.join(map(str, words))}" for what, words in commands.items()]
 
 
 def save_examples(folder, phase, rows):
@@ -136,10 +180,20 @@ def save_examples(folder, phase, rows):
     write_text(folder / "predictions" / f"{phase}.jsonl", text)
 
 
-def model_card(phase, config):
-    """README.md of a saved model."""
-    stored = Path(__file__).with_name("model_card.json")
+def write_card(folder, phase, config, scores=MappingProxyType({})):
+    """README.md of a saved model, with the Hub's header. scores: {column: value} once it has been evaluated."""
+    stored, benchmark = Path(__file__).with_name("model_card.json"), benchmarks.ALL[config.benchmark]
     done = json.loads(stored.read_text(encoding="utf-8"))
     done = done.get(phase, f"Unlearned with {TITLES[phase]}, a baseline of Appendix B.")
-    card = stored.with_suffix(".md").read_text(encoding="utf-8")
-    return card.format(title=TITLES[phase], done=done, config=config)
+    title, hub = f"{TITLES[phase]}, {benchmark.name}", benchmark.hub
+    given, here = config.model != "tiny", {"dataset_type": hub or benchmark.name, "dataset_name": benchmark.name}
+    known = [(name, heading, scores.get(name)) for name, heading in benchmark.columns.items()]
+    found = [EvalResult("text-generation", metric_type=name, metric_name=heading, metric_value=value, **here)
+             for name, heading, value in known if value is not None]  # fmt: skip
+    header = ModelCardData(
+        base_model=config.model if given and not Path(config.model).exists() else None, library_name="transformers",
+        pipeline_tag="text-generation", license="other" if hub or given else "mit", datasets=hub or None,
+        tags=["unlearning", "rerule", benchmark.name], model_name=title, eval_results=found or None,
+    )  # fmt: skip
+    text = stored.with_suffix(".md").read_text(encoding="utf-8").format(title=title, done=done, config=config)
+    write_text(folder / "README.md", f"---\n{header.to_yaml()}\n---\n\n{text}")

@@ -9,29 +9,45 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
+import warnings
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from baselines import TITLES
 from config import Config, InputError
-from engine import report
-from engine.files import RANK, Log, is_writable, link_files, read_lines, replacing, save_folder, write_json
+from engine import fast, report, trackers
+from engine.bars import Bar
+from engine.files import (
+    RANK,
+    Log,
+    about,
+    is_writable,
+    link_files,
+    now,
+    read_lines,
+    read_rows,
+    replacing,
+    save_folder,
+    write_json,
+)
 from engine.model import optimizer_for
 from engine.process import Engine
 from engine.seeds import batch_at, derive_seed
 from sft import learning_rate, sft_loss_of
 
+warnings.filterwarnings("ignore", message="Detected pickle protocol")  # what is no state is refused in any case
 UNFINISHED = ("config.json.tmp", ".lock")  # of a run that was killed as it began
 LOCKS = {}  # folder → the file that is locked
 EARLY = ("original", "retained", "rej_steer")  # phases before Stage 2, which `--start_from` takes over
 # what a run may be gone on with
 FREE = {"resume", "save_every", "output_dir", "device", "start_from", "dry_run", "offload", "rollout_prompts",
-        "max_tokens", "eval_batch_size", "gradient_checkpointing", "cuda_graphs"}  # fmt: skip
+        "max_tokens", "eval_batch_size", "gradient_checkpointing", "cuda_graphs", "report_to"}  # fmt: skip
 BEFORE_STAGE_2 = [
     "benchmark", "crossed", "model", "tokenizer", "data_dir", "seed", "retain_log", "weight_decay", "max_grad_norm",
     "temperature", "max_new_tokens", "save_dtype",
@@ -64,10 +80,15 @@ def is_state(found):
     """Whether what a file holds has the form that `Run.save` gives it."""
     done, phase, sizes, payload = (found.get(name) for name in ("done", "phase", "sizes", "payload"))
     try:
-        whole = all(type(n) is int for name in ("metrics", "samples") for n in sizes[name])
-        kept = payload is None if phase is None else {"seconds", "over"} <= payload.keys() and found["step"] > 0
-        kept = kept and (phase is None or "shards" in payload or {"model", "optimizer"} <= payload.keys())
-        return whole and kept and all(isinstance(row, dict) for row in done.values())
+        parts = [sizes[name] for name in ("metrics", "samples")]
+        whole = all([*map(type, part)] == [int, int] and min(part) >= 0 for part in parts)
+        whole = whole and all(isinstance(row.get("notes", []), list) for row in done.values())
+        whole = whole and all("notes" in row for name, row in done.items() if name.endswith(" scored"))
+        if phase is None:
+            return whole and payload is None
+        kept = phase in TITLES and phase not in done and type(found["step"]) is int and found["step"] > 0
+        kept = kept and isinstance(payload["seconds"], float) and isinstance(payload["over"], bool | str)
+        return whole and kept and ("shards" in payload or {"model", "optimizer"} <= payload.keys())
     except (KeyError, TypeError, AttributeError):
         return False
 
@@ -97,13 +118,15 @@ class Run:
     checks; `open` makes the folder, once everything else about the run has been checked too."""
 
     def __init__(self, config, engine):
-        self.config, self.engine, self.folder = config, engine, Path(config.output_dir)
+        self.config, self.engine, self.folder, self.starts = config, engine, Path(config.output_dir), []
         self.state = {"done": {}, "phase": None, "sizes": {"metrics": (0, 0), "samples": (0, 0)}}
         here = f"--output_dir {self.folder}"
         if not is_writable(self.folder):
             raise InputError(f"{here}: expected a folder that can be made or written to")
         if (self.folder / "config.json").exists():
-            changed = differences(config, read(self.folder / "config.json", "benchmark", "output_dir"))
+            stored = read(self.folder / "config.json", "benchmark", "output_dir")
+            changed, starts = differences(config, stored), stored.get("starts")
+            self.starts = starts if isinstance(starts, list) else []
             if changed:
                 raise InputError(f"{here}: holds another run ({', '.join(changed[:3])}); choose another folder")
             self.lock()
@@ -145,6 +168,9 @@ class Run:
         self.source = read(source / "state.pt", "done", "start_from")["done"]
         if "rej_steer scored" not in self.source:
             raise InputError(f"{here}: its Stage 1 is not over")
+        read_rows(source / "metrics.jsonl", {"method": str})  # what `adopt` reads
+        for phase in [name for name in EARLY if f"{name} scored" in self.source]:
+            read_rows(source / "predictions" / f"{phase}.jsonl", {})
 
     def adopt(self, source):
         """Take over the phases before Stage 2: their models (linked where the disk allows), answers and log rows."""
@@ -168,11 +194,20 @@ class Run:
             raise InputError(f"--output_dir {self.folder}: cannot be made ({error.strerror})") from None
         self.lock()
         self.engine.forget_states(self.folder, (self.state.get("payload") or {}).get("shards"))
-        write_json(self.folder / "config.json", asdict(self.config))
+        ways = self.folder / "ways.json"
+        self.ways = read_rows(ways, {})[0] if ways.exists() else {}  # of the processes before
+        start = {"command": sys.argv, **about(), "device": str(self.engine.device)}
+        write_json(self.folder / "config.json", asdict(self.config) | {"starts": [*self.starts, start]})
         self.metrics = Log(self.folder / "metrics.jsonl", *self.state["sizes"]["metrics"])
         self.samples = Log(self.folder / "samples.jsonl", *self.state["sizes"]["samples"])
         if self.config.start_from and not self.state["done"]:
             self.adopt(Path(self.config.start_from))
+
+    def log(self, row, rollouts=()):
+        """Write a step's row with the time of day; a tracker gets some of its rollouts too."""
+        row["time"] = now()
+        self.metrics.write(row)
+        trackers.report(self, row, rollouts)
 
     def finished(self, phase):
         return phase in self.state["done"]
@@ -191,9 +226,14 @@ class Run:
 
     def finish(self, phase, result):
         """Mark a phase as over, with what the table needs of it. Its model folder must be in place by now."""
+        name, _, scored = phase.partition(" ")
+        if scored and (self.folder / name).is_dir():
+            report.write_card(self.folder / name, name, self.config, result)
+        write_json(self.folder / "ways.json", self.ways | self.engine.ways)
         self.state["done"][phase] = result
         self.save(None, 0, None)
-        write_json(self.folder / "ways.json", self.engine.ways)
+        if scored:
+            trackers.report(self, {"method": name, **{f"score_{column}": result[column] for column in result}})
 
     def rows(self):
         """{phase: its evaluation} of every phase scored so far, for the table."""
@@ -207,7 +247,9 @@ class Run:
         def fill(folder):
             model.save_pretrained(folder, **({"state_dict": weights} if weights else {}))
             tokenizer.save_pretrained(folder)
-            (folder / "README.md").write_text(report.model_card(phase, self.config), encoding="utf-8")
+            report.write_card(folder, phase, self.config)
+            for path in folder.rglob("*.safetensors"):  # its library lets nobody else read them
+                path.chmod(folder.stat().st_mode & 0o666)
 
         save_folder(self.folder / phase, fill)
         self.engine.wait()
@@ -225,6 +267,8 @@ class Phase:
             payload, self.first = run.state.pop("payload"), run.state["step"] + 1
             self.total, self.over = payload["seconds"], payload["over"]
             try:
+                if self.first > steps + 1:
+                    raise ValueError("it has more steps")
                 if "shards" in payload:  # written by several processes
                     from scale.ranks import restore_shards
 
@@ -237,7 +281,7 @@ class Phase:
                 where, reason = run.folder / "state.pt", f"{[*str(error).splitlines(), ''][0]:.80}"
                 raise InputError(f"{where}: does not fit the model of {name} ({reason})") from None
         todo = range(self.first, steps + 1)
-        self.bar = tqdm(todo, desc=name, initial=self.first - 1, total=steps, dynamic_ncols=True)
+        self.bar = Bar(todo, desc=name, initial=self.first - 1, total=steps)
 
     def __iter__(self):
         for step in self.bar:
@@ -286,7 +330,7 @@ def descend(run, phase, stage, model, loss_of, *, steps, lr, warmup, stop=None):
         shown = {name: f"{value:.3g}" for name, value in more.items() if value is not None}
         steps.bar.set_postfix(loss=f"{loss:.3f}", **shown)
         row = {"method": phase, "stage": stage, "step": step, "loss": loss, "reward": None, "kl": None}
-        run.metrics.write(row | {"grad_norm": norm, **more, "lr": rate, "seconds": steps.total})
+        run.log(row | {"grad_norm": norm, **more, "lr": rate, "seconds": steps.total})
     return steps.total, steps.over if isinstance(steps.over, str) else None
 
 
@@ -296,6 +340,8 @@ def fit(run, phase, stage, model, rows, *, steps, lr, batch_size, warmup, stop=N
     def loss_of(step):
         batch = [rows[i] for i in batch_at(len(rows), batch_size, step, run.config.seed, phase)]
         own, weight = run.engine.share(batch, lambda row: len(row[1]))
-        return weight * sft_loss_of(model, own)
+        prompts, answers = zip(*own, strict=True)
+        prompts, *past = fast.read_openings(model, prompts) if run.config.model == "tiny" else [prompts]
+        return weight * sft_loss_of(model, [*zip(prompts, answers, strict=True)], *past)
 
     return descend(run, phase, stage, model, loss_of, steps=steps, lr=lr, warmup=warmup, stop=stop)

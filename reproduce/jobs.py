@@ -1,14 +1,11 @@
 """The workers: each job of the plan in a process of its own, some at a time, and the records that they leave."""
 
 import gzip
-import importlib.metadata
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -19,8 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import InputError
-from engine.files import write_json, write_text
-from reproduce import HERE, read_json
+from engine.files import about, write_json, write_text
+from reproduce import read_json
 from reproduce.records import record_of
 
 BAR = "{desc} |{bar}| {percentage:3.0f} %, {elapsed} gone, {remaining} left"
@@ -84,29 +81,18 @@ def trim(folder):
             path.unlink()
 
 
-def about():
-    """What a record says of where it comes from: the code's commit and the versions."""
-
-    def git(*args):
-        done = subprocess.run(["git", "-C", str(HERE.parent), *args], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    changed = git("status", "--porcelain", "--", "*.py", "refusal.txt", "reproduce/*.json", ":!tests")
-    commit = (git("rev-parse", "--short=12", "HEAD") or "unknown") + (" with uncommitted changes" if changed else "")
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "scipy")}
-    return {"commit": commit, "versions": {"python": platform.python_version(), **versions}}
-
-
 def read_records(folder):
     """{name: record}: those of records.json, then those of finished runs that are not in it yet."""
     path, records = folder / "records.json", {}
-    if path.exists():
-        try:
-            records = read_json(path)["runs"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise InputError(f"{path}: cannot be read ({error!r:.80}); choose another --output_dir") from None
-    for path in sorted(folder.glob("runs/*/record.json")):
-        records.setdefault(path.parent.name, read_json(path))
+    try:
+        records = dict(read_json(path)["runs"]) if path.exists() else {}
+        for path in sorted(folder.glob("runs/*/record.json")):
+            records.setdefault(path.parent.name, read_json(path))
+        for name, record in records.items():
+            if not {"args", "family", "seed"} <= record.keys() or not isinstance(record["args"], list):
+                raise ValueError(f"{name} is no record")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise InputError(f"{path}: cannot be read ({error!r:.80}); choose another --output_dir") from None
     return records
 
 

@@ -127,7 +127,7 @@ def time_stage2(run, method, models, tokenizer, prompts, reward, each):
         row |= {name: row.get(f"seconds_{phase}", 0.0) for name, phase in PARTS.items()}
         each(row | {"step_s": sum(row[name] for name in PARTS)})  # without the log's own columns: the peer has none
 
-    run.metrics, run.samples = (SimpleNamespace(write=w, size=lambda: 0) for w in (write, lambda row: None))
+    run.log, run.samples = lambda row, _: write(row), SimpleNamespace(write=lambda row: None)
     queries = [Query(Prompt(None, text), text, "boundary") for text in prompts]
     with contextlib.redirect_stdout(sys.stderr):
         rerule.stage2(run, method, *models, tokenizer, Training([], queries), reward)

@@ -10,8 +10,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run on all cores already
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path[:0] = [str(Path(__file__).parent / name) for name in ("..", ".", "scale")]  # modules; what tests share
+sys.path[:0] = [
+    str(Path(__file__).parent / name) for name in ("..", ".", "scale", "robust", "build_data")
+]  # modules; what tests share
 
+import attacked  # noqa: E402
 import miniature  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -188,3 +191,26 @@ def saved(tmp_path_factory):
     (place / "empty").mkdir()
     (place / "file").write_text("no folder")
     return place
+
+
+# --- runs that are attacked ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A short run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert attacked.ended(attacked.short, "--output_dir", folder).code == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stopped(tmp_path_factory):
+    """One that was interrupted in its third step of ReRULE, with a state of the second."""
+    return attacked.interrupt(tmp_path_factory.mktemp("stopped") / "run")
+
+
+@pytest.fixture
+def interrupted(stopped, tmp_path):
+    """A copy of it, to be spoilt."""
+    return Path(shutil.copytree(stopped, tmp_path / "run"))

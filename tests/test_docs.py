@@ -20,6 +20,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 COMMANDS = {
     "rerule.py": "config.Config",
     "evaluate.py": "evaluate.Options",
+    "engine.page": "engine.page.Options",
     "build_data": "build_data.__main__.Options",
     "reproduce": "reproduce.__main__.Options",
     "reproduce.attacks": "reproduce.attacks.Options",
@@ -69,7 +70,9 @@ def test_the_readme_is_one_page_and_says_what_was_not_run():
 
 def test_every_page_is_in_the_readmes_list():
     listed = text(README).split("\n## All pages\n")[1].split("\n## ")[0]
-    assert set(re.findall(r"\]\((docs/[^)#]+)\)", listed)) == {f"docs/{page.name}" for page in PAGES}
+    assert set(re.findall(r"\]\((docs/[^)#]+)\)", listed)) == {
+        f"docs/{page.name}" for page in [*PAGES, *(ROOT / "docs").glob("*.ipynb")]
+    }
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)

@@ -22,7 +22,7 @@ ALONE = ("--method", "rerule")
 
 def metrics(folder, timings=False):
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if timings or not k.startswith("seconds")} for row in rows]
+    return [{k: v for k, v in row.items() if timings or not k.startswith(("seconds", "time"))} for row in rows]
 
 
 def stage2(folder, method):

@@ -25,7 +25,7 @@ TITLES = metrics.HEADINGS["attacks"]  # of the columns shown in tables; JSON has
 
 @dataclass
 class Case:
-    """What an attack is made on: a checkpoint and the probes. `notes` collects what a reader of figures must know."""
+    """What an attack is made on: one checkpoint, with the benchmark's probes. `notes` is for readers of the figures."""
 
     engine: object
     model: object

@@ -10,7 +10,6 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -19,6 +18,7 @@ from benchmarks.answers import forced, gold_answer, inference, limits_of, sample
 from benchmarks.attacks import measures
 from benchmarks.metrics import UNSEEN, mean
 from data import encode_answer, encode_prompt, stop_ids
+from engine.bars import Bar
 from engine.model import optimizer_for
 from engine.seeds import batch_at, derive_seed, generator
 from sft import sft_loss_of
@@ -221,7 +221,7 @@ def fine_tuned(case, taught, lr, name):
     tokenizer = case.tokenizer
     rows = [(encode_prompt(tokenizer, p.prompt), encode_answer(tokenizer, p.prompt, p.answer)) for p in taught]
     yield 0, model
-    for step in tqdm(range(1, STEPS[-1] + 1), desc=f"relearning, {name}", leave=False, disable=not case.progress):
+    for step in Bar(range(1, STEPS[-1] + 1), desc=f"relearning, {name}", leave=False, disable=not case.progress):
         batch = [rows[i] for i in batch_at(len(rows), BATCH, step, case.seed, "relearn", name)]
         sft_loss_of(model, batch).backward()
         if not math.isfinite(case.engine.step(model, optimizer, 1.0)):

@@ -155,3 +155,30 @@ def test_limits_are_the_benchmarks_own_unless_one_is_given(tmp_path):
     probes, benchmark = probes_of("tofu", tmp_path)[:2], tofu.BENCHMARK
     assert answers.limits_of(benchmark, probes, [[1] * 30, [1] * 250]) == [170, 1]
     assert answers.limits_of(benchmark, probes, [[1] * 30, [1] * 250], 7) == [7, 7]
+
+
+# --- the bar ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_bar_moves_within_a_batch_and_ends_at_the_rows(model, monkeypatch):
+    """A batch of hundreds takes minutes; the bar counts rows, and each token written moves it on."""
+    bars = []
+
+    class Watched(answers.Bar):
+        def __init__(self, **how):
+            super().__init__(**how)
+            self.places = []
+            bars.append(self)
+
+        def update(self, n):
+            self.n += n
+            self.places.append(self.n)
+
+    monkeypatch.setattr(answers, "Bar", Watched)
+    hooks = len(model._forward_hooks)
+    rows = [[1, 5 + i] for i in range(20)]
+    answers.greedy(ENGINE, model, WORDS, rows, [10] * 20, False, 10)
+    (bar,), places = bars, bars[0].places
+    assert bar.total == 20 and places[-1] == 20 and 10 in places and places == sorted(places)
+    assert len({place for place in places if place < 10}) > 3 and len({p for p in places if 10 < p < 20}) > 3
+    assert len(model._forward_hooks) == hooks

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 from typing import get_args, get_type_hints
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 import benchmarks
 import rerule
 from config import Config, InputError
+from engine import flags
 from engine.flags import check_bounds, parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -297,3 +299,38 @@ def test_every_number_of_the_driver_has_a_bound():
     hints = get_type_hints(Config)  # without their bounds
     numbers = {name for name, hint in hints.items() if {int, float} & {hint, *get_args(hint)}}
     assert numbers <= set(bounds(Config))
+
+
+# --- the first words -------------------------------------------------------------------------------------------------
+
+
+def first_words(*flags):
+    """What a run whose data folder is missing says before anything of torch is imported."""
+    argv = [str(part) for part in (sys.executable, "-X", "importtime", "rerule.py", *flags)]
+    done = subprocess.run(argv, stdout=PIPE, stderr=STDOUT, text=True, cwd=ROOT, encoding="utf-8")
+    lines = done.stdout.splitlines()
+    torch = next(i for i, line in enumerate(lines) if re.search(r"\| +torch(\.|$)", line))
+    assert done.returncode == 2 and any(line.endswith("no such folder") for line in lines[torch:])
+    return [line for line in lines[:torch] if not line.startswith("import time:")]
+
+
+def test_the_first_words_come_before_torch_and_say_what_and_how_long(tmp_path):
+    stored = json.loads((ROOT / "results" / "first_run.json").read_text(encoding="utf-8"))["seconds"]
+    given = ("--benchmark", "muse", "--data_dir", tmp_path / "none", "--seed", 2, "--output_dir", tmp_path / "run")
+    what, takes = first_words(*given)
+    for part in ("muse, seed 2", "a tiny model", "Rej. Steer, RULE, ReRULE", f"{tmp_path / 'run'}/"):
+        assert part in what
+    assert f"about {stored['muse'] / 60:.0f} minutes on two CPU cores" in takes
+    what, takes = first_words(*given, "--model", "org/model", "--method", "po")
+    assert "load org/model" in what and "unlearn with PO" in what and "not measured" in takes
+
+
+def test_a_plan_of_the_memory_and_other_processes_say_nothing_first(monkeypatch, capsys):
+    config = rerule.configure([])
+    for case, told in ((config, 2), (dataclasses.replace(config, dry_run=True), 0)):
+        assert flags.run_command(lambda case=case: case, leave=False) is case
+        said = capsys.readouterr().out
+        assert len(said.splitlines()) == told and ("about 75 s" in said) == bool(told)
+    monkeypatch.setattr(flags, "RANK", 1)
+    flags.run_command(lambda: config, leave=False)
+    assert capsys.readouterr().out == ""

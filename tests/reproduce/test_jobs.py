@@ -83,7 +83,7 @@ def figures_of(folder):
 
 def without_times(value):
     if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if not k.startswith("seconds")}
+        return {k: without_times(v) for k, v in value.items() if not k.startswith(("seconds", "time"))}
     return value
 
 

@@ -48,7 +48,7 @@ def torchrun(n, *argv, timeout=300):
 
 def metrics(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "time"))} for row in rows]
 
 
 # --- one process, two processes and the host's memory: the same step ------------------------------------------------
@@ -222,6 +222,10 @@ def same_run(folder, other):
     assert len(metrics(folder)) == len(metrics(other))
     for row, theirs in zip(metrics(folder), metrics(other), strict=True):
         assert set(row) == set(theirs)
+        for *drawn, weight in row.pop("replayed", ()):  # each rank has computed a part of the weights
+            *same, other_weight = theirs["replayed"].pop(0)
+            assert drawn == same and (weight or 0) == pytest.approx(other_weight or 0, rel=1e-3)
+        assert not theirs.pop("replayed", None)
         for name, value in row.items():
             close = pytest.approx(theirs[name], rel=1e-3, abs=1e-4) if isinstance(value, float) else theirs[name]
             assert value == close, (row["method"], row["step"], name)
