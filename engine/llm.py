@@ -153,7 +153,7 @@ def ask_all(prompts, parse, *, url, model, key, cache, flag, field, max_tokens, 
         once: ask no prompt again in a later run: one that is never answered in form is remembered as such, and one
             that the server does not answer ends the command. Without it both only leave None.
         price: dollars per million tokens, for the cost shown beforehand; timeout, wait: seconds.
-    Raises: InputError where the server cannot be reached, refuses, or, if `once`, does not answer; what came is kept."""
+    Raises: InputError where the server is not there, refuses or, with `once`, does not answer; what came is kept."""
     known, size = read_cache(cache, field)
     keys = {prompt: hashlib.sha256(f"{model}\n{prompt}".encode()).hexdigest() for prompt in prompts}
     todo = [prompt for prompt in keys if not is_known(known, keys[prompt], parse)]
