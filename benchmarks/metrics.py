@@ -93,12 +93,8 @@ def common_columns(rows):
 
 
 def summarise(benchmark, rows, retained=None):
-    """All columns of one evaluation.
-    Args:
-        benchmark: data.Benchmark.
-        rows: one dict per query with split, forget, target, rouge_l_recall, rouge_l_f1, refusal, leak, named,
-            truncated, and what the benchmark's losses add; None where a log does not hold a value.
-        retained: truth ratios of the retained model on the forget rows, where the benchmark compares with one.
+    """All columns of one evaluation. rows: those of `score` with `truncated` and what the benchmark's losses add, None
+    where a log does not hold a value; retained: truth ratios of the retained model on the forget rows, where compared.
     Returns: (summary {column: value or None}, {target: its summary} where it is by target, notes for the reader)."""
     notes, per_target = [], {}
     for target in dict.fromkeys(row["target"] for row in rows) if benchmark.by_target else []:
