@@ -208,7 +208,7 @@ def test_logs_and_what_is_made_of_them(good, n):
             rows, _ = logs.read_log(path, room)
             result = evaluate.finish(room, rows, [0.5])
             assert evaluate.metrics.table(room, result) and json.dumps(result, allow_nan=False)
-        assert logs.read_retained(path, benchmarks.ALL["tofu"], rows)
+        logs.read_retained(path, benchmarks.ALL["tofu"], rows)
 
 
 @pytest.mark.parametrize("n", budget(40))
