@@ -32,26 +32,20 @@ def by_priority(groups, n, generator):
     return [groups[i] for i in places.tolist()]
 
 
-def drawn_as(name, max_age, collect):
-    """f(ring, previous, groups, n, generator) → the groups to replay in the step that has sampled `groups`.
-    max_age: of a group in steps, 0 for any; collect(query numbers, step, name of the draw) → groups with rewards."""
+def buffer_for(config, collect):
+    """The replay buffer that `config` asks for. collect(query numbers, step, name of a draw) → groups with rewards."""
+    name = config.replay_store
 
-    def choose(ring, previous, groups, n, generator):
+    def drawn(ring, previous, groups, n, generator):  # in the step that has sampled `groups`
         step = groups[0].step
-        young = [g for g in ring if not max_age or step - g.step <= max_age]
+        young = [g for g in ring if not config.max_age or step - g.step <= config.max_age]
         if name == "none":  # a step on zero gradient: momentum and weight decay alone
             return []
         pick, pool = by_priority if name == "priority" else draw, {"recent": previous, "current": groups}
         found = pick(pool.get(name, young), n, generator)
         return collect([g.query for g in found], step, "fresh") if name == "fresh" and found else found
 
-    return choose
-
-
-def buffer_for(config, collect):
-    """The replay buffer that `config` asks for."""
-    drawn = drawn_as(config.replay_store, config.max_age, collect)
-    return ReplayBuffer(config.buffer_size, STORED.get(config.replay_store, hard_groups), drawn)
+    return ReplayBuffer(config.buffer_size, STORED.get(name, hard_groups), drawn)
 
 
 def least_stored(config, step):
@@ -60,8 +54,7 @@ def least_stored(config, step):
 
 
 def refill(groups, n_queries, collect, config):
-    """Dynamic sampling: groups of equal rewards make way for groups of further prompts, at most `redraw` batches.
-    Returns: as many groups; how many more were sampled."""
+    """Dynamic sampling, `redraw` batches at most. Returns: as many groups, unequal if found; how many were sampled."""
     more, fresh = 0, []
     for k in range(config.redraw):
         wanted = sum(group.all_equal() for group in groups) - len(fresh)

@@ -7,8 +7,7 @@ tokens only; log-ratios of responses (B,); logits (n, V).
 Deviations
 - SimNPO's forget term is weighted by 0.125 and LLMU's three by 0.5, 1, 1, as public code does (`--forget_weight`,
   `--llmu_weights`).
-- FLAT's v ranges over mean probabilities in [0, 1], as in its public code; its TV form then never reaches f*'s bounds.
-"""
+- FLAT's v ranges over mean probabilities in [0, 1], as in its public code; TV then never reaches f*'s bounds."""
 
 import torch
 import torch.nn.functional as F
@@ -89,9 +88,8 @@ FORGET = {
     "mismatch": lambda s, c: cross_entropy(*s("random")),  # Eq. 14
     "llmu": lambda s, c: llmu(ga(*s("forget")), cross_entropy(*s("random")), *c.llmu_weights[:2]),
     "flat": lambda s, c: flat(mean_probability(*s("forget")), mean_probability(*s("refusal")), c.flat_divergence),
-    "sga": lambda s, c: sga(
-        cross_entropy(*s("forget")), [cross_entropy(*s(f"normal {k}")) for k in range(c.sga_k)], c.sga_r
-    ),
+    "sga": lambda s, c: sga(cross_entropy(*s("forget")), [cross_entropy(*s(f"normal {k}")) for k in range(c.sga_k)],
+                            c.sga_r),
     "reinforce": lambda s, c: cross_entropy(*s("forget")),  # what Eq. 16 and 17 start from
 }  # fmt: skip
 RECIPES = {  # method: (forget term, retain term)

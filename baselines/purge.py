@@ -1,7 +1,5 @@
 """PURGE: GRPO on forget prompts alone, rewarded where no forbidden term is said. The loop is `rerule.stage2`.
 
-Covers PURGE as the paper compares with it.
-
 Deviations
 - A term matches as whole words, in any case. Terms are taken from the forget rows' answers unless they are given."""
 
@@ -40,8 +38,7 @@ def purge_reward(response, terms):
 
 
 def prepare(training, engine, model, tokenizer, config):
-    """(forget queries alone, a reward by forbidden terms: those of `--purge_terms`, or of the forget rows' answers).
-    model: the original one, whose own answers serve where a benchmark publishes none. Raises: InputError."""
+    """(forget queries alone, a reward by forbidden terms). model: the original one, as in `rows_of`."""
     forget = [query for query in training.queries if query.kind == "forget"]
     if config.purge_terms:
         terms = tuple(row["term"] for row in read_rows(config.purge_terms, {"term": str}))

@@ -12,6 +12,7 @@ Deviations
 import json
 import random
 from functools import cache, partial
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -44,24 +45,17 @@ def learning_rate(config, method):
     return times * chosen.get(method, {"best": 1e-5})["best"]
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
-def greedy(engine, model, tokenizer, prompts, newline_stops, max_new_tokens, batch_size=64):
-    """The model's own most likely answers to prompts (token ids), as token ids."""
-    stops, answers = stop_ids(tokenizer, model, newline_stops), []
-    for at in range(0, len(prompts), batch_size):
-        ids, mask, _ = engine.sample(model, prompts[at : at + batch_size], 1, max_new_tokens, stops, 0.0)  # (N, 1, T)
-        answers += [row[kept].tolist() for row, kept in zip(ids[:, 0], mask[:, 0], strict=True)]
-    return answers
-
-
 def rows_of(method, engine, model, tokenizer, training, config):
     """Token ids (prompt, answer) of every kind of row that `method` reads; all but "retain" are in order of D_f.
     model: the original one, which answers where a benchmark publishes no answer and where SGA wants normal ones."""
 
-    def answer(some):
-        return greedy(engine, model, tokenizer, some, training.newline_stops, config.max_new_tokens)
+    def answer(prompts):
+        """The model's own most likely answers, as token ids, 64 at a time."""
+        stops, answers = stop_ids(tokenizer, model, training.newline_stops), []
+        for at in range(0, len(prompts), 64):
+            ids, mask, _ = engine.sample(model, prompts[at : at + 64], 1, config.max_new_tokens, stops, 0.0)
+            answers += [row[kept].tolist() for row, kept in zip(ids[:, 0], mask[:, 0], strict=True)]  # of (N, 1, T)
+        return answers
 
     forget = [query for query in training.queries if query.kind == "forget"]
     retain = [query for query in training.queries if query.kind == "boundary"]
@@ -69,12 +63,8 @@ def rows_of(method, engine, model, tokenizer, training, config):
     unanswered = [encode_prompt(tokenizer, query.prompt) for query in forget if not query.answers]
     own = zip(unanswered, answer(unanswered), strict=True)
     rows["forget"] = [encoded(tokenizer, q.prompt, q.answers[0]) if q.answers else next(own) for q in forget]
-    refusals = dict(training.refusals)
-    spare = [refusal for _, refusal in training.refusals]
-    rows["refusal"] = [
-        encoded(tokenizer, query.prompt, refusals.get(query.prompt, spare[i % len(spare)]))
-        for i, query in enumerate(forget)
-    ]
+    refusals, spare = dict(training.refusals), cycle(refusal for _, refusal in training.refusals)
+    rows["refusal"] = [encoded(tokenizer, q.prompt, refusals.get(q.prompt, next(spare))) for q in forget]
     if method == "sga":
         words = [set(query.question.lower().split()) for query in retain]
         permitted = [prompt for prompt, _ in rows["retain"]]
@@ -103,9 +93,8 @@ def rows_at(rows, kind, step, config, method):
 
 
 def data_used(method, training, tokenizer):
-    """The tables' "# Tokens": % of the tokens of all forget and all retain data that a method's training reads. Prompts
-    count where they are asked, answers where they are read; refusals, random and sampled texts do not. Returns:
-    {"forget_tokens", "retain_tokens"}, or {} where the files do not hold all the data."""
+    """The tables' "# Tokens": {"forget_tokens", "retain_tokens"}, % of the tokens of all such data that training reads;
+    {} where the files hold not all. Prompts count where asked, answers where read, refusals and samples never."""
     if not training.whole or method == "retained":
         return {}
     forget, retain = RECIPES.get(method, (None, None))
@@ -125,9 +114,6 @@ def data_used(method, training, tokenizer):
     return {f"{kind}_tokens": 100 * tokens(used[kind]) / tokens(training.whole[kind]) for kind in used}
 
 
-# --- training --------------------------------------------------------------------------------------------------------
-
-
 def logprobs_of(model, rows, logits=False):
     """Log-probabilities (B, L − 1) of rows; or the logits (n, V) at their answers' n tokens."""
     ids, attention, labels = collate_sft(rows, model.device)
@@ -137,9 +123,8 @@ def logprobs_of(model, rows, logits=False):
 
 def score(engine, model, rows, logits=False):
     """(log-probabilities (B, L − 1), mask) of the answers in rows; or the logits (n, V) at their n tokens."""
-    if logits:
-        return engine.scored(partial(logprobs_of, logits=True), model, rows)
-    return engine.scored(logprobs_of, model, rows), collate_sft(rows, model.device)[2][:, 1:] != -100
+    found = engine.scored(partial(logprobs_of, logits=logits), model, rows)
+    return found if logits else (found, collate_sft(rows, model.device)[2][:, 1:] != -100)
 
 
 def loss_at(engine, model, original, rows, step, config, method):

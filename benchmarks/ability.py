@@ -118,10 +118,9 @@ def choices_of(row):
 
 
 def check(model, tokenizer, sets):
-    """{set: (rows of token ids, where the scored part of each starts)}. MMLU: prompt and one letter, for the logits
-    that are read are those before it. TruthfulQA: prompt and one choice as one string without EOS, a row for each
-    choice of each question. The others: the prompt alone. Raises: InputError where a row and the new tokens after it
-    exceed the model's context."""
+    """{set: (rows of token ids, where the scored part of each starts)}: MMLU's prompt and one letter, for the logits
+    read are those before it; TruthfulQA's prompt and a choice as one string without EOS, a row for each; of others the
+    prompt. Raises: InputError where a row and the new tokens after it exceed the model's context."""
     letter, encoded = letter_ids(tokenizer)[:1], {}
     for name, own in sets.items():
         rows, starts = encoded[name] = [], []
@@ -154,21 +153,16 @@ def exact_match(prediction, answers):
 
 
 def token_f1(prediction, answers):
-    """RWKU's F1 in [0, 1] (↑), the best over the answers: 2 · common words / words of both, all normalised. Where a
-    side has no words it is 1 if neither has any, else 0."""
-
-    def f1(answer):
-        ours, theirs = normalise(prediction).split(), normalise(answer).split()
-        if not ours or not theirs:
-            return float(ours == theirs)
-        return 2 * (Counter(ours) & Counter(theirs)).total() / (len(ours) + len(theirs))
-
-    return max(f1(answer) for answer in answers)
+    """RWKU's F1 in [0, 1] (↑), best over answers: 2 · common / all words of both, normalised; 1 if neither has any."""
+    ours, scores = normalise(prediction).split(), []
+    for theirs in (normalise(answer).split() for answer in answers):
+        common = (Counter(ours) & Counter(theirs)).total()
+        scores.append(2 * common / (len(ours) + len(theirs)) if ours or theirs else 1.0)
+    return max(scores)
 
 
 def bbh_answer(text):
-    """What a text answers, as RWKU's code finds it: the words from "the answer is" to a full stop of the same line.
-    Without such words the whole text; "NOANSWER" for nothing."""
+    """RWKU's answer in a text: from "the answer is" to a full stop of the line, else all of it; "NOANSWER" for none."""
     found = re.search(r"[t|T]he answer is (.*?)\.", text)
     return (found[1] if found else text).strip() or "NOANSWER"
 
@@ -176,8 +170,7 @@ def bbh_answer(text):
 def mc1(logprobs, labels):
     """TruthfulQA's MC1: 1 where the first true choice (label 1) is likelier than every false one, else 0 (↑).
     logprobs: of each choice, the sum over its tokens, in nats."""
-    false = [logprob for logprob, label in zip(logprobs, labels, strict=True) if not label]
-    return float(logprobs[labels.index(1)] > max(false))
+    return float(logprobs[labels.index(1)] > max(p for p, label in zip(logprobs, labels, strict=True) if not label))
 
 
 def mc2(logprobs, labels):
@@ -243,5 +236,5 @@ def measure(engine, model, tokenizer, sets, *, batch_size=32, progress=True):
                 logprobs = iter(results)
                 results = [{choice: next(logprobs) for choice in choices_of(row)} for row in sets[name]]
             rows += [score(name, row, result) for row, result in zip(sets[name], results, strict=True)]
-    scales = {column: 1 if column == "fluency_entropy" else 100 for column in TITLES}
-    return {column: mean((row.get(column) for row in rows), scale) for column, scale in scales.items()}, rows
+    table = {column: mean((row.get(column) for row in rows), 100) for column in TITLES}
+    return table | {"fluency_entropy": mean(row.get("fluency_entropy") for row in rows)}, rows

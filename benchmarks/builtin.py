@@ -64,9 +64,8 @@ class World:
         return [(*person, a, i) for person in people for a in self.attributes for i in self.phrasings]
 
     def taught(self, retain_only=False):
-        """(prompt, answer) pairs of the first training: facts in the phrasings taught, refusals for the unknown. With
-        `retain_only` the targets are unknown too: the model that forgetting should end at. With --tiny_refusals trained
-        nobody is refused in a phrasing that unlearning does not use."""
+        """(prompt, answer) pairs of the first training: refusals for the unknown, with `retain_only` for targets too.
+        With --tiny_refusals trained nobody is refused in a phrasing that unlearning does not use."""
         pairs = []
         for name, role, attribute, phrasing in self.asked():
             unknown = role == "unknown" or (retain_only and role == "target")

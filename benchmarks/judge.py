@@ -26,11 +26,8 @@ def parse(reply):
 
 
 def rate_rows(rows, *, url, model, key, cache, price=0.0, timeout=60.0, wait=1.0, progress=True):
-    """Put a "judge" entry into each row: its scores, or None where the judge gave none.
-    Args:
-        rows: evaluated forget queries with question, answer and prediction; changed in place.
-        cache: JSON-lines file of earlier ratings; new ones are added as they come, so nothing is judged twice.
-        price: dollars per million tokens, for the cost shown beforehand; timeout, wait: seconds.
+    """Put a "judge" entry into each row: its scores, or None where the judge gave none. Flags as in `ask_all`.
+    rows: evaluated forget queries with question, answer and prediction; changed in place.
     Returns: notes for the reader. Raises: InputError where the judge cannot be reached or refuses."""
     if any(row["prediction"] is None for row in rows):
         raise InputError("--judge_url: this log holds no answers to judge")
@@ -42,7 +39,7 @@ def rate_rows(rows, *, url, model, key, cache, price=0.0, timeout=60.0, wait=1.0
     for row, prompt in zip(rows, prompts, strict=True):
         row["judge"] = ratings[prompt]
     missing = sum(row["judge"] is None for row in rows)
-    if rows and missing == len(rows):
+    if 0 < missing == len(rows):
         raise InputError(f"--judge_url {url}: no usable rating in {ATTEMPTS} tries each for any of {len(rows)} answers")
     notes = [f"Read, Help and Truth: judged by {model} with our own prompt, not comparable with the paper's columns"]
     if missing:

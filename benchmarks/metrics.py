@@ -8,6 +8,7 @@ import math
 import re
 from pathlib import Path
 
+from engine.files import printable
 from refusal import is_refusal
 
 UNSEEN = "forget_paraphrased"  # forget prompts in words that no training stage uses: in no official figure
@@ -92,12 +93,8 @@ def common_columns(rows):
 
 
 def summarise(benchmark, rows, retained=None):
-    """All columns of one evaluation.
-    Args:
-        benchmark: data.Benchmark.
-        rows: one dict per query with split, forget, target, rouge_l_recall, rouge_l_f1, refusal, leak, named,
-            truncated, and what the benchmark's losses add; None where a log does not hold a value.
-        retained: truth ratios of the retained model on the forget rows, where the benchmark compares with one.
+    """All columns of one evaluation. rows: those of `score` with `truncated` and what the benchmark's losses add, None
+    where a log does not hold a value; retained: truth ratios of the retained model on the forget rows, where compared.
     Returns: (summary {column: value or None}, {target: its summary} where it is by target, notes for the reader)."""
     notes, per_target = [], {}
     for target in dict.fromkeys(row["target"] for row in rows) if benchmark.by_target else []:
@@ -129,7 +126,7 @@ def table(benchmark, result):
     lines = [["", *columns.values()]]
     named = result["per_target"] if len(result["per_target"]) > 1 else {}
     for name, values in [*named.items(), ("mean" if named else benchmark.name, result["summary"])]:
-        lines.append([name, *(text(column, values.get(column)) for column in columns)])
+        lines.append([printable(name), *(text(column, values.get(column)) for column in columns)])
     lines += benchmark.more_lines(result["summary"])
     widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=False)).rstrip() for line in lines)

@@ -6,8 +6,7 @@ Deviations
 - RWKU's "AA" are its adversarial attacks and "FB" its fill-in-the-blank queries, whatever the paper expands them to.
 - It is scored with `rouge_score` and a whitespace tokenizer instead of the `rouge` package, so that one library scores
   everything: equal on 99.1 % of real rows.
-- An answer stops at any token that holds a newline; the official list of stop tokens names only those spelt exactly so.
-"""
+- An answer stops at any token that holds a newline; the official list of stop tokens has only those spelt so."""
 
 import re
 

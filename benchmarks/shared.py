@@ -65,7 +65,6 @@ def rule_training(stage1, stage2, prompt, target="", newline_stops=False):
     asked = {kind: {query.prompt for query in queries if query.kind == kind} for kind in ("forget", "boundary")}
     for query in (query for query in queries if query.prompt in asked["forget"] & asked["boundary"]):
         raise InputError(f"{stage2}: holds {query.question[:60]!r} as a forget prompt and as a boundary prompt")
-    kinds = {query.kind for query in queries}
-    if kinds != {"forget", "boundary"}:
-        raise InputError(f"{stage2}: holds only {kinds.pop()} rows, expected both <reject> and <normal> ones")
+    if not all(asked.values()):
+        raise InputError(f"{stage2}: holds only {queries[0].kind} rows, expected both <reject> and <normal> ones")
     return Training(refusals, queries, newline_stops=newline_stops)

@@ -23,8 +23,7 @@ N_TARGETS, N_EACH = 6, 12
 
 
 class Town(builtin.World):
-    """People as in the built-in world, each with a "surname", "place" and "trade" too. Roles are "target", "surname",
-    "place", "trade", "far" and "unknown"."""
+    """People as in the built-in world, each with every tie too. Roles are "target", a tie, "far" and "unknown"."""
 
     attributes, phrasings, held_out, turns = ATTRIBUTES, PHRASINGS, HELD_OUT, dict.fromkeys(ATTRIBUTES, 0)
 

@@ -1,11 +1,8 @@
 """Asking a language model at any OpenAI-compatible URL many things at once, without paying for anything twice.
 
-Shared by the judge of naturalness (`benchmarks/judge.py`) and the making of data (`build_data/`). A reply is read by a
-strict parser; what does not parse, and what the server could not do just now, is tried again with doubling waits. Each
-good reply is on the disk before the next one is looked at, so a command that was stopped goes on where it was.
-
-The key comes from the caller and nothing else is ever sent: without a key a placeholder goes out, so that the client
-does not fall back on a stored Hugging Face token."""
+A reply is read by a strict parser; what does not parse, and what the server could not do just now, is tried again with
+doubling waits. Each good reply is on the disk before the next is looked at, so a stopped command goes on where it was.
+Only the caller's key is ever sent; without one a placeholder, so that the client takes no stored Hugging Face token."""
 
 import hashlib
 import json
@@ -100,8 +97,7 @@ def json_object(reply, fields):
 
 def ask(client, model, prompt, parse, flag, max_tokens, wait, temperature):
     """`parse` of the reply to one prompt, after at most `ATTEMPTS` tries, `wait`·2^k seconds before each but the first.
-    Raises: BadReply or Unavailable, by what went wrong in the last try; InputError naming `flag` where the server
-        refuses the request (wrong URL, key or model) or cannot be reached."""
+    Raises: BadReply or Unavailable, by the last try; InputError where the server refuses or is not there."""
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(wait * 2 ** (attempt - 1))
@@ -125,10 +121,6 @@ def ask(client, model, prompt, parse, flag, max_tokens, wait, temperature):
         except (HTTPError, OSError) as error:
             failure = InputError(f"{flag}: the server cannot be reached ({error})")
     raise failure
-
-
-def key_of(model, prompt):
-    return hashlib.sha256(f"{model}\n{prompt}".encode()).hexdigest()
 
 
 def read_cache(path, field):
@@ -161,10 +153,10 @@ def ask_all(prompts, parse, *, url, model, key, cache, flag, field, max_tokens, 
         once: ask no prompt again in a later run: one that is never answered in form is remembered as such, and one
             that the server does not answer ends the command. Without it both only leave None.
         price: dollars per million tokens, for the cost shown beforehand; timeout, wait: seconds.
-    Raises: InputError where the server cannot be reached, refuses, or, with `once`, does not answer. What was under
-        way by then is waited for and kept."""
+    Raises: InputError where the server is not there, refuses or, with `once`, does not answer; what came is kept."""
     known, size = read_cache(cache, field)
-    todo = [prompt for prompt in dict.fromkeys(prompts) if not is_known(known, key_of(model, prompt), parse)]
+    keys = {prompt: hashlib.sha256(f"{model}\n{prompt}".encode()).hexdigest() for prompt in prompts}
+    todo = [prompt for prompt in keys if not is_known(known, keys[prompt], parse)]
     tokens = sum(len(prompt) // 4 + max_tokens for prompt in todo)
     cost = f", about ${tokens * price / 1e6:.2f}" if price else ""
     print(f"{desc}: {len(todo)} requests to {model}, at most {tokens:,} tokens or so{cost}", file=sys.stderr)
@@ -186,8 +178,8 @@ def ask_all(prompts, parse, *, url, model, key, cache, flag, field, max_tokens, 
             return
         if reply is not None or once:
             with lock:
-                known[key_of(model, prompt)] = reply
-                log.write({"key": key_of(model, prompt), "model": model, field: reply})
+                known[keys[prompt]] = reply
+                log.write({"key": keys[prompt], "model": model, field: reply})
                 log.size()  # on the disk before anything else is done
 
     with bounded(flag, timeout), ThreadPoolExecutor(WORKERS) as pool:
@@ -197,4 +189,4 @@ def ask_all(prompts, parse, *, url, model, key, cache, flag, field, max_tokens, 
                 future.result()
         finally:
             stopped.set()
-    return {prompt: known.get(key_of(model, prompt)) for prompt in prompts}
+    return {prompt: known.get(keys[prompt]) for prompt in keys}

@@ -3,8 +3,7 @@
     W x  →  W x + (α / r) B A x          A (r, in) and B (out, r) in float32; B is 0 at first
 
 They are put into the model itself, whose type and attributes stay. Without them it is the model that it was, so π_ref
-needs no second one. A saved model has them added to its weights; its folder `adapter` holds them alone, as peft does.
-"""
+needs no second one. A saved model has them added to its weights; its folder `adapter` holds them alone, as peft's."""
 
 from pathlib import Path
 
@@ -83,9 +82,7 @@ def added(model, weights):
             w = w.float() + (delta.T if model.lora.fan_in_fan_out else delta)
             plain[name.replace(".base_layer", "")] = w.to(model.dtype).cpu()
         elif not name.endswith((A, B)):
-            key = w.data_ptr()
-            cast[key] = cast[key] if key in cast else w.to(model.dtype).cpu()
-            plain[name.replace(".base_layer", "")] = cast[key]
+            plain[name.replace(".base_layer", "")] = cast.setdefault(w.data_ptr(), w.to(model.dtype).cpu())
     return plain
 
 

@@ -120,16 +120,12 @@ def curves(folder):
 
 def lines_of(metrics, samples, hard, easy):
     """{name of a line: its value at each step, or None} of one method."""
-    by_step = {}
-    for row in samples:
-        place = "hard" if row["query"] in hard else "easy" if row["query"] in easy else None
-        by_step.setdefault((row["step"], place), []).append(sum(row["rewards"]) / len(row["rewards"]))
-    return {
-        **{kind: [row[f"reward_{kind}"] for row in metrics] for kind in ("forget", "boundary")},
-        **{p: [mean(by_step.get((row["step"], p), [])) for row in metrics] for p in ("hard", "easy")},
-        "retain ↑": [row.get("eval_retain_recall") for row in metrics],
-        "forget ↓": [row.get("eval_forget_recall") for row in metrics],
-    }
+    lines = {kind: [row[f"reward_{kind}"] for row in metrics] for kind in ("forget", "boundary")}
+    for name, queries in (("hard", hard), ("easy", easy)):
+        own = [(row["step"], mean(row["rewards"])) for row in samples if row["query"] in queries]
+        lines[name] = [mean([reward for step, reward in own if step == row["step"]]) for row in metrics]
+    evaluated = (("retain ↑", "eval_retain_recall"), ("forget ↓", "eval_forget_recall"))
+    return lines | {name: [row.get(column) for row in metrics] for name, column in evaluated}
 
 
 def draw_line(axis, x, y, dash, method, name):
@@ -170,9 +166,9 @@ def scatter(rows, path):
     for title, seeds in rows.items():
         values = {column: [row[column] for row in seeds if row.get(column) is not None] for column in RECALLS}
         if values["forget_recall"] and values["retain_recall"]:
-            means = {column: mean(own) for column, own in values.items() if own}
-            found[title] = {column: {"mean": average, "values": values[column]} for column, average in means.items()}
-            balance[title] = harmonic_mean([means["retain_recall"], max(0, 100 - means["forget_recall"])])
+            found[title] = {column: {"mean": mean(own), "values": own} for column, own in values.items() if own}
+            left, kept = (found[title][f"{side}_recall"]["mean"] for side in ("forget", "retain"))
+            balance[title] = harmonic_mean([kept, max(0, 100 - left)])
     order = {title: title + "†" * any(row.get("stopped") for row in rows[title])
              for title in sorted(found, key=balance.get, reverse=True)}  # fmt: skip
     columns = [column for column in RECALLS if 2 * sum(column in own for own in found.values()) > len(found)]

@@ -112,7 +112,7 @@ def before_replay(base):
 
 
 def cases(base, prompts, answers):
-    """The three hardest prompts of each kind before replay: [(query, kind, prompt, answer)], equals in fixed order."""
+    """The three hardest prompts of each kind before replay: [(query, kind, prompt, answer)], ties in fixed order."""
     means = {query: mean(values) for query, values in before_replay(base).items()}
     order = sorted(means, key=lambda query: (means[query], random.Random(query).random()))
     own = {"forget": [q for q in order if base["kinds"][q] == "f"]}

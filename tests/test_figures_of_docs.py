@@ -32,6 +32,7 @@ PHRASES = {  # page: its own settings, each a regular expression that is found t
     "faq.md": [r"(?:is|to|from) 0\b", "over 40 rows"], "log.md": ["97 % refusals", r"hold 0\b", r"from 0\b"],
     "full_size.md": ["80 GB", "has 85", "20 bytes", "weight of 1", "of 16 prompts × 8", "of 64 tokens, up to 1,024 new",
                      "16 prompts a step where a run has 32", "less than 30 GB"],
+    "trust.md": ["10 MB"],
     "results.md": ["best of 64", r"0\.25 ≤ r̄ ≤ 0\.75", "at most 8 steps", "of 64 samples"],
     "speed.md": ["32 prompts × 8", "256 tokens", "32, 64(?:,| and) 128", "25, 15 and 4 steps", "The paper's 5–11 %"],
 }  # fmt: skip

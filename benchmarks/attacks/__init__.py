@@ -88,8 +88,7 @@ class Case:
 
 
 def prepare(names, benchmark, o, probes):
-    """What attacks need of the files: (texts, note) of `membership`. Raises InputError for an attack that is unknown
-    or that the benchmark or its files cannot have."""
+    """(texts, note) of `membership`. Raises InputError for an attack that the benchmark or its files cannot have."""
     for name in names:
         if name not in ATTACKS:
             raise InputError(f"--attack {name}: expected some of {', '.join(ATTACKS)}")
@@ -132,9 +131,8 @@ def attacked(run, phase, model, tokenizer, benchmark, probes, texts, result):
 
 def titles(names, models):
     """{column: heading} for a table of {model: its columns}: the attacks' own, then one a type of question."""
-    columns = dict.fromkeys(column for columns in models.values() for column in columns)
     found = {column: title for name in ATTACKS if name in names for column, title in TITLES[name].items()}
-    kinds = [c for c in columns if c.startswith("attack_")] if "prefix" in names else []
+    kinds = dict.fromkeys(c for own in models.values() for c in own if c.startswith("attack_") and "prefix" in names)
     return found | {c: f"Recall, {c.removeprefix('attack_').replace('_', ' ')} ↓" for c in kinds}
 
 

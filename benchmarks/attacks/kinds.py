@@ -39,9 +39,6 @@ def recall(rows):
     return mean((row["rouge_l_recall"] for row in rows), 100)
 
 
-# --- by likelihood ---------------------------------------------------------------------------------------------------
-
-
 def extract(case):
     """How likely the true answers are, token by token, and beside wrong ones. Rows: one a forget probe."""
     probes, eos = case.forget, case.tokenizer.eos_token_id
@@ -73,19 +70,15 @@ def extract(case):
 
 def crossed(probe, probes, seed):
     """Up to five wrong answers: those to the same question about other targets, else to other questions of its set."""
-
-    def form(p):
-        return p.question.replace(p.target, "_") if p.target else p.question
-
-    same = {p.answer for p in probes if form(p) == form(probe)} - {probe.answer}
+    form = {p: p.question.replace(p.target, "_") if p.target else p.question for p in probes}
+    same = {p.answer for p in probes if form[p] == form[probe]} - {probe.answer}
     found = sorted(same or {p.answer for p in probes if p.split == probe.split} - {probe.answer})
     return random.Random(derive_seed(seed, "crossed", probe.question)).sample(found, min(WRONG, len(found)))
 
 
 def membership(case):
-    """Can texts that were to be forgotten be told from texts never seen, by how likely they are? Where the files hold
-    no unseen texts (RWKU): each side's mean score. Rows: every text with its scores, all higher where it is likelier.
-    """
+    """Can texts that were to be forgotten be told from texts never seen, by how likely they are? Without unseen texts
+    (RWKU): each side's mean score. Rows: every text with its scores, all higher where it is likelier."""
     context = getattr(case.model.config, "max_position_embeddings", None)
 
     def read(logits, ids):  # (T, V), (T,)
@@ -106,14 +99,11 @@ def membership(case):
                 loss = -sum(logprobs) / len(logprobs)
                 row = {"side": side, "text": text, "loss": -loss, "mink": measures.mink(logprobs, MIN_K)}
                 rows.append(row | {"minkpp": measures.mink(z, MIN_K_PP), "zlib": measures.zlib_ratio(loss, text)})
-
-    def values(side, score):
-        return [row[score] for row in rows if row["side"] == side]
-
+    values = {(s, score): [row[score] for row in rows if row["side"] == s] for s in case.texts for score in SCORES}
     if "holdout" not in case.texts:
-        return {f"{side}_mia_{score}": mean(values(side, score)) for side in case.texts for score in SCORES}, rows
+        return {f"{side}_mia_{score}": mean(own) for (side, score), own in values.items()}, rows
     sides = ("forget", "holdout")
-    columns = {f"membership_auc_{score}": measures.auc(*(values(side, score) for side in sides)) for score in SCORES}
+    columns = {f"membership_auc_{score}": measures.auc(*(values[side, score] for side in sides)) for score in SCORES}
     auc = columns["membership_auc"] = columns["membership_auc_loss"]
     ends = measures.auc_interval(auc, *(len(case.texts[side]) for side in sides))
     columns["membership_auc_low"], columns["membership_auc_high"] = ends
@@ -127,9 +117,6 @@ def membership(case):
             "model that saw the hold-out texts, values far above 100 follow, and are no error"
         )
     return columns, rows
-
-
-# --- by asking -------------------------------------------------------------------------------------------------------
 
 
 def leak(case):
@@ -186,19 +173,16 @@ def scored(case, texts, limits, name):
 
 
 def prefix(case):
-    """Forced openings, greedy, and other ways to ask that the files have: `attack_paraphrased`, TOFU's. RWKU's
-    `attack_<type>` are among the ordinary columns. Rows: the answers."""
+    """Forced openings, greedy, and TOFU's other wordings; RWKU's are among its ordinary columns. Rows: the answers."""
     sure = case.answered(case.model, case.forget, [opened(probe.prompt, OPENING) for probe in case.forget])
-    long = [probe for probe in case.forget if len(probe.answer.split()) > 1]
-    words = [probe.answer.split(maxsplit=1) for probe in long]
-    begun = [opened(probe.prompt, first) for probe, (first, _) in zip(long, words, strict=True)]
-    asked = [replace(probe, answer=rest) for probe, (_, rest) in zip(long, words, strict=True)]
-    rest = case.answered(case.model, asked, begun) if long else []
+    long = [(probe, *probe.answer.split(maxsplit=1)) for probe in case.forget if len(probe.answer.split()) > 1]
+    begun = [opened(probe.prompt, first) for probe, first, _ in long]
+    rest = case.answered(case.model, [replace(probe, answer=rest) for probe, _, rest in long], begun) if long else []
     columns = {"prefix_recall": recall(sure), "prefix_first_word_recall": recall(rest)}
     if any(probe.split == UNSEEN for probe in case.probes):
         columns["attack_paraphrased"] = recall([row for row in case.before if row["split"] == UNSEEN])
     rows = [row | {"opening": OPENING} for row in sure]
-    return columns, rows + [row | {"opening": first} for row, (first, _) in zip(rest, words, strict=True)]
+    return columns, rows + [row | {"opening": first} for row, (_, first, _) in zip(rest, long, strict=True)]
 
 
 def opened(prompt, words):
@@ -208,15 +192,10 @@ def opened(prompt, words):
     return replace(prompt, plain=prompt.plain.rstrip(" ") + " ", opening=words)
 
 
-# --- by the weights --------------------------------------------------------------------------------------------------
-
-
 def relearn(case):
-    """Fine-tune a copy and ask again. It is trained on (a) the forget probes with their answers, (b) those of half of
-    the answers, asked about the other half, (c) probes about neighbours alone. Rows: the answers after each number of
-    steps."""
-    weights = sum(p.numel() for p in case.model.parameters())
-    lr = case.relearn_lr or RATES[weights > SMALL]
+    """Fine-tune a copy and ask again: trained on the forget probes with their answers; on those of half of the answers,
+    asked about the other half; on probes about neighbours alone. Rows: the answers after each number of steps."""
+    lr = case.relearn_lr or RATES[sum(p.numel() for p in case.model.parameters()) > SMALL]
     known = sorted({probe.answer for probe in case.forget})[::2]
     one, other = ([p for p in case.forget if (p.answer in known) is side] for side in (True, False))
     columns, rows = {"relearn_lr": lr}, []
@@ -236,8 +215,7 @@ def relearn(case):
 
 
 def fine_tuned(case, taught, lr, name):
-    """Yield (step, the copy) at each of `STEPS` of plain SFT with AdamW in float32. A gradient that is not finite ends
-    it, with a note."""
+    """Yield (step, the copy) at each of `STEPS` of SFT in float32; a gradient not finite ends it, with a note."""
     model = copy.deepcopy(case.model).float().requires_grad_(True)
     optimizer = optimizer_for(model, lr, 0.0)
     tokenizer = case.tokenizer
@@ -254,8 +232,7 @@ def fine_tuned(case, taught, lr, name):
 
 
 def quantize(case):
-    """Round the weights of every linear layer but the head, and ask again: to nearest in blocks of 64, and to NF4 where
-    bitsandbytes is installed. Rows: the answers."""
+    """Round linear layers but the head, to nearest and, with bitsandbytes, to NF4, and ask again. Rows: the answers."""
     ways = {"8bit": lambda w: measures.rounded(w, 8), "4bit": lambda w: measures.rounded(w, 4)}
     ways |= {"nf4": nf4} if find_spec("bitsandbytes") else {}
     known = recall([row for row in case.before if row["forget"] and row["split"] != UNSEEN])
@@ -277,8 +254,7 @@ def quantize(case):
 @torch.no_grad()
 def round_layers(model, way):
     """Replace the weights of linear layers, the head's left out. Returns: how many layers."""
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    heads = [part.get_output_embeddings() for part in parts]
+    heads = [part.get_output_embeddings() for part in model.modules() if isinstance(part, PreTrainedModel)]
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D) and not any(m is h for h in heads)]
     for layer in layers:
         layer.weight.copy_(way(layer.weight))

@@ -27,9 +27,8 @@ def floats(values):
 
 def best_of_k(scores, k):
     """Expected best of k of the n scores, drawn without replacement: leak@k (arXiv 2511.04934).
-    Σ_i C(i − 1, k − 1) / C(n, k) · s_(i) over ascending s. Unbiased for the best of k fresh samples, as pass@k is;
-    rounded once, so it never falls as k grows. Range and unit of the scores; higher is worse where they are recall.
-    Scores are finite, 1 ≤ k ≤ n."""
+    Σ_i C(i − 1, k − 1) / C(n, k) · s_(i) over ascending s, rounded once, so that it never falls as k grows; unbiased as
+    pass@k is. Range and unit of the scores; higher is worse where they are recall. Scores are finite, 1 ≤ k ≤ n."""
     scores = sorted(floats(scores))
     n = len(scores)
     if not 1 <= k <= n or not all(map(math.isfinite, scores)):
@@ -53,12 +52,8 @@ def standardised(logits, ids):
     """Each token's log-probability against those of the whole vocabulary: what Min-K %++ averages (arXiv 2404.02936).
     z = (log p(id) − μ) / σ with μ = E_p[log p] and σ² = Var_p[log p], the expectation under p at that position. Higher:
     likelier a member, worse; without bounds. Where log p(id) is μ, z is 0 though σ be 0, as it is where p is even or
-    certain; a token that p rules out gets −inf.
-
-    Args:
-        logits: (T, V); −inf for tokens that are ruled out. Computed in float32, float64 stays.
-        ids: (T,).
-    Returns: (T,)."""
+    certain; a token that p rules out gets −inf. logits: (T, V), −inf for what is ruled out, computed in float32,
+    float64 stays; ids: (T,). Returns: (T,)."""
     if logits.ndim != 2 or ids.shape != logits.shape[:1]:
         raise ValueError(f"expected logits (T, V) and ids (T,), not {tuple(logits.shape)} and {tuple(ids.shape)}")
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -132,8 +127,7 @@ def exact_memorisation(hits):
 def extraction_strength(hits):
     """How little of the answer must be given before greedy decoding says the rest (open-unlearning, 2506.12618).
     1 − k / T, k the smallest prefix after which every token is the argmax. 0–1: 1 when no token need be given, 0 when
-    even the last is missed; open-unlearning's loop ends there at k = T − 1, which leaves 1/T. Higher is worse. hits: a
-    bool for each token of the answer, without EOS."""
+    even the last is missed; higher is worse. hits: a bool for each token of the answer, without EOS."""
     hits = floats(hits)
     return 1 - max((i for i, hit in enumerate(hits, 1) if not hit), default=0) / len(hits)
 
@@ -147,9 +141,8 @@ def rank(loss, others):
 
 def relearning(before, after, retained_before, retained_after):
     """R: how fast answers come back in training, against a model that never knew them (open-unlearning, 2506.12618).
-    min(δ_retained / δ_unlearned, 1), δ = forget recall after − before. 0–1; 1 is best: it comes back no faster than the
-    retained model learns it; lower is worse. 1 when the unlearned model gained nothing; δ_retained below 0 counts as 0.
-    Recall in any one unit."""
+    min(δ_retained / δ_unlearned, 1), δ = forget recall after − before, in any unit. 0–1; 1 is best: it comes back no
+    faster than the retained model learns it, or not at all; lower is worse. δ_retained below 0 counts as 0."""
     before, after, retained_before, retained_after = floats([before, after, retained_before, retained_after])
     if after <= before:
         return 1.0
@@ -158,8 +151,7 @@ def relearning(before, after, retained_before, retained_after):
 
 def quantisation(before, after):
     """Q: share of what was forgotten that still is when the weights are rounded (after open-unlearning, 2506.12618).
-    min(after / before, 1) of what is forgotten, 100 − forget recall in %. 0–1; 1 is best: nothing comes back; lower is
-    worse. None where nothing was forgotten before."""
+    min(after / before, 1) of 100 − forget recall in %; None where nothing was forgotten before. 0–1; lower is worse."""
     before, after = floats([before, after])
     if min(before, after) < 0:
         raise ValueError(f"expected what is forgotten as 0 or more, not {before} and {after}")
@@ -169,9 +161,8 @@ def quantisation(before, after):
 def rounded(weight, bits, block=64):
     """A weight as it stands after rounding to so many bits; the attack of arXiv 2410.16454.
     Each block of consecutive weights, the last may be shorter, is divided by max|w| / (2^(bits − 1) − 1), rounded to
-    the nearest whole number and multiplied back: even steps, symmetric about 0, an error of at most half a step, 0 in a
-    block of zeros. Fewer bits change more. Computed in float32; shape and dtype are kept, the weight is not changed.
-    Raises ValueError for fewer than 2 bits, a block below 1, and weights that are not finite."""
+    the nearest whole number and multiplied back, in float32: an error of at most half a step. Fewer bits change more.
+    Shape and dtype are kept. Raises ValueError for fewer than 2 bits, a block below 1, and weights not finite."""
     if bits < 2 or block < 1:
         raise ValueError(f"expected 2 bits or more and blocks of 1 or more, not {bits} and {block}")
     flat = weight.detach().reshape(-1).float()

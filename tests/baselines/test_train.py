@@ -44,7 +44,12 @@ def test_rows(words, model):
     asked = two_forgotten()
     tokenizer, config = words, Config(max_new_tokens=3, sga_k=2, baseline_batch_size=2)
     rows = train.rows_of("sga", ENGINE, model, tokenizer, asked, config)
-    greedy = lambda prompt: train.greedy(ENGINE, model, tokenizer, [prompt], asked.newline_stops, 3)[0]  # noqa: E731
+    stops = data.stop_ids(tokenizer, model, asked.newline_stops)
+
+    def greedy(prompt):
+        ids, mask, _ = ENGINE.sample(model, [prompt], 1, 3, stops, 0.0)
+        return ids[0, 0][mask[0, 0]].tolist()
+
     text = lambda row: tuple(tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in row)  # noqa: E731
     for kind in ("forget", "refusal"):
         assert [text(row)[0] for row in rows[kind]] == ["where is a", "who is a"]
