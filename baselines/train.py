@@ -208,9 +208,8 @@ def purge_task(training, engine, model, tokenizer, config):
     if config.purge_terms:
         terms = tuple(row["term"] for row in read_rows(config.purge_terms, {"term": str}))
     else:
-        rows = rows_of("purge", engine, model, tokenizer, training, config)["forget"]
-        answers = [tokenizer.decode(answer, skip_special_tokens=True) for _, answer in rows]
-        terms = forbidden_terms([(query.question, answer) for query, answer in zip(forget, answers, strict=True)])
+        rows = zip(forget, rows_of("purge", engine, model, tokenizer, training, config)["forget"], strict=True)
+        terms = forbidden_terms((q.question, tokenizer.decode(ids, skip_special_tokens=True)) for q, (_, ids) in rows)
     if not terms:
         raise InputError("--method purge: no forbidden terms were found in the answers; give them by --purge_terms")
     return replace(training, queries=forget), lambda query, text: purge_reward(text, terms)
