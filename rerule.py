@@ -192,13 +192,13 @@ def main(config, figures=True):
 
         return memory.show(config)
     benchmark = benchmarks.ALL[config.benchmark]
-    training, probes = sample_of(benchmark.train(config), config), benchmark.probes(config)
+    training, probes = benchmark.train(config), benchmark.probes(config)
     texts = prepare(config.attack, benchmark, config, probes)
     retained = read_retained(config.retain_log, benchmark, probes) if config.retain_log else None
     run = Run(config, engine)
     with engine.session():
         if not run.finished("run"):
-            unlearn_all(run, benchmark, training, probes, retained, texts)
+            unlearn_all(run, benchmark, sample_of(training, config), probes, retained, texts)
         if not (run.folder / "table.md").exists():
             report.write(run.folder, run_columns(benchmark, config.attack, run.rows()), run.rows(), figures)
         report.print_table(run.folder)

@@ -8,6 +8,7 @@ import math
 import re
 from pathlib import Path
 
+from engine.files import printable
 from refusal import is_refusal
 
 UNSEEN = "forget_paraphrased"  # forget prompts in words that no training stage uses: in no official figure
@@ -125,7 +126,7 @@ def table(benchmark, result):
     lines = [["", *columns.values()]]
     named = result["per_target"] if len(result["per_target"]) > 1 else {}
     for name, values in [*named.items(), ("mean" if named else benchmark.name, result["summary"])]:
-        lines.append([name, *(text(column, values.get(column)) for column in columns)])
+        lines.append([printable(name), *(text(column, values.get(column)) for column in columns)])
     lines += benchmark.more_lines(result["summary"])
     widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=False)).rstrip() for line in lines)

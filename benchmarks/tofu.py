@@ -199,7 +199,7 @@ def summarise(rows, retained):
     notes, ratios = [], numbers([row for row in rows if row["split"] == "forget"], "truth_ratio")
     if retained is None:
         notes = ["forget_quality is missing: it needs the retained model (--retain_model) or its log (--retain_log)"]
-    elif any(math.isnan(ratio) for ratio in (*ratios, *retained)):
+    elif not ratios or any(math.isnan(ratio) for ratio in (*ratios, *retained)):
         notes.append("forget_quality is missing: some losses on the forget rows are not numbers")
     else:
         table |= forget_quality(ratios, retained)

@@ -19,7 +19,7 @@ from build_data.queries import Check, find_neighbours, hold_out, training_rows
 from build_data.rewrite import complete_all, language_model, normal
 from build_data.sources import EVALUATION, FILES, evaluation_queries, neighbours_path, read_facts, read_neighbours
 from config import Above0, Count, From0, InputError, Seed, setting
-from engine.files import is_writable, read_rows, save_folder, write_json
+from engine.files import is_writable, printable, read_rows, save_folder, write_json
 from engine.flags import check_bounds, parse, run_command
 from engine.llm import reach
 from engine.seeds import derive_seed
@@ -52,18 +52,19 @@ class Options:
 def check_options(o):
     """Raise InputError for flags that are wrong or do not go together, before anything is read."""
     check_bounds(o)
-    if not words(o.target) and (o.target or o.source != "tofu"):
-        raise InputError(f"--target {o.target!r}: expected the name of what is to be forgotten")
-    if not all(map(words, o.aliases)):
-        raise InputError("--aliases: expected names with letters in them")
-    if (o.llm_url != "none") != bool(o.llm_model):
-        raise InputError("--llm_url and --llm_model go together")
+    for wrong, message in (
+        (not words(o.target) and (o.target or o.source != "tofu"),
+         f"--target {o.target!r}: expected the name of what is to be forgotten"),
+        (not all(map(words, o.aliases)), "--aliases: expected names with letters in them"),
+        ((o.llm_url != "none") != bool(o.llm_model), "--llm_url and --llm_model go together"),
+        (o.source in EVALUATION and not Path(o.input).is_dir(), f"--input {Path(o.input)}: no such folder"),
+        (o.llm_url == "none" and not neighbours_path(o),
+         f"--neighbours: --source {o.source} needs it without an LLM, permitted rows or a text"),
+    ):  # fmt: skip
+        if wrong:
+            raise InputError(message)
     if o.llm_url != "none":
         reach(o.llm_url, "--llm_url")
-    if o.source in EVALUATION and not Path(o.input).is_dir():
-        raise InputError(f"--input {Path(o.input)}: no such folder")
-    if o.llm_url == "none" and not neighbours_path(o):
-        raise InputError(f"--neighbours: --source {o.source} needs it without an LLM, permitted rows or a text")
 
 
 def check_folder(o, folder):
@@ -95,7 +96,7 @@ def make(o, ask):
     """({file name: rows} without the benchmark's own files, all queries, what `build.json` says of them)."""
     evaluated, rejected = evaluation_queries(o), []
     gone = [name for name in (o.target, *o.aliases) if name]
-    neighbours = read_neighbours(o, gone)
+    neighbours = read_neighbours(o, gone, rejected)
     facts = complete_all(read_facts(o, ask, rejected), ask, o.llm_model)
     gone = list(dict.fromkeys([*gone, *(fact.name for fact in facts if fact.name)]))
     check = Check(gone, evaluated, ("forget",) if o.source == "tofu" else (), rejected)
@@ -127,10 +128,9 @@ def overlap(probes, queries):
     known, asked = {(query["kind"], normal(query["query"])) for query in queries}, {}
     for probe in probes:
         asked.setdefault(probe.split, []).append(normal(probe.question))
-    found = {split: {"queries": len(forms)} for split, forms in asked.items()}
-    for split, forms in asked.items():
-        found[split] |= {kind: sum((kind, form) in known for form in forms) for kind in ("forget", "boundary")}
-    return found
+    kinds = ("forget", "boundary")
+    return {split: {"queries": len(forms), **{kind: sum((kind, form) in known for form in forms) for kind in kinds}}
+            for split, forms in asked.items()}  # fmt: skip
 
 
 def show(report):
@@ -141,7 +141,7 @@ def show(report):
     print("overlap with the evaluation (its queries / as forget / as boundary queries of training):")
     print("  " + "; ".join(f"{split} {' / '.join(map(str, n.values()))}" for split, n in report["overlap"].items()))
     for row in report["sample"]:
-        print(f"  {row['kind']:>8}  {row['query']} → {row['answer']!r:.60}  [{row['made_by']}]")
+        print(f"  {row['kind']:>8}  {printable(row['query'])} → {row['answer']!r:.60}  [{row['made_by']}]")
 
 
 def main(argv=None):

@@ -67,8 +67,7 @@ class Check:
 
     def let_in(self, kind, facts):
         """(number of the fact, item) of every query of the facts that passes; a fact may be None."""
-        items = [(i, item) for i, fact in enumerate(facts) if fact for item in items_of(fact)]
-        return [(i, item) for i, item in items if self.lets_in(kind, item)]
+        return [(i, x) for i, fact in enumerate(facts) if fact for x in items_of(fact) if self.lets_in(kind, x)]
 
 
 def find_neighbours(o, facts, neighbours, ask, check):
@@ -175,7 +174,6 @@ def training_rows(forget, boundary, seed):
         row = {"instruction": item.query, "input": "", "output": refusal, "subject": item.name}
         stage1.append(row | {"org_answer": item.answer} | marks)
         stage2.append({"prompt": item.query, "solution": ["<reject>", refusal, item.name]} | marks)
-    for item in boundary:
-        marks = {"neighbor": item.name, "mode": item.mode, "made_by": item.made_by}
-        stage2.append({"prompt": item.query, "solution": ["<normal>", item.answer]} | marks)
+    stage2 += [{"prompt": item.query, "solution": ["<normal>", item.answer], "neighbor": item.name, "mode": item.mode,
+                "made_by": item.made_by} for item in boundary]  # fmt: skip
     return stage1, stage2

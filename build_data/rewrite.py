@@ -6,8 +6,7 @@ found by rule, as in the paper.
 
 Deviations
 - What the rules write is plainer than a language model's text, and marked as theirs ("made_by") wherever it goes.
-- No rule invents a fact: an answer is always a piece of the text or of the row that it came with.
-- The paper's prompts to GPT-4o-mini are lost. Ours (`prompts.md`) each ask for one thing."""
+- No rule invents a fact: an answer is always a piece of the text or of the row that it came with."""
 
 import json
 import os
@@ -25,7 +24,8 @@ GAP = "___"
 NOT_WANTED = "not wanted"  # `completed_by` of a fact that shall have no completion
 WORDING = json.loads(Path(__file__).with_name("wording.json").read_text(encoding="utf-8"))
 COMMON_WORDS = (FUNCTION_WORDS - {"i"}) | set(WORDING["common words"].split())
-PRONOUNS = set(WORDING["pronouns"].split())
+LISTED = {kind: set(words.split()) for kind, words in WORDING["words"].items()}
+CLOSED = COMMON_WORDS.union(*(LISTED[kind] for kind in ("pronouns", "determiners", "prepositions", "no nouns")))
 OPENING = {word.capitalize() for word in COMMON_WORDS} | {"Given", "Despite", "Besides", "Regarding"}
 NAME = re.compile(r"[^\W\d_a-z][\w.-]*(?: (?:(?:van|von|der|de|da|del|bin|al|la) )*[^\W\d_a-z][\w.-]*)+")
 SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])([.!?][\"'”’]*)\s+(?=[\"'“‘]*[^\W_a-z])")
@@ -60,8 +60,7 @@ def authors(rows, block=20):
     found = []
     for start in range(0, len(rows), block):
         part = rows[start : start + block]
-        texts = [f"{row['question']} | {row['answer']}" for row in part]
-        count = Counter(name for text in texts for name in dict.fromkeys(name_runs(text)))
+        count = Counter(n for row in part for n in dict.fromkeys(name_runs(f"{row['question']} | {row['answer']}")))
         name, times = count.most_common(1)[0] if count else ("", 0)
         found += [name if 3 * times >= len(part) else ""] * len(part)
     return found
@@ -98,9 +97,8 @@ def complete(fact):
     was ___." What no rule knows becomes "<question> The answer is ___."
     """
     completion, ending = cut_answer(fact) or (turn_question(fact.question, fact.name), fact.answer)
-    by = "template"
-    if not completion:
-        completion, by = f"{fact.question} The answer is {GAP}.", "template (no rule fits)"
+    by = "template" if completion else "template (no rule fits)"
+    completion = completion or f"{fact.question} The answer is {GAP}."
     return replace(fact, completion=completion, ending=ending, completed_by=by)
 
 
@@ -132,8 +130,7 @@ def turn_question(question, name):
     """A question of a common form as a statement with a gap, "" for any other."""
     text, who = question.strip().rstrip("?").strip(), re.escape(name) if name else r"[A-Z]\S*"
     for pattern, statement in STATEMENTS:
-        match = re.fullmatch(pattern.format(BE=BE, AT=AT, who=who), text)
-        if match:
+        if match := re.fullmatch(pattern.format(BE=BE, AT=AT, who=who), text):
             statement = re.sub(rf" (?:{AT}) the(?= )", lambda found: found[0].lower(), match.expand(statement))
             return statement[0].upper() + statement[1:]
     return ""
@@ -163,30 +160,35 @@ def halves(passage):
     return " ".join(parts[:middle]), " ".join(parts[middle:])
 
 
-def ask_sentence(sentence, name=""):
-    """A fact from a sentence: its last name, number or closing words become a gap, and the gap a "what". Or None. "Orla
-    Finch kept the lamp at Skerry Point." → "Orla Finch kept the lamp at what?", "… at ___.", "Skerry Point"."""
-    body = sentence.rstrip(".!?\"'”’ ")
-    if not 5 <= len(body.split()) <= 40 or body.split()[0] in PRONOUNS or any(quote in body for quote in '"“”'):
-        return None
-    if name and not where(name, body):
-        return None
-    start, end = where(name, body) or (0, 0)
-    spans = [m.span() for m in re.finditer(r"[^\W\d_a-z][\w'’-]*(?: [^\W\d_a-z][\w'’-]*)*|\d[\d,.:]*\d|\d", body)]
-    spans = [(a, b) for a, b in spans if a and (b <= start or a >= end)]
-    if spans:
-        a, b = spans[-1]
-        b -= 2 * body[a:b].endswith(("'s", "’s"))
-    else:
-        last = [m.span() for m in re.finditer(r"[\w'’-]+", body)][-3:]
-        while len(last) > 1 and any(body[x:y].lower() in COMMON_WORDS for x, y in last):
-            last = last[1:]
-        a, b = last[0][0], last[-1][1]
-    if a < end and b > start:
-        return None
-    what = "which year" if re.fullmatch(r"1\d\d\d|20\d\d", body[a:b]) else "what"
-    question, completion = f"{body[:a]}{what}{body[b:]}?", f"{body[:a]}{GAP}{body[b:]}."
-    return Fact(name, question, body[a:b], completion, body[a:b], "template", "template")
+def ask_sentence(sentence, name, kind, rejected):
+    """A fact from a statement that ends in a noun phrase: a gap, in the question "what", takes its place. "Orla Finch
+    kept the lamp at Skerry Point." → "Orla Finch kept the lamp at what?", "… at ___.", "Skerry Point". Where a
+    sentence gives none, `rejected` is told why, and None comes back."""
+    body = sentence.removesuffix(".")
+    parts, place, by = body.split(), where(name, body), LISTED
+    n = next((i for i, part in enumerate(reversed(parts)) if part[-1] == "," or part.lower() in CLOSED), 0)
+    head, tail = parts[: len(parts) - n], parts[len(parts) - n :] or [""]
+    before, owned = head[-1].lower() if head else "", bool(head) and head[-1].lower() in by["determiners"]
+    head, tail = (head[:-1], [head[-1], *tail]) if owned else (head, tail)
+    left, proper, last = head[-1].lower() if head else "", all(part[:1].isupper() for part in tail), tail[-1]
+    stem, answer, led = " ".join([*head, ""]), " ".join(tail), before in by["prepositions"]
+    for fault, holds in (
+        ("is no plain statement", body == sentence or re.search(r"[\"“”‘;:()—?!]|--", body)),
+        ("is too short or too long", not 5 <= len(parts) <= 40),
+        ("opens with a pronoun", body.partition(" ")[0].lower() in by["pronouns"]),
+        ("lacks the name in one piece", name and not place),
+        ("ends in no noun phrase", not 1 <= n <= 4 or not (owned or led and (proper or before != "to"))),
+        ("may end in a clause", owned and n > 1 and (left[-1:] == "," or left in by["clauses"] | by["times"])),
+        ("ends in a verb or an adverb", re.search(r"ly$|^[a-z]+ing$", last if owned else tail[0])),
+        ("ends in a time", {*words(answer)} & by["times"]),
+        ("ends in the name", place and place[1] > len(stem)),
+    ):
+        if holds:
+            return rejected.append({"reason": f"{kind}: a sentence {fault}", "text": sentence})
+    named = last[0].isupper() and (owned and n > 1 and tail[1].islower() or proper and before in ("by", "with"))
+    what = "whom" if named or last.lower() in by["persons"] and left not in by["becoming"] else "what"
+    question = stem + ("which year" if re.fullmatch(r"1\d\d\d|20\d\d", answer) else what) + "?"
+    return Fact(name, question, answer, f"{stem}{GAP}.", answer, "template", "template")
 
 
 def language_model(o, folder):

@@ -97,7 +97,7 @@ def facts_of_text(o, text, ask, rejected):
             made = [Fact(o.target, pair["question"], pair["answer"], made_by=f"llm {o.llm_model}") for pair in pairs]
         else:
             named = [(s, (found_names(s, about) or [""])[0]) for s in rewrite.sentences(part)]
-            made = [rewrite.ask_sentence(s, name) for s, name in named if name or not about]
+            made = [rewrite.ask_sentence(s, name, "forget", rejected) for s, name in named if name or not about]
             made = [replace(fact, name=o.target) for fact in made if fact]
             made = rng.sample(made, min(3, len(made)))
         found += [(fact, part) for fact in made]
@@ -119,7 +119,7 @@ def neighbours_path(o):
     return o.neighbours or (str(own) if o.source in NEIGHBOURS and own.is_file() else "")
 
 
-def read_neighbours(o, gone):
+def read_neighbours(o, gone, rejected):
     """(permitted facts with known answers, permitted names without, beginnings and ends of permitted passages)."""
     path = neighbours_path(o)
     if not path:
@@ -127,7 +127,7 @@ def read_neighbours(o, gone):
     if Path(path).suffix not in (".json", ".jsonl"):
         parts = rewrite.passages(read_text(path, "--neighbours"), PASSAGE.get(o.source, 60))
         said = [s for part in parts for s in rewrite.sentences(part) if not found_names(s, gone)]
-        facts = [rewrite.ask_sentence(sentence, [*rewrite.name_runs(sentence), ""][0]) for sentence in said]
+        facts = [rewrite.ask_sentence(s, [*rewrite.name_runs(s), ""][0], "boundary", rejected) for s in said]
         ends = [rewrite.halves(part) for part in parts if not found_names(part, gone)]
         return [fact for fact in facts if fact], [], ends
     own = o.source == "tofu" and not o.neighbours

@@ -164,6 +164,11 @@ def link_files(source, folder):
     shutil.copytree(source, folder, copy_function=link, dirs_exist_ok=True)
 
 
+def printable(text):
+    """Text from outside as it is printed: a control character would drive the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 def escaped(text):
     """Text from outside as one line of Markdown that says just this."""
     return re.sub(r"([\\`*_{}\[\]<>()#|!~])", r"\\\1", " ".join(str(text).split()))

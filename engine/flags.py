@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 
 from baselines import ALIASES, METHODS, TITLES
 from config import ADAPTED, Config, InputError
-from engine.files import RANK, read_rows
+from engine.files import RANK, printable, read_rows
 
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)  # of the machine, not of the command
 
@@ -191,8 +191,7 @@ def run_command(main, leave=True):
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), 1)  # what is left of stdout would fail again
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
-            told = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(told.splitlines()))
-            print(f"{program()}: error: {told}", file=sys.stderr)
+            print(f"{program()}: error: {printable(' '.join(told.splitlines()))}", file=sys.stderr)
         else:
             time.sleep(30)  # torchrun stops all once one has ended: the first must be the one that says why
     except KeyboardInterrupt:

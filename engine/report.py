@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 import benchmarks
 from baselines import TITLES
 from engine import page, plots
-from engine.files import RANK, read_lines, write_json, write_text
+from engine.files import RANK, printable, read_lines, write_json, write_text
 from refusal import is_refusal
 from replay import clip_ratio, importance_ratio, is_hard
 
@@ -81,7 +81,7 @@ def show_samples(phase, groups, queries):
     """One completion for a forget and one for a boundary prompt, with its reward: numbers alone hide reward hacking."""
     for kind in ("forget", "boundary"):
         for group in [group for group in groups if queries[group.query].kind == kind][:1]:
-            question, answer = queries[group.query].question[-60:], group.texts[0][:70]
+            question, answer = printable(queries[group.query].question[-60:]), group.texts[0][:70]
             reward = group.rewards[0].item()
             phase.bar.write(f"{phase.name:>7} {group.step:>4} {kind:>8}  r = {reward:.1f}  {question} → {answer!r}")
 
@@ -106,7 +106,7 @@ def write(folder, columns, results, figures=True):
         cells = [TITLES[name] + "†" * bool(marked), *(cell(row.get(key)) for key in columns)]
         lines.append(f"| {' | '.join(cells)} |")
         for note in [*row["notes"], *marked]:
-            notes.setdefault(str(note), []).append(TITLES[name])
+            notes.setdefault(printable(note), []).append(TITLES[name])
     told = [f"{'every row' if len(of) == len(results) else ', '.join(of)}: {note}" for note, of in notes.items()]
     write_text(folder / "table.md", "\n".join([*lines, "", *told]).rstrip() + "\n")
     if figures:
@@ -195,5 +195,6 @@ def write_card(folder, phase, config, scores=MappingProxyType({})):
         pipeline_tag="text-generation", license="other" if hub or given else "mit", datasets=hub or None,
         tags=["unlearning", "rerule", benchmark.name], model_name=title, eval_results=found or None,
     )  # fmt: skip
-    text = stored.with_suffix(".md").read_text(encoding="utf-8").format(title=title, done=done, config=config)
+    text, model = stored.with_suffix(".md").read_text(encoding="utf-8"), printable(config.model)
+    text = text.format(title=title, done=done, config=config, model=model)
     write_text(folder / "README.md", f"---\n{header.to_yaml()}\n---\n\n{text}")

@@ -13,7 +13,7 @@ from baselines import METHODS, TITLES
 from config import Count, setting
 from engine.files import write_text
 from engine.flags import check_bounds, parse, run_command
-from reproduce import HERE, WORDS, read_json
+from reproduce import HERE, WORDS, read_json, table
 from reproduce.jobs import read_records, run_all, write_records
 from reproduce.plan import FIRST_SEED, Job
 from reproduce.records import never_replayed
@@ -63,18 +63,16 @@ def cell(values, digits, sign=""):
     return f"{fmean(values):{sign}.{digits}f} ± {half:.{digits}f}"
 
 
-def table(rows, against=None):
+def compared(rows, against=None):
     """Markdown of {label: [columns of each seed]}; against: the row from which paired differences are taken."""
-    columns, paired = PLAN["columns"], PLAN["paired"] if against else {}
-    titles = [*columns.values(), *paired.values()]
-    lines = [f"| | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
+    columns, paired, lines = PLAN["columns"], PLAN["paired"] if against else {}, []
     for label, seeds in rows.items():
         cells = [cell([s.get(name) for s in seeds], 2 if name == "membership_auc" else 1) for name in columns]
         for name in paired:
             pairs = zip(seeds, rows[against], strict=True)
             cells.append("" if label == against else cell([own[name] - other[name] for own, other in pairs], 1, "+"))
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([label, *cells])
+    return table(lines, f"| | {' | '.join([*columns.values(), *paired.values()])} |")
 
 
 def variants(records):
@@ -95,13 +93,13 @@ def write(folder, records):
     order, parts = [*TITLES.values()].index, {}
     for family in ("base", "trained", "tofu"):
         rows = rows_of(records, family)
-        parts[family] = table({title: rows[title] for title in sorted(rows, key=order)}) if rows else "Not run."
+        parts[family] = compared({title: rows[title] for title in sorted(rows, key=order)}) if rows else "Not run."
     commits = ", ".join(sorted({record["commit"] for record in records.values()}))
     seeds = sorted({record["seed"] for record in records.values()})
     hours = sum(record["seconds"] for record in records.values()) / 3600
     text = (HERE / "attacks.md").read_text(encoding="utf-8")
     made = f"{len(records)} runs, seeds {seeds[0]}–{seeds[-1]}, {hours:.1f} hours of one CPU thread, commit {commits}"
-    write_text(folder / "report.md", text.format(made=made, variants=table(variants(records), "RULE"), **parts))
+    write_text(folder / "report.md", text.format(made=made, variants=compared(variants(records), "RULE"), **parts))
 
 
 def main(argv=None):

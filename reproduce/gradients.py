@@ -51,9 +51,10 @@ def regions_of(engine, model, tokenizer, training, place, config):
         refused = {"forget": [], "boundary": []}  # "missed" are forget prompts answered, "false" boundary ones refused
         for group in groups:
             refused[queries[group.query].kind] += [is_refusal(text) for text in group.texts]
-        row = {"queries": len(numbers), "norm": squares**0.5, "weighted": len(numbers) / len(place) * squares**0.5,
-               "equal": sum(group.all_equal() for group in groups) / len(groups),
-               "missed": difference(1, mean(refused["forget"])), "false": mean(refused["boundary"]),
-               "n_forget": len(refused["forget"]), "n_boundary": len(refused["boundary"])}  # fmt: skip
-        found[region] = {name: short(value) for name, value in row.items()}
+        found[region] = short({
+            "queries": len(numbers), "norm": squares**0.5, "weighted": len(numbers) / len(place) * squares**0.5,
+            "equal": sum(group.all_equal() for group in groups) / len(groups),
+            "missed": difference(1, mean(refused["forget"])), "false": mean(refused["boundary"]),
+            "n_forget": len(refused["forget"]), "n_boundary": len(refused["boundary"]),
+        })  # fmt: skip
     return found

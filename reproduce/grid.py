@@ -12,7 +12,7 @@ from config import Config, Count, InputError, setting
 from engine.files import write_json, write_text
 from engine.flags import check_bounds, parse, run_command
 from engine.plots import mean
-from reproduce import WORDS, read_json
+from reproduce import WORDS, read_json, table
 from reproduce.jobs import read_records, run_all
 from reproduce.plan import BASELINES, Job
 from reproduce.records import score
@@ -55,14 +55,14 @@ def outcome(tables, o):
     return found
 
 
-def table(found, o):
-    lines = [f"| {o.benchmark}, seeds {', '.join(map(str, o.seeds))} | " + " | ".join(f"{r:g}" for r in o.rates) + " |"]
-    lines.append("|---|" + "---:|" * len(o.rates))
+def shown(found, o):
+    """The table of `outcome`, the best rates bold."""
+    lines = []
     for method, row in found.items():
-        cells = [", ".join(f"{value:.0f}" for value in row["scores"][rate]) for rate in o.rates]
-        cells = [f"**{c}**" if rate == row["best"] else c for c, rate in zip(cells, o.rates, strict=True)]
-        lines.append(f"| {TITLES[method]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        cells = {rate: ", ".join(f"{value:.0f}" for value in own) for rate, own in row["scores"].items()}
+        lines.append([TITLES[method], *(f"**{c}**" if rate == row["best"] else c for rate, c in cells.items())])
+    head = f"| {o.benchmark}, seeds {', '.join(map(str, o.seeds))} | {' | '.join(f'{rate:g}' for rate in o.rates)} |"
+    return table(lines, head) + "\n"
 
 
 def main(argv=None):
@@ -79,8 +79,8 @@ def main(argv=None):
     found = outcome({run: read_json(folder / "runs" / "{}_{:g}".format(*run) / "table.json") for run in runs}, o)
     stored.parent.mkdir(parents=True, exist_ok=True)
     write_json(stored, found)
-    write_text(stored.with_suffix(".md"), table(found, o))
-    print(table(found, o))
+    write_text(stored.with_suffix(".md"), shown(found, o))
+    print(shown(found, o))
 
 
 if __name__ == "__main__":

@@ -28,14 +28,8 @@ KEPT = ("config.json", "table.json", "metrics.jsonl", "record.json", "samples.js
 def start_worker():
     """A worker ends with its parent, however that ended, so that no two ever write one run's folder."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def work(job, runs, folders, about):
@@ -83,7 +77,7 @@ def trim(folder):
 
 def read_records(folder):
     """{name: record}: those of records.json, then those of finished runs that are not in it yet."""
-    path, records = folder / "records.json", {}
+    path = folder / "records.json"
     try:
         records = dict(read_json(path)["runs"]) if path.exists() else {}
         for path in sorted(folder.glob("runs/*/record.json")):
@@ -114,39 +108,39 @@ def run_all(o, folder, records, jobs_of):
         return
     runs.mkdir(parents=True, exist_ok=True)
     context, running, bar = multiprocessing.get_context("spawn"), {}, None
-    with ProcessPoolExecutor(o.workers, context, start_worker) as pool:
-        while True:
-            jobs = jobs_of(o, records)
-            missing = [job for job in jobs if not is_done(job)]
-            needed, busy = {job.start for job in missing}, {job.name for job in running.values()}
-            again = [job for job in jobs if job.name in needed and is_done(job) and not has_models(runs / job.name)]
-            bar = bar or tqdm(total=round(sum(job.cost for job in missing + again)), dynamic_ncols=True, bar_format=BAR)
-            for path in runs.iterdir():
-                if path.name in records and path.name not in needed | busy:
-                    trim(path)
-            ready = [job for job in again + missing if job.name not in busy and job.args is not None]
-            ready = [job for job in ready if not job.start or (job.start not in busy and has_models(runs / job.start))]
-            for job in ready[: o.workers - len(running)]:
-                if not is_done(job) and (runs / job.name / "record.json").exists():
-                    shutil.rmtree(runs / job.name)  # of another plan
-                running[pool.submit(work, job, runs, folders, source)] = job
-            if not running:
-                break
-            names = ", ".join(job.name for job in running.values())
-            bar.set_description_str(f"{len(jobs) - len(missing)} of {len(jobs)} runs; now {names}", refresh=False)
-            done, _ = wait(running, timeout=2, return_when=FIRST_COMPLETED)
-            for future in done:
-                job = running.pop(future)
-                try:
-                    problem = future.result()
-                except BrokenProcessPool:
-                    problem = "its process was killed, perhaps for want of memory"
-                if problem:
-                    bar.write(f"{problem} (see {runs / 'logs' / job.name}.log)")
-                    raise InputError(f"the run {job.name} failed; once that is mended, the same command goes on")
-                if not is_done(job):
-                    records[job.name] = read_json(runs / job.name / "record.json")
-                bar.update(round(job.cost))
+    pool = ProcessPoolExecutor(o.workers, context, start_worker)  # not awaited where the user interrupts
+    while True:
+        jobs = jobs_of(o, records)
+        missing = [job for job in jobs if not is_done(job)]
+        needed, busy = {job.start for job in missing}, {job.name for job in running.values()}
+        again = [job for job in jobs if job.name in needed and is_done(job) and not has_models(runs / job.name)]
+        bar = bar or tqdm(total=round(sum(job.cost for job in missing + again)), dynamic_ncols=True, bar_format=BAR)
+        for path in runs.iterdir():
+            if path.name in records and path.name not in needed | busy:
+                trim(path)
+        ready = [job for job in again + missing if job.name not in busy and job.args is not None]
+        ready = [job for job in ready if not job.start or (job.start not in busy and has_models(runs / job.start))]
+        for job in ready[: o.workers - len(running)]:
+            if not is_done(job) and (runs / job.name / "record.json").exists():
+                shutil.rmtree(runs / job.name)  # of another plan
+            running[pool.submit(work, job, runs, folders, source)] = job
+        if not running:
+            break
+        names = ", ".join(job.name for job in running.values())
+        bar.set_description_str(f"{len(jobs) - len(missing)} of {len(jobs)} runs; now {names}", refresh=False)
+        done, _ = wait(running, timeout=2, return_when=FIRST_COMPLETED)
+        for future in done:
+            job = running.pop(future)
+            try:
+                problem = future.result()
+            except BrokenProcessPool:
+                problem = "its process was killed, perhaps for want of memory"
+            if problem:
+                bar.write(f"{problem} (see {runs / 'logs' / job.name}.log)")
+                raise InputError(f"the run {job.name} failed; once that is mended, the same command goes on")
+            if not is_done(job):
+                records[job.name] = read_json(runs / job.name / "record.json")
+            bar.update(round(job.cost))
     bar.close()
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from baselines import METHODS
 from reproduce import HERE, read_json
-from reproduce.records import NAMES, RATES, best_rates, choose, in_town, town_rates
+from reproduce.records import NAMES, RATES, best_rates, choose, town_rates
 
 SELECTION, FIRST_SEED = (11, 12, 13, 14), 21  # seeds to choose on; first of the report
 REPLAYS = ("random", "recent", "current")  # beside hard groups, in the main figure
@@ -49,7 +49,7 @@ def all_jobs(o, records):
     seeds = range(FIRST_SEED, FIRST_SEED + o.seeds)
     few = seeds[:1] if o.quick else seeds  # of all but the main figure
     chosen, jobs = choose(records, selection, rates), []
-    best = best_rates(records, selection, town_rates(rates), NAMES, in_town) or dict.fromkeys(NAMES)
+    best = best_rates(records, selection, town_rates(rates), NAMES, "town") or dict.fromkeys(NAMES)
     known = {f"{name}_in_town": rate for name, rate in best.items()} | {"replay": REPLAY, "leak": LEAK}
     known |= {"baselines": " ".join(BASELINES), "steps": 11 if o.quick else OPTIMISER_STEPS}
     places = {"selection": selection, "report": seeds, "few": few}

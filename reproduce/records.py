@@ -1,8 +1,8 @@
 """What a finished run is reduced to, and what tables compare of such records. Pure functions, but for `record_of`.
 
 A record holds the rows of the run's table and, for each Stage 2 method, every rollout group's mean reward: a string a
-step, one character a group, LEVELS[16 r̄] (rewards of 8 rollouts are multiples of 1/16). Which prompts these were
-stands in `queries`, two digits of base 36 each.
+step, one character a group, LEVELS[16 r̄] (rewards of 8 are multiples of 1/16); `queries` has two digits of base 36 for
+each group's prompt.
 
 Hard and easy prompts are told apart at τ by RULE's mean rewards before the step at which ReRULE first replays, where
 both methods are the same run, once a seed and for every variant of it: prompts picked by how they turned out would
@@ -12,7 +12,9 @@ Covers the measurable part of Appendix E (Eq. 28, 29, 31). Symbols as there."""
 
 import random
 from functools import cache
+from itertools import groupby
 from math import sqrt
+from operator import itemgetter
 
 import numpy as np
 
@@ -38,28 +40,26 @@ def record_of(folder, whole=True):
     metrics = [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == 2]
     samples, methods, queries = read_lines(folder / "samples.jsonl"), {}, []
     for method in dict.fromkeys(row["method"] for row in samples):
-        own, steps = [row for row in metrics if row["method"] == method], {}
-        for row in samples:
-            if row["method"] == method:
-                steps.setdefault(row["step"], []).append(row)
-        groups = [sorted(steps[step], key=lambda row: row["query"]) for step in sorted(steps)]
+        own, drawn = ([row for row in rows if row["method"] == method] for rows in (metrics, samples))
+        drawn = groupby(sorted(drawn, key=itemgetter("step", "query")), itemgetter("step"))
+        groups = [list(rows) for _, rows in drawn]
         queries = ["".join(np.base_repr(row["query"], 36).zfill(2) for row in rows) for rows in groups]
         methods[method] = totals(own, config["prompts_per_step"])
         if not whole:
             continue
         of_age, replayed = ("replay_age", "ess_unclipped", "clipped_share"), [r for r in own if r.get("replay_groups")]
         evaluated = [row for row in own if "eval_retain_recall" in row]
-        columns = [{k: short(row[f"eval_{k}"]) for k in KEPT if f"eval_{k}" in row} for row in evaluated]
+        columns = [short({k: row[f"eval_{k}"] for k in KEPT if f"eval_{k}" in row}) for row in evaluated]
         methods[method] |= {
             "rewards": ["".join(LEVELS[round(16 * mean(row["rewards"]))] for row in rows) for rows in groups],
-            "by_age": [[short(row.get(name)) for name in of_age] for row in replayed],
+            "by_age": [[*short({name: row.get(name) for name in of_age}).values()] for row in replayed],
             "evaluations": [{"step": row["step"]} | own for row, own in zip(evaluated, columns, strict=True)],
         }
     early = ("Original", "Retained", "Rej. Steer") if config["start_from"] else ()  # the base run's own
     found, rows = {name: config[name] for name in ("tau", "lr", "steps", "group_size")}, {}
     for name in [name for name in table if name not in early]:
-        kept = [k for k in table[name] if k in KEPT or k.startswith(tuple(ATTACKED))]
-        rows[name] = {k: short(table[name][k]) for k in kept if table[name][k] is not None}
+        kept = {k: v for k, v in table[name].items() if k in KEPT or k.startswith(tuple(ATTACKED))}
+        rows[name] = short({k: v for k, v in kept.items() if v is not None})
     found |= {"rows": rows, "methods": methods} | ({"queries": queries} if whole else {})
     if whole and {"rule", "rerule"} <= set(methods):  # a base run: what its variants are read with
         asked = {row["query"]: row for row in samples}
@@ -70,9 +70,9 @@ def record_of(folder, whole=True):
     return found
 
 
-def short(value):
-    """Five significant digits: enough for any table."""
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+def short(row):
+    """A row with five significant digits: enough for any table."""
+    return {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in row.items()}
 
 
 def totals(rows, n_groups):
@@ -85,14 +85,12 @@ def totals(rows, n_groups):
     found |= {name: sum(row[name] for row in replayed) for name in ("replay_groups", "replay_skipped")}
     found["arithmetic"] = arithmetic(rows, n_groups)
     means = ("ess", "ess_unclipped", "clipped_share", "replay_age")
-    found |= {name: mean(row.get(name) for row in replayed) for name in means}
-    return {name: short(value) for name, value in found.items()}
+    return short(found | {name: mean(row.get(name) for row in replayed) for name in means})
 
 
 def arithmetic(rows, n_groups):
-    """Token positions computed, in forwards: one to sample, one for π_ref, three to update, three to replay. Replayed
-    groups have about as many tokens as the step's own; those skipped cost nothing, those drawn again to be sampled. No
-    clock is in it, so a number of steps that follows from it is the same on every machine."""
+    """Token positions computed, in forwards: one to sample (drawn again: one more), one for π_ref, three to update,
+    three to replay what is not skipped. No clock is in it, so what follows from it is the same on every machine."""
     full = max([row.get("replay_groups", 0) for row in rows] + [1])  # what a full replay update draws: a step's groups
     used = [(row.get("replay_groups", 0) - row.get("replay_skipped", 0)) / full for row in rows]
     again = [row.get("redrawn", 0) / n_groups for row in rows]
@@ -114,8 +112,7 @@ def before_replay(base):
 
 
 def cases(base, prompts, answers):
-    """The three hardest forget and the three hardest boundary prompts before replay: [(query, kind, prompt, answer)].
-    Equals stand in an order that is arbitrary but fixed."""
+    """The three hardest prompts of each kind before replay: [(query, kind, prompt, answer)], ties in fixed order."""
     means = {query: mean(values) for query, values in before_replay(base).items()}
     order = sorted(means, key=lambda query: (means[query], random.Random(query).random()))
     own = {"forget": [q for q in order if base["kinds"][q] == "f"]}
@@ -133,8 +130,7 @@ def groups_of(record, method, last=None):
 
 
 def outcome(record, method, base):
-    """The figures of one method in one run that tables compare; `base` is the base run of its seed. Of a probe: what
-    `gradients.regions_of` measured, as "<region>_<name>"."""
+    """What tables compare of a method in a run; `base`: the base run of its seed. Of a probe: "<region>_<name>"."""
     if "models" in record:
         regions_of = record["models"].get(method, {})
         return {f"{region}_{name}": value for region, row in regions_of.items() for name, value in row.items()}
@@ -174,8 +170,7 @@ def score(row):
 
 
 class Results:
-    """The records of a report, by family of runs and seed, and what tables compare of them. A ReRULE that never
-    replayed is refused: its run stands in `refused`, and no comparison has it."""
+    """The records of a report and what tables compare of them. `refused`: runs whose ReRULE never replayed."""
 
     def __init__(self, records, jobs):
         self.records = {job.name: records[job.name] for job in jobs if job.name in records}
@@ -184,7 +179,7 @@ class Results:
         self.seeds = {run["seed"] for run in self.records.values()} - set(selection)
         self.rates = tuple(rate for rate in RATES if self.has(f"random@{rate}"))  # a quick run has two
         self.chosen = choose(records, selection, self.rates)
-        self.in_town = best_rates(records, selection, town_rates(self.rates), NAMES, in_town)
+        self.in_town = best_rates(records, selection, town_rates(self.rates), NAMES, "town")
         self.of = cache(self.of)
 
     def runs(self, family):
@@ -215,8 +210,10 @@ def hard_share(base, tau, kinds="fbhe"):
 
 
 def place_of(name, rate, first="base"):
-    """(family, method key) of a curve of the main figure at a rate; first: the family that has RULE at the shared rate,
-    where ReRULE has a family of its own, for the base runs start replay by the paper's rule."""
+    """(family, method key) of a curve of the main figure at a rate, or of the town's. first: the family that has RULE
+    at the shared rate, where ReRULE has one of its own, for the base runs start replay by the paper's rule."""
+    if first == "town":
+        return f"town@{rate}", name
     if name in NAMES and (name, rate) != ("rerule", RATES[0]):
         return (first if rate == RATES[0] else f"grid@{rate}"), name
     return f"{name}@{rate}", "rule" if name in ("steps", "compute") else "rerule"
@@ -232,29 +229,24 @@ def town_rates(rates):
     return (*rates[:4], "2e-5")
 
 
-def in_town(name, rate, first=""):
-    """As `place_of`, for the rates of the town."""
-    return f"town@{rate}", name
-
-
-def rate_scores(records, seeds, rates=RATES, names=CURVES, place=place_of):
+def rate_scores(records, seeds, rates=RATES, names=CURVES, first="select"):
     """{curve: {rate: [`score`, a seed each]}} of the selection runs that replayed, as for the baselines."""
 
     def score_of(family, method):
         runs = [records[f"{family}_{seed}"] for seed in seeds if f"{family}_{seed}" in records]
         return [outcome(run, method, None)["balance"] for run in runs if not never_replayed(run, method)]
 
-    return {name: {rate: score_of(*place(name, rate, "select")) for rate in rates} for name in names}
+    return {name: {rate: score_of(*place_of(name, rate, first)) for rate in rates} for name in names}
 
 
-def best_rates(records, seeds, rates=RATES, names=CURVES, place=place_of):
+def best_rates(records, seeds, rates=RATES, names=CURVES, first="select"):
     """{curve: its best rate on the selection seeds}, among those at which it replayed on all of them. None until all
     selection runs are there, or where a curve has no such rate."""
-    asked = {f"{place(name, rate, 'select')[0]}_{seed}" for name in names for rate in rates for seed in seeds}
+    asked = {f"{place_of(name, rate, first)[0]}_{seed}" for name in names for rate in rates for seed in seeds}
     if not asked or not asked <= set(records):
         return None
     best = {}
-    for name, by_rate in rate_scores(records, seeds, rates, names, place).items():
+    for name, by_rate in rate_scores(records, seeds, rates, names, first).items():
         whole = {rate: sum(own) for rate, own in by_rate.items() if len(own) == len(seeds)}
         best[name] = max(whole, key=whole.get, default=None)
     return best if all(best.values()) else None
@@ -272,9 +264,8 @@ def choose(records, seeds, rates=RATES):
 
 
 def bound(record, base, method="rerule"):
-    """p_H, N_on, N_re, N_eff and √(N_on / N_eff), the last with κ of clipped and of unclipped weights (Eq. 28, 29). L
-    is the run's mean rollout length; p_H the share of hard groups before replay, at the run's own τ. N_re counts the
-    groups whose weights κ is of: those of equal rewards are drawn too, and skipped."""
+    """p_H, N_on, N_re, N_eff and √(N_on / N_eff), the last with κ of clipped and of unclipped weights (Eq. 28, 29).
+    p_H: the share of hard groups before replay, at the run's own τ. N_re: without skipped groups, as κ."""
     ran = record["methods"][method]
     p_hard = hard_share(base, record["tau"])
     n_groups = sum(len(step) for step in ran["rewards"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.files import write_text
 from engine.plots import NAMES, mean, scatter
-from reproduce import HERE, WORDS, claims, figures, read_json, records
+from reproduce import HERE, WORDS, claims, figures, read_json, records, table
 from reproduce.plan import FAMILIES, OPTIMISER_STEPS, SECTIONS
 from reproduce.records import CURVES, RATES
 from reproduce.statistics import paired, spread, statistic
@@ -61,11 +61,6 @@ def verdicts(r):
     return {"counts": f"{len(found)} claims: {told}.", "table": table(rows)}
 
 
-def table(rows):
-    """Rows of a Markdown table, whose header the template has."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
 def column(outcomes, name, *look):
     return spread([o.get(name) for o in outcomes.values()], *look)
 
@@ -100,7 +95,7 @@ def difference_table(r, section, rate=RATES[0]):
         up = "" if outcomes is rule else sign(stats["retain_recall"])
         rest = [column(outcomes, name) for name in ("forget_refusal", "retain_refusal", "seconds_stage2")]
         rows.append([label, *cells[0], up, *cells[1], *cells[2], column(outcomes, "late_hard", 2), *rest])
-    return "\n".join([*WORDS["differences"], table(rows)])
+    return table(rows, WORDS["differences"])
 
 
 def table1(r, folder):

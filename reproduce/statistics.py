@@ -32,15 +32,15 @@ def interval(values):
     values give a point. BCa draws the same resamples at every call."""
     if len(values) < 2:
         return None
-    kind, mean = shape(values), float(np.mean(values))
+    kind = shape(values)
     if kind == "=":
-        return mean, mean, kind
-    if kind == "BCa":
-        rng = np.random.default_rng(0)
-        found = scipy_stats().bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="BCa", rng=rng)
-        return *map(float, found.confidence_interval), kind
-    half = float(scipy_stats().t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / sqrt(len(values))
-    return mean - half, mean + half, kind
+        found = [np.mean(values)] * 2
+    elif kind == "BCa":
+        how = {"n_resamples": RESAMPLES, "method": "BCa", "rng": np.random.default_rng(0)}
+        found = scipy_stats().bootstrap((values,), np.mean, **how).confidence_interval
+    else:
+        found = scipy_stats().ttest_1samp(values, 0).confidence_interval()
+    return *map(float, found), kind
 
 
 def p_value(values, bar=0.0, sides=2):
@@ -54,10 +54,9 @@ def p_value(values, bar=0.0, sides=2):
 
 def holm(ps):
     """Holm's step-down p-values, in the order given: the k-th smallest of m times m − k + 1, never falling, ≤ 1."""
-    adjusted, largest = [0.0] * len(ps), 0.0
-    for rank, at in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
-        largest = adjusted[at] = max(largest, min(1.0, (len(ps) - rank) * ps[at]))
-    return adjusted
+    order, factors = np.argsort(ps), np.arange(len(ps), 0, -1)
+    adjusted = np.maximum.accumulate(np.minimum(1, np.take(ps, order) * factors))
+    return adjusted[np.argsort(order)].tolist()
 
 
 def statistic(values):

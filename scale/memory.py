@@ -32,7 +32,6 @@ from engine.model import quicken
 from grpo import Batch
 
 GB, ROOMS = 1e9, (24, 40, 80)
-ROWS = ["weights", "gradients", "optimiser", "reference", "KV cache", "activations", "in passing"]
 FITS = [  # flags that make a run fit, those first that cost least
     {},
     {"gradient_checkpointing": True},
@@ -160,13 +159,11 @@ def fill(model, frozen, trained):
     made = {}
     for held in [held for module in model.modules() for held in (module._parameters, module._buffers)]:
         for name, old in held.items():
-            if old is not None and id(old) not in made:
-                if isinstance(old, torch.nn.Parameter):
-                    new = torch.empty_like(old, dtype=trained if old.requires_grad else frozen, device="cpu")
-                    made[id(old)] = old, torch.nn.Parameter(new, old.requires_grad)
-                else:
-                    made[id(old)] = old, torch.empty_like(old, device="cpu")
-            held[name] = made[id(old)][1] if old is not None else None
+            if isinstance(old, torch.nn.Parameter):
+                new = torch.empty_like(old, dtype=trained if old.requires_grad else frozen, device="cpu")
+                held[name] = made.setdefault(old, torch.nn.Parameter(new, old.requires_grad))
+            elif old is not None:
+                held[name] = made.setdefault(old, torch.empty_like(old, device="cpu"))
 
 
 def first_that_runs(what, look_at, *args):
@@ -180,8 +177,7 @@ def first_that_runs(what, look_at, *args):
 
 
 def look_at_sampling(way, model, kv, prompt, group_size, longest):
-    """(bytes of one prompt's and its responses' keys and values with the room made ahead, bytes that pass beside them)
-    at the last token."""
+    """`Lengths.cache` and `Lengths.sampling`, at the last token."""
     packed = way is fast.packed_sample
     before = prompt + max(0, longest - 2) * (group_size if packed else 1)  # all but two tokens stand in the prompt
     meter, drawn = Meter(*model.parameters(), *model.buffers()), []
@@ -206,16 +202,14 @@ def look_at_sampling(way, model, kv, prompt, group_size, longest):
 
 
 def look_at_update(way, model, prompt, group_size, longest, groups):
-    """(bytes kept for the backward pass, bytes at most in it) beside weights and gradients."""
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
-    rows = groups * group_size
+    """`Lengths.kept` and `Lengths.most`, beside weights and gradients."""
+    rows, trained = groups * group_size, [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.grad = torch.zeros_like(p)
     ids, real = torch.zeros(groups, prompt, dtype=torch.long), torch.ones(groups, prompt, dtype=torch.bool)
     response = torch.zeros(rows, longest, dtype=torch.long), torch.ones(rows, longest, dtype=torch.bool)
     old = torch.zeros(rows, longest)
-    with Meter(
-        *model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)
-    ) as meter:
+    with Meter(*model.parameters(), *model.buffers(), *(p.grad for p in trained)) as meter:
         with fast.checkpointing(model):
             logprobs = way(model, Batch([], ids, real, *response, old, old, None, old), 1.0)
         kept = meter.now
@@ -229,14 +223,12 @@ def plan(counted, config, ranks, on_gpu):
     n, fsdp, w, half = counted.parameters, bool(ranks) or config.offload, max(ranks, 1), 2 if on_gpu else 4
     at = counted.at(config, fsdp)
     trained = at.adapters or n
-    prompts = -(-config.prompts_per_step // w)
-    prompts = min(config.rollout_prompts or prompts, prompts)
-    found = dict.fromkeys(ROWS, (0, 0))
+    prompts = min(config.rollout_prompts or config.prompts_per_step, -(-config.prompts_per_step // w))
     if config.offload:  # on each GPU all weights in bf16 and gradients in fp32; on the host one of each in fp32
-        found |= {"weights": (half * n, 4 * n), "gradients": (4 * n, 4 * n), "optimiser": (0, 8 * n)}
+        found = {"weights": (half * n, 4 * n), "gradients": (4 * n, 4 * n), "optimiser": (0, 8 * n)}
     else:  # what is frozen is in bf16 on one GPU
         weights = 4 * (n + at.adapters) / w if fsdp or not at.adapters else half * n + 4 * at.adapters
-        found |= {"weights": (weights, 0), "gradients": (4 * trained / w, 0), "optimiser": (8 * trained / w, 0)}
+        found = {"weights": (weights, 0), "gradients": (4 * trained / w, 0), "optimiser": (8 * trained / w, 0)}
     found["reference"] = (0 if at.adapters else half * n / w, 0)  # without its adapters a model is the reference
     found["KV cache"], found["activations"] = (prompts * at.cache, 0), (at.kept, 0)
     sampling, update = prompts * at.sampling, at.most - at.kept

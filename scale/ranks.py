@@ -1,16 +1,14 @@
 """The engine of several processes: one model over the ranks of `torchrun`, or over one GPU and the host's memory.
 
 torch's FSDP2 (`fully_shard`) keeps a part of every weight, gradient and moment on each rank, in float32, and puts a
-layer's weights together, in bf16 on a GPU, while it runs. `Ranks` overrides what `engine.process.Engine` does on one
-process; the driver and the equations read the same.
+layer's weights together, in bf16 on a GPU, while it runs. The driver and the equations read the same.
 
 What is shared out, and how it stays the computation of one process:
 - prompts with all their rollouts; every rank then holds every group, so rewards, the buffer, its draws and the log are
   computed alike everywhere, and nothing needs to be told. Only rank 0 writes files
 - micro-batches of an update; each carries the weights of the whole update, and gradients are summed
-- SFT's rows
-- rows of a baseline's step. Its loss may be no sum over rows: every rank is given all log-probabilities and computes
-  it whole, and each sends the gradient by its own ones back through its rows, which it computes again (`scored`)
+- rows of SFT, and of a baseline's step, whose loss may be no sum over them: every rank is given all log-probabilities,
+  computes it whole, and sends the gradient by its own ones back through its rows, which it computes again (`scored`)
 
 Deviations
 - Attacks take one process (`engine.flags.resolve`).
@@ -157,14 +155,13 @@ class Ranks(Engine):
     def turns(self, n):
         """(number of a part, whether it counts) for this rank, every W-th of n. All take as many turns, if need be with
         another's part that does not count, for none can run a layer without the others' weights."""
-        for first in range(0, n, self.world):
-            at = first + self.rank
-            yield (at, True) if at < n else (first, False)
+        turns = [(first + self.rank, first) for first in range(0, n, self.world)]
+        return [(at, True) if at < n else (first, False) for at, first in turns]
 
     def batches(self, found, groups, loss_norm="sequence", of=None):
         """Micro-batches, of about the same length on all ranks in each turn; those that do not count weigh 0."""
         parts = micro_batches(groups, self.max_tokens)
-        turns = list(self.turns(len(parts)))
+        turns = self.turns(len(parts))
         for turn, (at, counts) in enumerate(turns, 1):
             batch = collate(parts[at], self.device, loss_norm, of or groups)
             if not counts:
@@ -267,10 +264,8 @@ class Ranks(Engine):
 
     def restore(self, payload, found, optimizer):
         names, saved = [name for name, p in found.named_parameters() if p.requires_grad], payload["optimizer"]
-        state = {
-            "state": {names[i]: state for i, state in saved["state"].items()},
-            "param_groups": [group | {"params": names} for group in saved["param_groups"]],
-        }
+        state = {"state": {names[i]: state for i, state in saved["state"].items()}}
+        state["param_groups"] = [group | {"params": names} for group in saved["param_groups"]]
         full = states.StateDictOptions(full_state_dict=True)
         states.set_state_dict(found, optimizer, model_state_dict=payload["model"], optim_state_dict=state, options=full)
 

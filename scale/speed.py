@@ -3,16 +3,7 @@
 The work: 32 prompts × 8 rollouts a step, temperature 1, k3 KL with weight 1e-2 against a frozen copy, AdamW 2e-6,
 gradient norm clipped at 1, one update per batch, a reward that about one random response in seven earns. Two shapes:
 `short` (12 prompt tokens, at most 24 new) and `rwku` (64, at most 32). `--replay` adds an update of 32 replayed groups.
-One JSON line on stdout, medians over the steps after the warm-up:
-
-    step_s gen_s ref_s update_s replay_s    seconds ↓: the whole step, sampling with rewards, π_ref, both updates
-    update_group_s replay_group_s           update seconds for each group, of replayed ones for each not skipped
-    replay_skipped                          share of drawn groups with all rewards equal, which cost nothing
-    tokens_per_step tokens_per_s            sampled tokens, and the same over step_s ↑
-    peak_rss_mb, on a GPU peak_gpu_mb       most memory that the process, the GPU's tensors, ever held ↓
-    flop_floor_multiple                     gen_s + ref_s + update_s over the seconds that their `operations` take at
-        the rate of matrix products timed in the same run ↓
-    matmul_peak_share                       one over that ↑
+One JSON line on stdout, medians over the steps after the warm-up; docs/speed.md defines its keys.
 
 `tests/scale/peer.py` lets TRL's GRPOTrainer do the same work, step by step in turn with ours."""
 
@@ -57,7 +48,6 @@ import json
 import random
 import re
 import sys
-import time
 import timeit
 from resource import RUSAGE_SELF, getrusage
 from statistics import median
@@ -127,18 +117,11 @@ def time_stage2(run, method, models, tokenizer, prompts, reward, each):
         row |= {name: row.get(f"seconds_{phase}", 0.0) for name, phase in PARTS.items()}
         each(row | {"step_s": sum(row[name] for name in PARTS)})  # without the log's own columns: the peer has none
 
-    run.log, run.samples = lambda row, _: write(row), SimpleNamespace(write=lambda row: None)
+    run.log = lambda row, _: write(row)
+    run.metrics = run.samples = SimpleNamespace(write=lambda row: None, size=lambda: 0, crc=0)
     queries = [Query(Prompt(None, text), text, "boundary") for text in prompts]
     with contextlib.redirect_stdout(sys.stderr):
         rerule.stage2(run, method, *models, tokenizer, Training([], queries), reward)
-
-
-@contextlib.contextmanager
-def clock(seconds, part):
-    """Add the seconds spent inside to seconds[part]."""
-    start = time.perf_counter()
-    yield
-    seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - start
 
 
 def best_rate(amount, work, device, repeat=20):

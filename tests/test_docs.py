@@ -29,7 +29,7 @@ COMMANDS = {
     "scale.check": "scale.check.Options",
     "tests/scale/peer.py": "peer.Options",
 }
-FOREIGN = {"index-url", "nproc-per-node", "help"}  # pip's, torchrun's, every command's
+FOREIGN = {"index-url", "nproc-per-node", "logdir", "help"}  # pip's, torchrun's, TensorBoard's, every command's
 
 
 def text(path):

@@ -127,10 +127,12 @@ def test_a_swap_without_a_known_answer_is_left_out(asked):
     assert report["counts"]["boundary, questions"] == 1 and report["counts"]["facts held out"] == 1
 
 
-def test_a_story_is_built_trained_and_evaluated(tmp_path):
+def test_a_story_is_built_trained_and_evaluated(tmp_path, capsys):
     (tmp_path / "story.txt").write_text(STORY, encoding="utf-8")
     how = ["--input", tmp_path / "story.txt", "--neighbours", tmp_path / "story.txt", "--output_dir", tmp_path / "out"]
     build("--source", "text", "--target", NAME, *how)
+    told = "forget: a sentence is no plain statement 1"  # "Go on," said Orla Finch
+    assert [told in line for line in capsys.readouterr().out.splitlines() if line.startswith("rejected: ")] == [True]
     stage2 = rows_of(tmp_path / "out" / "rl_rejection_with_fb_neighbor.json")
     assert {row["made_by"] for row in stage2} == {"template"}
     story = " ".join(STORY.split())
@@ -218,7 +220,7 @@ def spoil(name, rows):
         (["--source", "tofu"], None, "no such folder"),
         (["--llm_url", "http://127.0.0.1:9/v1"], None, "--llm_url and --llm_model go together"),
         (["--llm_model", "m"], None, "--llm_url and --llm_model go together"),
-        (["--llm_url", "localhost", "--llm_model", "m"], None, "--llm_url localhost: expected http"),
+        (["--llm_url", "localhost", "--llm_model", "m"], None, "localhost: the server cannot be reached (expected http"),
         (["--held_out", "1"], None, "--held_out 1.0"),
         (["--sample", "0"], None, "--sample"),
         (["--output_dir", "ask.json/out"], None, "--output_dir"),

@@ -19,7 +19,7 @@ def test_the_grid_takes_the_best_mean():
     o = grid.Options(method=["ga"], rates=[1e-4, 1e-3], seeds=[1, 2])
     found = grid.outcome({(s, r): {"GA": good if (s, r) == (1, 1e-4) else bad} for s in (1, 2) for r in o.rates}, o)
     assert found["ga"]["best"] == 1e-4 and found["ga"]["scores"] == {1e-4: [100, 50], 1e-3: [50, 50]}
-    assert "| GA | **100, 50** | 50, 50 |" in grid.table(found, o)
+    assert "| GA | **100, 50** | 50, 50 |" in grid.shown(found, o)
 
 
 def test_every_job_is_a_command_that_the_driver_takes():

@@ -32,7 +32,6 @@ from scale.speed import (  # noqa: E402
     SHAPES,
     build_prompts,
     build_tokenizer,
-    clock,
     earned,
     peak_rss_mb,
 )  # fmt: skip
@@ -46,6 +45,14 @@ class Peer:
 @dataclass
 class Options(Peer, speed.Options):
     """Time Stage 2 beside TRL's trainer on a random model and print one JSON line."""
+
+
+@contextlib.contextmanager
+def clock(seconds, part):
+    """Add the seconds spent inside to seconds[part]."""
+    start = time.perf_counter()
+    yield
+    seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - start
 
 
 def trl_process(pipe, o, folder, quick):

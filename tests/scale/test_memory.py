@@ -128,7 +128,8 @@ def test_dry_run_prints_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     common = ["--benchmark", "rwku", "--data_dir", tmp_path, "--output_dir", tmp_path / "run", "--dry_run"]
     driver(*common, "--model", tmp_path / "model", "--gradient_checkpointing")
     printed = capsys.readouterr().out
-    for name in (*memory.ROWS, "In 24 GB a GPU: --offload True: ", "In 40 GB", "In 80 GB a GPU: as it is: "):
+    rows = ("weights", "gradients", "optimiser", "reference", "KV cache", "activations", "in passing")
+    for name in (*rows, "In 24 GB a GPU: --offload True: ", "In 40 GB", "In 80 GB a GPU: as it is: "):
         assert name in printed
     assert "Disk: models 7.6, state 15.2, most at once 35.5; free " in printed
     assert "does not fit" not in printed and not (tmp_path / "run").exists()
