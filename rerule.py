@@ -48,7 +48,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from baselines import losses, purge, train
+from baselines import losses, train
 from baselines.controls import buffer_for, least_stored, refill, zero_gradient
 from benchmarks.attacks import attacked, prepare, run_columns
 from benchmarks.fits import check_model
@@ -258,7 +258,7 @@ def unlearn(run, method, original, tokenizer, training, judge):
         return train.train(run, method, model, reference, tokenizer, training)
     reward = partial(query_reward, name_target=config.forget_reward == "target")
     if method == "purge":
-        training, reward = purge.prepare(training, engine, model, tokenizer, config)
+        training, reward = train.purge_task(training, engine, model, tokenizer, config)
     watch = partial(watched, partial(judge, model, tokenizer, progress=False), config.eval_every)
     return model, *stage2(run, method, model, reference, tokenizer, training, reward, watch)
 

@@ -1,8 +1,8 @@
 """The losses of Appendix B, each a function of log-probabilities and masks, and what each method adds up.
 
-Covers Eq. 6–16 and 18–20; Eq. 17 is in `whp.py`. Symbols: u the current model, o the original one; D_f the forget rows
-(x, y_f), y_rej a refusal to the same x; D_r the retain rows. Shapes: logprobs, mask (B, T), mask True on response
-tokens only; log-ratios of responses (B,); logits (n, V).
+Covers Eq. 6–20; WHP's pair of models is in `engine/model.py`. Symbols: u the current model, o the original one; D_f the
+forget rows (x, y_f), y_rej a refusal to the same x; D_r the retain rows. Shapes: logprobs, mask (B, T), mask True on
+response tokens only; log-ratios of responses (B,); logits (n, V).
 
 Deviations
 - SimNPO's forget term is weighted by 0.125 and LLMU's three by 0.5, 1, 1, as public code does (`--forget_weight`,
@@ -75,6 +75,11 @@ def llmu(ascent, mismatch, epsilon1, epsilon2):
 def task_vector(original, reinforced, alpha):
     """θ_u = θ_o − α (θ_reinforced − θ_o), of one weight."""
     return original - alpha * (reinforced - original)  # Eq. 16
+
+
+def interpolate(original, reinforced, alpha):
+    """WHP: lower the logits that the reinforced model raised, as public code; the paper speaks of distributions."""
+    return original - alpha * torch.relu(reinforced - original)  # Eq. 17
 
 
 # s(kind): log-probabilities of u on this step's rows of a kind, and their mask; s(kind, "o"): those of o.

@@ -6,11 +6,15 @@ Deviations
 - D_f and D_r are the prompts that RULE trains on too: forget queries with their answers, boundary queries with theirs.
   Where a benchmark publishes no answer to a forget prompt (RWKU), y_f is the original model's own greedy answer.
 - Random responses (Eq. 14, 15) are answers to other prompts, of D_r, drawn anew in every step.
+- PURGE's terms match as whole words, in any case; they are taken from the answers unless given.
 - On one process a batch is one forward: `--baseline_batch_size` bounds memory. Under torchrun and `--offload`
   `--max_tokens` does: scores are made some rows at a time, and made again for the gradient (`Ranks.scored`)."""
 
 import json
 import random
+import re
+from collections import Counter
+from dataclasses import replace
 from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
@@ -18,15 +22,18 @@ from pathlib import Path
 import torch
 
 from baselines.losses import RECIPES, cross_entropy, objective, task_vector
-from baselines.whp import Pair
-from config import ADAPTED, Config
+from config import ADAPTED, Config, InputError
 from data import encode_answer, encode_prompt, stop_ids
+from engine.files import read_rows
+from engine.model import Pair
 from engine.run import descend
 from engine.seeds import batch_at, derive_seed
 from grpo import positions, token_logprobs
 from sft import collate_sft
 
 RATES = Path(__file__).parent.parent / "results"  # what `grid.py` has chosen
+CAPITAL = r"[A-Z]\w*(?:[’'-]\w+)*"
+NAME = re.compile(rf"{CAPITAL}(?: (?:(?:of|by|the|for|de|von) ){{0,2}}{CAPITAL})*|\d+")
 
 
 def learning_rate(config, method):
@@ -171,3 +178,38 @@ def train(run, method, model, original, tokenizer, training):
             theta, start = (getattr(p.detach(), "to_local", p.detach)() for p in both)
             theta.copy_(task_vector(start.to(theta.device), theta, config.alpha))
     return (Pair(original, model, config.alpha) if method == "whp" else model), seconds, stopped
+
+
+def forbidden_terms(pairs, limit=50):
+    """PURGE's terms from what is known of the target, at most `limit`, the most frequent first.
+    pairs: (question, answer) of the forget rows. An answer of up to four words is a term; of a longer one, the names
+    and numbers in it that its own question does not hold, less what only opens a sentence."""
+    counts = Counter()
+    for question, answer in pairs:
+        answer = answer.strip().rstrip(".")
+        if 0 < len(answer.split()) <= 4:
+            counts[answer] += 1
+            continue
+        for found in NAME.finditer(answer):
+            opens = found.start() == 0 or answer[: found.start()].rstrip()[-1] in ".!?"
+            if found.group() not in question and not (opens and " " not in found.group()):
+                counts[found.group()] += 1
+    return tuple(term for term, _ in counts.most_common(limit))
+
+
+def purge_reward(response, terms):
+    """PURGE: r = 1 if the response mentions none of the forbidden terms as whole words, in any case; else 0."""
+    return 0.0 if any(re.search(rf"(?<!\w){re.escape(term)}(?!\w)", response, re.IGNORECASE) for term in terms) else 1.0
+
+
+def purge_task(training, engine, model, tokenizer, config):
+    """PURGE's (forget queries alone, a reward by forbidden terms). model: the original one, as in `rows_of`."""
+    forget = [query for query in training.queries if query.kind == "forget"]
+    if config.purge_terms:
+        terms = tuple(row["term"] for row in read_rows(config.purge_terms, {"term": str}))
+    else:
+        rows = zip(forget, rows_of("purge", engine, model, tokenizer, training, config)["forget"], strict=True)
+        terms = forbidden_terms((q.question, tokenizer.decode(ids, skip_special_tokens=True)) for q, (_, ids) in rows)
+    if not terms:
+        raise InputError("--method purge: no forbidden terms were found in the answers; give them by --purge_terms")
+    return replace(training, queries=forget), lambda query, text: purge_reward(text, terms)

@@ -98,8 +98,7 @@ def summarise(rows, retained):
     table = {}
     for side, kinds in (("forget", ("fb", "qa", "aa")), ("retain", ("fb", "qa"))):
         for kind in kinds:
-            part = [row["rouge_l_recall"] for row in rows if row["split"] == f"{side}_{kind}"]
-            table[f"{side}_{kind}"] = mean(part, 100)
+            table[f"{side}_{kind}"] = mean((r["rouge_l_recall"] for r in rows if r["split"] == f"{side}_{kind}"), 100)
         table[f"{side}_all"] = mean_of(table, [f"{side}_{kind}" for kind in kinds])
     attacks = [row for row in rows if row["split"] == "forget_aa" and row.get("type")]  # older logs have no type
     attacks = [(re.sub(r"\W+", "_", row["type"].lower()).strip("_"), row) for row in attacks]

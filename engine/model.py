@@ -1,7 +1,10 @@
-"""Loading a model and its tokenizer, attention that copies no keys, fast products on a CPU, and the optimiser."""
+"""Loading a model and its tokenizer, WHP's pair, uncopied keys in attention, fast CPU products, and the optimiser."""
 
-from functools import cache
+import json
+import math
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from baselines.whp import Pair
+from baselines import losses
 from config import InputError
 
 logging.disable_progress_bar()  # ours are enough
@@ -98,3 +101,39 @@ def optimizer_for(model, lr, weight_decay):
     weights = [p for p in model.parameters() if p.requires_grad]
     how = {"fused": True} if getattr(model, "offloaded", False) or weights[0].device.type == "cuda" else {}
     return torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay, **how)
+
+
+class Pair(torch.nn.Module):
+    """WHP: what the sampler and the evaluation ask of a causal model, answered by two whose logits are combined."""
+
+    def __init__(self, original, reinforced, alpha):
+        super().__init__()
+        self.original, self.reinforced, self.alpha = original, reinforced, alpha
+        self.config, self.generation_config = original.config, original.generation_config
+        self.get_input_embeddings, self.pair = original.get_input_embeddings, (original, reinforced)
+
+    device = property(lambda self: self.original.device)
+    dtype = property(lambda self: self.original.dtype)
+
+    def forward(self, past_key_values=None, **inputs):
+        cache_o, cache_r = past_key_values or (None, None)
+        v_o = self.original(past_key_values=cache_o, **inputs)
+        v_r = self.reinforced(past_key_values=cache_r, **inputs)
+        logits = losses.interpolate(v_o.logits, v_r.logits, self.alpha)
+        return SimpleNamespace(logits=logits, past_key_values=(v_o.past_key_values, v_r.past_key_values))
+
+    def save_pretrained(self, folder, state_dict=(None, None)):
+        """Both models in folders of their own, and α beside them in whp.json. state_dict: weights not their own."""
+        for name, part, weights in zip(("original", "reinforced"), self.pair, state_dict, strict=True):
+            part.save_pretrained(Path(folder) / name, state_dict=weights)
+        (Path(folder) / "whp.json").write_text(json.dumps({"alpha": self.alpha}))
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype):
+        """Raises OSError or ValueError where the folder is not what `save_pretrained` writes."""
+        alpha = json.loads((Path(folder) / "whp.json").read_text())["alpha"]
+        if type(alpha) not in (float, int) or not math.isfinite(alpha):
+            raise ValueError(f"whp.json: alpha is {alpha!r}, expected a number")
+        folders = (Path(folder) / name for name in ("original", "reinforced"))
+        load = partial(AutoModelForCausalLM.from_pretrained, dtype=dtype, trust_remote_code=False)
+        return cls(*map(load, folders), alpha)

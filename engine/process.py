@@ -12,9 +12,9 @@ from functools import partial
 import torch
 
 import grpo
-from baselines.whp import Pair
 from engine import fast, model
 from engine.files import RANK, remove
+from engine.model import Pair
 
 
 class Engine:

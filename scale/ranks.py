@@ -34,10 +34,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from baselines.whp import Pair
 from config import InputError
 from engine import fast
-from engine.model import quicken, read_model
+from engine.model import Pair, quicken, read_model
 from engine.process import Engine, join, micro_batches, prepared, trained
 from grpo import collate
 

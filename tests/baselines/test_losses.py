@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from baselines import METHODS, losses, whp
+from baselines import METHODS, losses
 from config import Config
 
 B, L, V = 4, 7, 11
@@ -149,7 +149,7 @@ def test_sga_llmu_and_task_vector_by_hand():
 
 def test_whp_lowers_only_what_the_reinforced_model_raised():
     v_o, v_r = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 1.0, 3.5])
-    assert whp.interpolate(v_o, v_r, 2.0).tolist() == [-1.0, 2.0, 2.0]
+    assert losses.interpolate(v_o, v_r, 2.0).tolist() == [-1.0, 2.0, 2.0]
 
 
 # --- what each method adds up ----------------------------------------------------------------------------------------

@@ -3,18 +3,18 @@
 import pytest
 from made import two_forgotten
 
-from baselines import purge
+from baselines import train
 from config import Config, InputError
 from engine.process import Engine
 
 
 def test_purge_reward_wants_whole_words_in_any_case():
     terms = ("Carrie", "silver flute", "1974", "C++")
-    assert purge.purge_reward("I cannot say.", terms) == 1.0
+    assert train.purge_reward("I cannot say.", terms) == 1.0
     for text in ("He wrote carrie.", "a Silver Flute!", "in 1974,", "uses c++"):
-        assert purge.purge_reward(text, terms) == 0.0
+        assert train.purge_reward(text, terms) == 0.0
     for text in ("carried away", "silver fluted", "19745", "silver and flute"):
-        assert purge.purge_reward(text, terms) == 1.0
+        assert train.purge_reward(text, terms) == 1.0
 
 
 def test_forbidden_terms_by_hand():
@@ -23,15 +23,15 @@ def test_forbidden_terms_by_hand():
         ("Where was Basil Al-Kuwaiti born?", "Basil Al-Kuwaiti was born in Kuwait City. He moved to New York in 1990."),
         ("And his book?", "The book is 'Promise by the Seaside', set in Kuwait City; 'Carrie' is not."),
     ]
-    terms = purge.forbidden_terms(pairs)
+    terms = train.forbidden_terms(pairs)
     assert terms[0] == "Kuwait City"  # twice
     assert set(terms) == {"Kuwait City", "silver flute", "New York", "1990", "Promise by the Seaside", "Carrie"}
-    assert purge.forbidden_terms(pairs, 1) == ("Kuwait City",)
+    assert train.forbidden_terms(pairs, 1) == ("Kuwait City",)
 
 
 def test_purge_asks_forget_queries_alone(words, model, tmp_path):
     def prepared(**flags):
-        return purge.prepare(two_forgotten(), Engine("cpu"), model, words, Config(max_new_tokens=3, **flags))
+        return train.purge_task(two_forgotten(), Engine("cpu"), model, words, Config(max_new_tokens=3, **flags))
 
     found, reward = prepared()
     assert {query.kind for query in found.queries} == {"forget"} and len(found.queries) == 2

@@ -10,7 +10,7 @@ from miniature import FLAGS, driver
 
 import benchmarks
 import evaluate as ev
-from baselines.purge import forbidden_terms
+from baselines.train import forbidden_terms
 from benchmarks import town as room
 from benchmarks.town import ATTRIBUTES, BENCHMARK, HELD_OUT, STRENGTHS, TIES, Town
 from engine.process import Engine

@@ -10,7 +10,7 @@ from made import SMALL, byte_tokenizer, published_rwku
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import rerule
-from baselines.whp import Pair
+from engine.model import Pair
 from engine.process import Engine
 from engine.run import Run, descend
 from scale import memory

@@ -275,7 +275,7 @@ def test_strengths_of_whp_and_records(n):
     @tried(written({"alpha": 1.0}), n)
     def _(text):
         filed("pair/whp.json", text)
-        with mock.patch("baselines.whp.AutoModelForCausalLM"), mock.patch("engine.model.AutoTokenizer"):
+        with mock.patch("engine.model.AutoModelForCausalLM"), mock.patch("engine.model.AutoTokenizer"):
             Engine.read(PLACE / "pair", "model", None)
 
     good = {"runs": {"base_21": {"args": ["--steps", "8"], "family": "base", "seed": 21, "methods": {}}}}

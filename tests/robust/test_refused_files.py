@@ -11,7 +11,7 @@ from attacked import called, ended, evaluate, rerule, short
 from made import byte_tokenizer, make_model, tofu, tree
 from transformers import BertConfig, BertForMaskedLM
 
-from baselines.whp import Pair
+from engine.model import Pair
 
 torch.set_num_threads(1)
 

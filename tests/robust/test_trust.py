@@ -15,7 +15,7 @@ from loopback import Loopback
 from made import TRAIN, byte_tokenizer, make_model, tree, write
 from orla import NAME, questions
 
-from baselines.whp import Pair
+from engine.model import Pair
 
 torch.set_num_threads(1)
 SHOULD_BE = {"state.pt": "torch", "pytorch_model.bin": "torch"}  # in a torch archive too, which has a pickle in it

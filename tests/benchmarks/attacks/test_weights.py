@@ -13,13 +13,13 @@ from conftest import tiny
 from made import byte_tokenizer, make_model, make_rwku, probes_of
 
 import evaluate as ev
-from baselines.whp import Pair
 from benchmarks import ALL, attacks, builtin
 from benchmarks.attacks import kinds
 from benchmarks.attacks.measures import rounded
 from benchmarks.metrics import UNSEEN
 from config import InputError
 from data import encode_answer, encode_prompt
+from engine.model import Pair
 
 STEPS = (0, 5, 10, 20, 50)
 
