@@ -165,7 +165,7 @@ def print_table(folder):
 def pointers(folder):
     """Where a finished run's picture is, and two commands that go on from it."""
     held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    last, seed, data = folder / held["method"][-1], held["seed"], held["data_dir"]
+    last, seed, data = folder / (held["method"] or ["original"])[-1], held["seed"], held["data_dir"]
     asked = ["--benchmark", held["benchmark"], *(["--data_dir", data] if data else []), "--seed", seed, "--model", last]
     again = ["rerule.py", folder / "config.json", "--seed", seed + 1, "--output_dir", f"{folder}_{seed + 1}"]
     commands = {"Another seed": again, "Score a model": ["evaluate.py", *asked, "--output", f"{last}.json"]}
