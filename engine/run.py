@@ -215,6 +215,7 @@ class Run:
     def save(self, phase, step, payload, model=None, optimizer=None):
         if model is not None:
             payload = payload | self.engine.state_of(model, optimizer, self.folder, f"shards_{phase}_{step}")
+        write_json(self.folder / "ways.json", self.ways | self.engine.ways)
         sizes = {name: (log.size(), log.crc) for name, log in (("metrics", self.metrics), ("samples", self.samples))}
         self.state = {"done": self.state["done"], "phase": phase, "step": step, "sizes": sizes}
         if not RANK:
@@ -229,7 +230,6 @@ class Run:
         name, _, scored = phase.partition(" ")
         if scored and (self.folder / name).is_dir():
             report.write_card(self.folder / name, name, self.config, result)
-        write_json(self.folder / "ways.json", self.ways | self.engine.ways)
         self.state["done"][phase] = result
         self.save(None, 0, None)
         if scored:

@@ -198,6 +198,15 @@ def test_code_that_a_folder_brings_along_is_not_run(good, tmp_path, marker, file
     safe(ended(rerule, *argv), marker)
 
 
+def test_code_that_a_pair_of_models_brings_along_is_not_run(good, tmp_path, marker):
+    model = Path(shutil.copytree(good / "model", tmp_path / "model"))
+    Pair(make_model(0, 2048), make_model(1, 2048), 1.0).save_pretrained(model)
+    stored = json.loads((model / "original" / "config.json").read_text())
+    write(model / "original" / "config.json", stored | {"auto_map": MAPPED, "model_type": "mine"})
+    (model / "original" / "mine.py").write_text(CODE.format(str(marker)))
+    safe(score(good, model, tmp_path / "out.json"), marker)
+
+
 def test_code_beside_a_command_is_not_run(good, tmp_path, marker):
     """In a process of its own, begun in a folder of another's."""
     for name in ("torch", "benchmarks", "config", "json", "sitecustomize", "usercustomize"):
