@@ -97,8 +97,7 @@ def write_records(folder, records):
 
 
 def run_all(o, folder, records, jobs_of):
-    """Run what is missing of the jobs, longest chains first, and put every record into `records`.
-    Raises: InputError for a folder of real text without its files, and for a run that failed."""
+    """Run what is missing of the jobs and put their records into `records`. InputError: also of a failed run."""
     runs, source, folders = folder / "runs", about(), {flag: getattr(o, flag, "") for flag in TEXTS}
     for flag, place in folders.items():
         if place and TEXTS[flag] and not Path(place, TEXTS[flag]).is_file():
