@@ -47,8 +47,7 @@ def rates(r, path):
 
 
 def gains(panels, path, best_first=True):
-    """What each kind of replay, and each control, gains over RULE at the same rate: mean, 95 % interval, every seed.
-    panels: {title: [(label, method as in `engine.plots.LOOKS`, statistic or None)]}."""
+    """Gains over RULE at the same rate. panels: {title: [(label, method as in `LOOKS`, statistic or None)]}."""
     heights = [0.8 + 0.3 * len(rows) for rows in panels.values()]
     figure, axes = pyplot().subplots(len(panels), figsize=(10, sum(heights)), height_ratios=heights, squeeze=False,
                                      sharex=True, layout="constrained")  # fmt: skip
@@ -63,8 +62,7 @@ def gains(panels, path, best_first=True):
 
 
 def matrix(axis, rows, form="{mean:.0f}"):
-    """Rows of several methods: marks of their own, one under the other, and a column of numbers a method.
-    rows: {label: {method: statistic or None}}, the same methods in each."""
+    """Rows of several methods, {label: {method: statistic or None}}: marks and a column of numbers for each."""
     from matplotlib.transforms import ScaledTranslation
 
     methods = list(next(iter(rows.values()), ()))

@@ -177,8 +177,7 @@ def measure(o, beside=lambda model: contextlib.nullcontext(lambda: None)):
                     build_prompts(prompt, o.vocab), lambda query, text: earned(text),
                     lambda row: (rows.append(row), turn()))  # fmt: skip
     rate, rows = max(rate, matmul_rate(engine.device, dtype)), rows[o.warmup :]
-    shown = ("shape", "hidden", "layers", "vocab", "threads", "steps", "max_tokens")
-    result = {name: getattr(o, name) for name in shown}
+    result = {name: getattr(o, name) for name in "shape hidden layers vocab threads steps max_tokens".split()}
     result |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "dtype": str(dtype).split(".")[1]}
     for row in rows:
         row |= {"update_group_s": row["update_s"] / PROMPTS_PER_STEP, "tokens_per_step": row["response_tokens"]}
