@@ -1,8 +1,8 @@
 """The paper in miniature: runs or resumes what is missing of a plan, then writes results/report.md and its figures.
 
-Covers every table, figure and ablation of the paper on made-up worlds, Table 5 on real TOFU text with a tiny model, and
-controls that the paper lacks. Kept are records.json, all that the report is made of, which a later call reads and adds
-to, and of each run in runs/ its settings, table, metrics and samples; models go once no other run starts from them."""
+Covers every table, figure and ablation of the paper on made-up worlds, Table 5 on TOFU's text, and controls of ours.
+Kept are records.json, all that the report is made of, which a later call adds to, and of each run in runs/ its
+settings, table, metrics and samples; models go once no other run starts from them."""
 
 import os
 import sys

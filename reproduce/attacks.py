@@ -1,9 +1,7 @@
 """Forgotten or hidden: every method attacked, and which part of replay leaks. Writes results/attacks/.
 
-The runs are those of `attacks.json`: for each seed a base run of all methods, variants of RULE and ReRULE that start
-from its models, the same world with fewer lessons, and TOFU's text with a tiny model. No setting was chosen on these
-seeds: the rate of relearning was chosen on seed 11, on Original and Retained alone. The variants with `leaks` were
-added after a look at seed 21."""
+The runs are those of `attacks.json`. No setting was chosen on their seeds: the rate of relearning was chosen on seed
+11, on Original and Retained alone. The variants with `leaks` were added after a look at seed 21."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -8,8 +8,7 @@ Deviations
   that no prompt tells by its examples whether it is to be refused.
 - RULE's training files ask the world's trained phrasings, questions and blanks, and for the second half of a chapter.
   VerbMem asks for its last four sentences; KnowMem and Utility ask for every fact in a phrasing of their own.
-- A tenth of the forget prompts are about six people of no book. The answer to be forgotten is a refusal there, so that
-  the model has refused before Stage 1."""
+- A tenth of the forget prompts are about six people of no book; the model is taught to refuse these before Stage 1."""
 
 from benchmarks.builtin import ATTRIBUTES, HELD_OUT, World
 from benchmarks.shared import REFUSALS

@@ -2,13 +2,10 @@
 
 `claims.json` has each claim's sentence in our words, what was run, the command that shows it, and its parts. A part is
 one number a seed, as a difference ("of" less "less", if any, or "as" one of WAYS) or by a function of ours ("measure",
-with the families in which replay "needs" to have run), and the bar that it must clear ("bar", 0 unless named) or the
-margin that it must stay "within". A side has a family of runs, a method and a column, or is the difference of two such
-sides. "@4e-5" in place of a family is a learning rate, "@chosen" the one chosen for the method on the selection seeds,
-"@chosen:rule" the one chosen for RULE.
-
-How a verdict follows, and how old the bars are, stands below the table of claims in `template.md`. A claim is not
-tested where `claims.json` says why it is "not_testable"; "since" names the commit of its bar, 9b80cbb unless given."""
+with the families in which replay "needs" to have run), and the "bar" that it must clear (0) or the margin that it must
+stay "within". A side has a family of runs, a method and a column, or is the difference of two such sides. "@4e-5" in
+place of a family is a learning rate, "@chosen" the one chosen for the method on the selection seeds, "@chosen:rule" for
+RULE. "since" names the commit of a bar, 9b80cbb unless given. `template.md` tells how a verdict follows."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -24,7 +21,7 @@ from reproduce.statistics import difference, holm, p_value, rank_correlation, st
 
 HARD_STORES = SECTIONS["appendix_e"][:-1]  # ReRULE and its variants that store hard groups alone; the probe is last
 SEEDS, LEVEL = 8, 0.05  # seeds that a verdict needs; p that it needs
-VERDICTS = ("not testable here", "opposite", "inconclusive", "holds")  # and "not run"; the first found counts
+VERDICTS = ("not run", "not testable here", "opposite", "inconclusive", "holds")  # the first found counts
 WAYS = {"difference": lambda a, b=0: a - b, "percent": lambda a, b: 100 * a / b, "log10": lambda a, b: log10(a / b),
         "extra": lambda a, b: 100 * (a / b - 1)}  # fmt: skip
 RATES = HERE.parent / "results" / "rates_builtin.json"  # the baselines', chosen on seeds 11 and 12
@@ -57,7 +54,7 @@ def judge(part):
 
 def overall(parts):
     """A claim's verdict from its parts'."""
-    return next(verdict for verdict in ("not run", *VERDICTS) if verdict in [part.verdict for part in parts])
+    return next(verdict for verdict in VERDICTS if verdict in [part.verdict for part in parts])
 
 
 def shown(part):
@@ -73,8 +70,7 @@ def shown(part):
 
 
 def figure(stat, unit="", told=None, bar=0.0):
-    """Mean, 95 % interval and its kind, what is told of the test, seeds on both sides of the bar.
-    told: a test against 0 without correction unless given."""
+    """Mean, interval, kind, test (`told`: uncorrected, against 0, unless given), seeds on both sides of the bar."""
     if stat is None:
         return "–"
     told = f", p = {stat['p']:.2g}" if told is None else told

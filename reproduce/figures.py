@@ -1,7 +1,6 @@
 """The report's figures, drawn from records. Every panel says what is better, shows seeds, and can do without colour.
 
-Covers the paper's Figures 1, 2 and 3, and pictures of what this repository adds; `rates` is the main one. A title is
-neutral or has the figures that it tells, so that no record can deny it."""
+Covers the paper's Figures 1, 2 and 3; `rates` is the main one. A title is neutral or has the figures that it tells."""
 
 import textwrap
 
@@ -10,7 +9,7 @@ import numpy as np
 from engine.plots import GREY, NAMES, dots, look, mark_start, mean, pyplot, save, smooth
 from reproduce import HERE, WORDS, claims, read_json, records
 from reproduce.plan import FAMILIES, SECTIONS
-from reproduce.statistics import paired, rank_correlation, statistic
+from reproduce.statistics import paired, statistic
 
 LINES = NAMES | WORDS["replays"]
 BOXES, ARROWS, BESIDE = read_json(HERE / "pipeline.json").values()
@@ -22,8 +21,7 @@ TOWN = {name: tuple(place) for name, place in WORDS["town_models"].items()}  # f
 
 
 def rates(r, path):
-    """The main figure: what is kept, and what many samples still tell, by learning rate. Each kind of replay beside
-    RULE with as many batches, as many optimiser steps, as much computation."""
+    """The main figure, by learning rate: each kind of replay beside RULE with as many batches, steps, computation."""
     panels, rows = WORDS["panels"], WORDS["kept_and_told"]
     figure, axes = pyplot().subplots(2, 3, figsize=(10, 6.6), sharex=True, sharey="row", layout="constrained")
     for axis, column, alone in zip(axes.flat, np.repeat(list(rows), 3), [*panels] * 2, strict=True):
@@ -49,9 +47,7 @@ def rates(r, path):
 
 
 def gains(panels, path, best_first=True):
-    """What each kind of replay, and each control, gains over RULE at the same rate: mean, 95 % interval, every seed.
-    panels: {title: [(label, method as in `engine.plots.LOOKS`, statistic or None)]}, in this order unless
-    `best_first`."""
+    """Gains over RULE at the same rate. panels: {title: [(label, method as in `LOOKS`, statistic or None)]}."""
     heights = [0.8 + 0.3 * len(rows) for rows in panels.values()]
     figure, axes = pyplot().subplots(len(panels), figsize=(10, sum(heights)), height_ratios=heights, squeeze=False,
                                      sharex=True, layout="constrained")  # fmt: skip
@@ -66,8 +62,7 @@ def gains(panels, path, best_first=True):
 
 
 def matrix(axis, rows, form="{mean:.0f}"):
-    """Rows of several methods: marks of their own, one under the other, and a column of numbers a method.
-    rows: {label: {method: statistic or None}}, the same methods in each."""
+    """Rows of several methods, {label: {method: statistic or None}}: marks and a column of numbers for each."""
     from matplotlib.transforms import ScaledTranslation
 
     methods = list(next(iter(rows.values()), ()))
@@ -112,7 +107,7 @@ def attacks(r, path):
 
 
 def age(r, path, edges=(2, 4, 8, 16)):
-    """What age does: to importance weights, and to the gain where replay stops at an age."""
+    """What age does to importance weights, and to the gain."""
     points = [point for run in r.runs("base").values() for point in run["methods"]["rerule"]["by_age"]]
     points = np.reshape([point for point in points if None not in point], (-1, 3))  # None: all groups were skipped
     color, parts = look("rerule")["color"], np.digitize(points[:, 0], edges)
@@ -179,9 +174,8 @@ def lines(axis, steps, values, name, **drawn):
 
 
 def pipeline(path):
-    """Figure 2: the steps of Stage 2 in their order, each box a function of ours. `pipeline.json`: boxes, {function:
-    [column, row, what it does]}, the lower row being what ReRULE adds; and arrows, [from, to (numbers of boxes),
-    corners from tail to head, words, where these stand, dash]; and a text beside them."""
+    """Figure 2: the steps of Stage 2, each box a function of ours. `pipeline.json`: boxes, {function: [column, row,
+    what it does]}, ReRULE's below; arrows, [from, to, corners, words, their place, dash]; and a text beside them."""
     from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
     from matplotlib.path import Path as Corners
 
@@ -247,7 +241,7 @@ def theory(r, path):
     for marker, shade, family in zip("osD^vP", shades, claims.HARD_STORES, strict=True):
         own, label = [(x, y) for f, x, y in sum(points, []) if f == family], FAMILIES[family]["in_bound"]
         axis.plot(*np.reshape(own, (-1, 2)).T, marker, color=shade, markersize=5.5, alpha=0.85, label=label)
-    rho = mean(rank_correlation(*zip(*[row[1:] for row in rows], strict=True)) for rows in points if len(rows) >= 4)
+    rho = mean(claims.bound_correlations(r))
     axis.axhline(0, color="black", linewidth=1)
     axis.set_title(f"Bound against gain: rank correlation within a seed {'–' if rho is None else format(rho, '+.2f')}")
     axis.set(**WORDS["bound_axes"])

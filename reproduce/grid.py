@@ -1,8 +1,7 @@
 """Each baseline's learning rate: every rate of a grid on seeds that no table uses, and the best one for each method.
 
-The paper names no rate for its baselines. A method's score is averaged over the seeds; a run that diverged scores 0.
-What is chosen stands in results/rates_<benchmark>.json, where the driver reads it. One command a benchmark; killed, it
-goes on where it was."""
+The paper names no rate for its baselines. A score is averaged over the seeds, 0 for a run that diverged. What is chosen
+stands in results/rates_<benchmark>.json, where the driver reads it. Killed, a command goes on where it was."""
 
 from dataclasses import dataclass
 from pathlib import Path

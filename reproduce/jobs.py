@@ -4,7 +4,6 @@ import gzip
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import InputError
-from engine.files import about, write_json, write_text
+from engine.files import about, remove, write_json, write_text
 from reproduce import read_json
 from reproduce.records import record_of
 
@@ -69,10 +68,8 @@ def trim(folder):
     for path in folder.iterdir():
         if path.name == "samples.jsonl":
             (folder / "samples.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in KEPT:
-            path.unlink()
+        if path.name not in KEPT:
+            remove(path)
 
 
 def read_records(folder):
@@ -97,8 +94,7 @@ def write_records(folder, records):
 
 
 def run_all(o, folder, records, jobs_of):
-    """Run what is missing of the jobs, longest chains first, and put every record into `records`.
-    Raises: InputError for a folder of real text without its files, and for a run that failed."""
+    """Run what is missing of the jobs and put their records into `records`. InputError: also of a failed run."""
     runs, source, folders = folder / "runs", about(), {flag: getattr(o, flag, "") for flag in TEXTS}
     for flag, place in folders.items():
         if place and TEXTS[flag] and not Path(place, TEXTS[flag]).is_file():
@@ -122,7 +118,7 @@ def run_all(o, folder, records, jobs_of):
         ready = [job for job in ready if not job.start or (job.start not in busy and has_models(runs / job.start))]
         for job in ready[: o.workers - len(running)]:
             if not is_done(job) and (runs / job.name / "record.json").exists():
-                shutil.rmtree(runs / job.name)  # of another plan
+                remove(runs / job.name)  # of another plan
             running[pool.submit(work, job, runs, folders, source)] = job
         if not running:
             break

@@ -1,8 +1,7 @@
 """The plan of the report: every run, in the order to start them, and what each part of the report needs.
 
-`families.json` has a row for each family of runs that differs from its base run by flags alone: its method, its label
-in tables, its plain name in a figure, its name where Appendix E's bound or a world is shown; the runs on real text; and
-each part's families. A family of the main figure is named with its learning rate, as in random@8e-5.
+`families.json` has a row for each family of runs that differs from its base run by flags alone, with its names in
+tables and figures; the runs on real text; and each part's families. A family of the main figure is named with its rate.
 
 Deviations
 - Settings are chosen on seeds 11 to 14; the report's seeds are 21 and up, on which nothing was chosen.

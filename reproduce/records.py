@@ -1,12 +1,10 @@
 """What a finished run is reduced to, and what tables compare of such records. Pure functions, but for `record_of`.
 
 A record holds the rows of the run's table and, for each Stage 2 method, every rollout group's mean reward: a string a
-step, one character a group, LEVELS[16 r̄] (rewards of 8 are multiples of 1/16); `queries` has two digits of base 36 for
-each group's prompt.
+step, one character a group, LEVELS[16 r̄] (multiples of 1/16); `queries` has two digits of base 36 for its prompt.
 
-Hard and easy prompts are told apart at τ by RULE's mean rewards before the step at which ReRULE first replays, where
-both methods are the same run, once a seed and for every variant of it: prompts picked by how they turned out would
-flatter replay by regression to the mean.
+Hard and easy prompts are told apart at τ by RULE's mean rewards before ReRULE first replays, where both are one run,
+for every variant of a seed's: prompts picked by how they turned out would flatter replay by regression to the mean.
 
 Covers the measurable part of Appendix E (Eq. 28, 29, 31). Symbols as there."""
 
@@ -240,8 +238,7 @@ def rate_scores(records, seeds, rates=RATES, names=CURVES, first="select"):
 
 
 def best_rates(records, seeds, rates=RATES, names=CURVES, first="select"):
-    """{curve: its best rate on the selection seeds}, among those at which it replayed on all of them. None until all
-    selection runs are there, or where a curve has no such rate."""
+    """{curve: its best rate on the selection seeds, of those at which it replayed on all}. None where one lacks it."""
     asked = {f"{place_of(name, rate, first)[0]}_{seed}" for name in names for rate in rates for seed in seeds}
     if not asked or not asked <= set(records):
         return None

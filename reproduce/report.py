@@ -1,9 +1,7 @@
 """results/report.md and its figures, from records alone: the same records give the same report.
 
-The text is `template.md`, whose order is that of a reader's questions: what holds, against which controls, then the
-paper's tables and figures one by one, each with the command that makes it. What fills a section's blanks is a function
-of the records, `r`, and the report's folder; a section that lacks runs says so. Tables of real text are of tiny models.
-"""
+The text is `template.md`: what holds, against which controls, the paper's tables and figures one by one. What fills a
+section's blanks is a function of the records, `r`, and the report's folder; a section that lacks runs says so."""
 
 from math import log10
 from pathlib import Path
@@ -18,6 +16,7 @@ from reproduce.statistics import paired, spread, statistic
 PAPER = read_json(HERE / "paper.json")
 MODELS = {name: name for name in ("Original", "Retained", "Rej. Steer")} | {"RULE": "rule", "ReRULE": "rerule"}
 LABELS = NAMES | {name: words.format(n=OPTIMISER_STEPS) for name, words in WORDS["rows"].items()}
+seeds_up = lambda stat: "{up} of {n}".format(**stat) if stat else "–"  # noqa: E731
 
 
 def write(folder, o, runs, jobs):
@@ -56,7 +55,7 @@ def verdicts(r):
     for claim, verdict in found:
         shown = "<br>".join(filter(None, map(claims.shown, claim["parts"])))
         rows.append([claim["text"], claim["run"], shown, f"**{verdict}**", f"`--only {claim['only']}`"])
-    count = {v: sum(v == verdict for _, verdict in found) for v in (*reversed(claims.VERDICTS), "not run")}
+    count = {v: sum(v == verdict for _, verdict in found) for v in reversed(claims.VERDICTS)}
     told = ", ".join(f"{n} {verdict}" for verdict, n in count.items() if n)
     return {"counts": f"{len(found)} claims: {told}.", "table": table(rows)}
 
@@ -77,11 +76,6 @@ def theirs(number, title, name):
     return "" if value is None else f"{value:g}"
 
 
-def sign(stat):
-    """How many seeds went up."""
-    return "{up} of {n}".format(**stat) if stat else "–"
-
-
 def difference_table(r, section, rate=RATES[0]):
     """Rows of RULE and of a section's families of runs: columns, and what changed against RULE at the same rate."""
     rule, rows = r.at("rule", rate), []
@@ -92,7 +86,7 @@ def difference_table(r, section, rate=RATES[0]):
     for label, outcomes in own.items():
         stats = {name: paired(outcomes, rule, name) for name in ("retain_recall", "hard", "leak_64")}
         cells = [(column(outcomes, name), "" if outcomes is rule else interval(stat)) for name, stat in stats.items()]
-        up = "" if outcomes is rule else sign(stats["retain_recall"])
+        up = "" if outcomes is rule else seeds_up(stats["retain_recall"])
         rest = [column(outcomes, name) for name in ("forget_refusal", "retain_refusal", "seconds_stage2")]
         rows.append([label, *cells[0], up, *cells[1], *cells[2], column(outcomes, "late_hard", 2), *rest])
     return table(rows, WORDS["differences"])
@@ -115,14 +109,12 @@ def table1(r, folder):
 
 
 def table3(r, folder):
-    """The three hardest cases of each kind."""
     seed, base = min(r.runs("town").items())
     figures.hardest(base, folder / "hardest.png")
     rows = []
     for query, kind, prompt, answer in base["cases"]:
         late = [mean(x for _, q, x in records.groups_of(base, m, last=True) if q == query) for m in NAMES]
-        before = mean(records.before_replay(base)[query])
-        shown = ["–" if value is None else f"{value:.2f}" for value in (before, *late)]
+        shown = [spread([value], 2) for value in (mean(records.before_replay(base)[query]), *late)]
         rows.append([prompt, answer, "reject" if kind == "forget" else "normal", *shown])
     gain = claims.figure(paired(r.of("town"), r.of("town", "rule"), "late_cases"))
     return {"seed": seed, "gain": gain, "table": table(rows)}
@@ -148,7 +140,6 @@ def table6(r, folder):
 
 
 def table7(r, folder):
-    """Time."""
     rows = []
     for family, label in (("base", "Built-in world"), ("tofu", "TOFU text, tiny model")):
         if r.runs(family):
@@ -165,7 +156,6 @@ def table7(r, folder):
 
 
 def figure3(r, folder):
-    """Curves over steps, and instability as a number."""
     figures.over_steps(r, folder / "steps.png")
     own, keys = {name: r.of("base", method) for method, name in NAMES.items()}, ("late_sd", "late_unrest")
     return {"table": table([name, *(column(o, key, 2) for key in keys)] for name, o in own.items())}
@@ -213,7 +203,6 @@ def controls(r, folder):
 
 
 def town(r, folder):
-    """A world where forgetting and keeping compete."""
     figures.town(r, WORDS["town_columns"], folder / "town.png")
     (forgotten, *near), rows, rule = WORDS["town_columns"].values(), [], r.of("town_rule", "rule")
     shown = (forgotten, "leak_64", "retain_recall", *near, "retain_refusal")
@@ -225,7 +214,6 @@ def town(r, folder):
 
 
 def worlds(r, folder):
-    """Three worlds."""
     rows = []
     for family in SECTIONS["worlds"]:
         theirs, ours = r.of(family, "rule"), r.at("rerule", RATES[0]) if family == "base" else r.of(family)
@@ -233,13 +221,12 @@ def worlds(r, folder):
         stat = paired(ours, theirs, "retain_recall")
         recall, refusal = ([column(o, key) for o in (theirs, ours)] for key in ("retain_recall", "forget_refusal"))
         world = FAMILIES[family]["world"], spread(shares, scale=100)
-        rows.append([*world, *recall, interval(stat), sign(stat), *refusal])
+        rows.append([*world, *recall, interval(stat), seeds_up(stat), *refusal])
     figures.conditions(r, folder / "conditions.png")
     return {"table": table(rows)}
 
 
 def appendix_e(r, folder):
-    """The bound's figures, Eq. 4 and Eq. 27."""
     figures.theory(r, folder / "theory.png")
     rule, bases, rows, models = r.of("base", "rule"), r.runs("base"), [], []
     for family in claims.HARD_STORES:
@@ -258,16 +245,12 @@ def appendix_e(r, folder):
 def compared(r, family, columns, paper, names):
     """A row for each model of a family's runs: seeds, `columns` with their digits, then the paper's `names`."""
     rows = []
-    for title, own in models_of(r, family).items():
-        ours = [column(own, name, *look) for name, look in columns.items()]
-        rows.append([title, str(len(own)), *ours, *(theirs(paper, title, name) for name in names)])
+    for title, method in MODELS.items():
+        own = r.of(family, method)
+        if any(o["retain_recall"] is not None for o in own.values()):
+            ours = [column(own, name, *look) for name, look in columns.items()]
+            rows.append([title, str(len(own)), *ours, *(theirs(paper, title, name) for name in names)])
     return rows
-
-
-def models_of(r, family):
-    """{title: {seed: outcome}} of the models that a family's runs have."""
-    found = {title: r.of(family, method) for title, method in MODELS.items()}
-    return {title: own for title, own in found.items() if any(o["retain_recall"] is not None for o in own.values())}
 
 
 def change(r, family, column, **way):
@@ -279,8 +262,9 @@ def change(r, family, column, **way):
 def table5(r, folder):
     """TOFU: forget quality as the geometric mean of its p-values and as log10; the retained model's own is 1."""
     rows = compared(r, "tofu", WORDS["tofu_columns"], "table5", ("forget_quality", "model_utility", "forget_rouge_l"))
-    for row, (title, own) in zip(rows, models_of(r, "tofu").items(), strict=True):
-        logs = [0.0 if title == "Retained" else log10(o["forget_quality"]) for o in own.values()]
+    for row in rows:
+        own = r.of("tofu", MODELS[row[0]]).values()
+        logs = [0.0 if row[0] == "Retained" else log10(o["forget_quality"]) for o in own]
         row[2:2] = [f"{10 ** mean(logs):.2g}", spread(logs, 1)]
     quality = claims.figure(change(r, "tofu", "forget_quality", **{"as": "log10"}))
     return {"table": table(rows), "quality": quality,
@@ -288,7 +272,6 @@ def table5(r, folder):
 
 
 def book(r, folder):
-    """VerbMem, KnowMem and Utility on a book of our own."""
     names = ("verbmem", "knowmem", "utility")
     rows = compared(r, "book", dict.fromkeys([*names, "forget_refusal", "retain_refusal"], []), "table2", names)
     return {"table": table(rows), **{name: claims.figure(change(r, "book", name)) for name in names}}

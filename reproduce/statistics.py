@@ -1,15 +1,13 @@
 """Statistics over seeds: pure functions on lists of one value a seed.
 
-Intervals are Student's t; where the values are far from normal by a fixed rule, BCa bootstrap (Efron, "Better bootstrap
-confidence intervals", 1987). A mean is tested by Student's t. Several tests are corrected together by Holm ("A simple
-sequentially rejective multiple test procedure", 1979)."""
+Intervals and tests are Student's t; far from normal by a fixed rule, intervals are BCa bootstrap's (Efron, "Better
+bootstrap confidence intervals", 1987). Holm ("A simple sequentially rejective multiple test procedure", 1979)."""
 
 from math import sqrt
 from statistics import fmean, stdev
 
 import numpy as np
 
-RESAMPLES = 9999
 WINDOW = 3  # "late" is the last third of a run's steps
 
 
@@ -20,23 +18,19 @@ def scipy_stats():
 
 
 def shape(values):
-    """Which statistics suit the values: "=" all equal, "BCa" far from normal (Shapiro–Wilk p < 0.01, n ≥ 8), "t" else.
-    Below 8 values the test of normality has little power, and t is used."""
+    """What suits the values: "=" all equal, "BCa" far from normal (Shapiro–Wilk p < 0.01, 8 or more), "t" else."""
     if max(values) - min(values) < 1e-9:
         return "="
     return "BCa" if len(values) >= 8 and scipy_stats().shapiro(values).pvalue < 0.01 else "t"
 
 
 def interval(values):
-    """95 % interval of the mean by the way that suits the values: (low, high, kind); None for a single value. Equal
-    values give a point. BCa draws the same resamples at every call."""
-    if len(values) < 2:
-        return None
+    """95 % interval of the mean by the way that suits the values: (low, high, kind). BCa: always the same resamples."""
     kind = shape(values)
     if kind == "=":
         found = [np.mean(values)] * 2
     elif kind == "BCa":
-        how = {"n_resamples": RESAMPLES, "method": "BCa", "rng": np.random.default_rng(0)}
+        how = {"n_resamples": 9999, "method": "BCa", "rng": np.random.default_rng(0)}
         found = scipy_stats().bootstrap((values,), np.mean, **how).confidence_interval
     else:
         found = scipy_stats().ttest_1samp(values, 0).confidence_interval()
@@ -44,9 +38,8 @@ def interval(values):
 
 
 def p_value(values, bar=0.0, sides=2):
-    """p of the hypothesis that the mean is the bar; one-sided (sides 1) on the side on which the mean lies. Student's
-    one-sample t whatever the values' shape: flips of the signs of eight values cannot give less than 2/256, which no
-    correction for many tests survives. Equal values: 1 on the bar, else 0."""
+    """p of the hypothesis that the mean is the bar, by Student's t; sides 1: on the side on which the mean lies. Signs
+    of eight values cannot give less than 2/256, which no correction survives. Equal values: 1 on the bar, else 0."""
     if shape(values) == "=":
         return float(abs(values[0] - bar) < 1e-9)
     return float(scipy_stats().ttest_1samp(values, bar).pvalue) * sides / 2
@@ -60,8 +53,7 @@ def holm(ps):
 
 
 def statistic(values):
-    """Mean, sd (n − 1), 95 % interval with its kind, seeds above and below 0, and p against 0; None is left out.
-    Returns None for fewer than two values."""
+    """Mean, sd (n − 1), 95 % interval with its kind, seeds above and below 0, p, of two or more that are not None."""
     values = [value for value in values if value is not None]
     if len(values) < 2:
         return None

@@ -2,12 +2,11 @@
 
     machine    always: rates of matrix products and of copies, with which the other parts are compared
     host disk  the host's memory; room and speed of the disk under --output_dir
-    step       ReRULE's steps at RWKU's lengths, for each size: seconds, memory beside `memory.plan`, shares of the
-               machine's rates, the gap between sampler and trainer, what a saved state and a saved model take
-    lora       the same with adapters
+    step lora  ReRULE's steps at RWKU's lengths, for each size, of all weights or adapters: seconds, memory beside
+               `memory.plan`, shares of the machine's rates, what a saved state and a saved model take
 
-A part that fails says why and leaves the others alone. `check.json` and `check.md` grow part by part; docs/full_size.md
-explains their rows. An update's last kernels may run on a GPU when its clock stops; the next part's clock has them."""
+A part that fails leaves the others alone. docs/full_size.md explains the rows of `check.md`, which grows part by part.
+An update's last kernels may run on a GPU when its clock stops; the next part's clock has them."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -230,8 +229,7 @@ def told_steps(rows, config, cached, rates, found, on_gpu):
 
 
 def decode_bytes(weights, cached, config, tokens):
-    """The bytes that sampling must read: all weights at each position, for as many prompts as run side by side, and
-    all keys and values so far, of a group's prompt once."""
+    """What sampling must read: all weights at each position, all keys and values so far, of a group's prompt once."""
     n, prompt = config.prompts_per_step, benchmarks.ALL[config.benchmark].prompt_tokens
     turns = -(-n // (config.rollout_prompts or n)) * config.max_new_tokens
     length = tokens / (n * config.group_size)  # as if all were equally long, which reads least

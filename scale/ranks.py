@@ -12,8 +12,7 @@ What is shared out, and how it stays the computation of one process:
 
 Deviations
 - Attacks take one process (`engine.flags.resolve`).
-- With `--offload` weights go up once between two steps: a rollout's serve the update that follows. Gradients stay in
-  fp32 on the GPU until an update's last micro-batch."""
+- With `--offload` weights go up once a step, for rollout and update; fp32 gradients stay until the last micro-batch."""
 
 import os
 import re
@@ -153,8 +152,7 @@ class Ranks(Engine):
         return join(part for own in everyones for part in own)
 
     def turns(self, n):
-        """(number of a part, whether it counts) for this rank, every W-th of n. All take as many turns, if need be with
-        another's part that does not count, for none can run a layer without the others' weights."""
+        """(part, whether it counts) for this rank, every W-th of n. All take as many: a layer runs on all or none."""
         turns = [(first + self.rank, first) for first in range(0, n, self.world)]
         return [(at, True) if at < n else (first, False) for at, first in turns]
 

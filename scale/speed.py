@@ -95,8 +95,7 @@ def build_prompts(length, vocabulary=VOCABULARY, n=N_PROMPTS):
 
 
 def place(engine, config, build):
-    """(The model to train in float32, the frozen reference as it computes), as the driver has them. build() → the same
-    random model at every call."""
+    """(The model to train, in float32, the reference as it computes). build() → the same random model at every call."""
     low = torch.bfloat16 if engine.half else torch.float32
 
     def built(dtype):
@@ -139,12 +138,10 @@ def matmul_rate(device="cpu", dtype=torch.float32):
 
 def operations(model, prompt_tokens, responses, tokens):
     """The arithmetic that so many responses of `tokens` tokens in all cannot do without: (of a forward pass, of an
-    update), a product and a sum for each weight of a matrix and each position that meets it.
-
-    Layers meet `prompt_tokens`, a group's prompt once, and all tokens but each response's last, which nothing follows;
-    the head meets a position a token. A tied head multiplies as any other, a look-up of embeddings does not. Gradients
-    take a forward pass's for positions, and as much again for those weights that are trained. Left out: attention's
-    products of positions with positions, norms, softmax."""
+    update), a product and a sum for each weight of a matrix and each position that meets it. Layers meet prompts once a
+    group, and all tokens but each response's last; the head, tied or not, meets a position a token. Gradients take a
+    forward pass's for positions, and as much again for trained weights. Left out: attention's products, norms, softmax.
+    """
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     body = [p for p in model.parameters() if p.dim() > 1 and p is not head and p is not embedding]
     met = [(p, prompt_tokens + tokens - responses) for p in body] + [(head, tokens)]
@@ -180,8 +177,7 @@ def measure(o, beside=lambda model: contextlib.nullcontext(lambda: None)):
                     build_prompts(prompt, o.vocab), lambda query, text: earned(text),
                     lambda row: (rows.append(row), turn()))  # fmt: skip
     rate, rows = max(rate, matmul_rate(engine.device, dtype)), rows[o.warmup :]
-    shown = ("shape", "hidden", "layers", "vocab", "threads", "steps", "max_tokens")
-    result = {name: getattr(o, name) for name in shown}
+    result = {name: getattr(o, name) for name in "shape hidden layers vocab threads steps max_tokens".split()}
     result |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "dtype": str(dtype).split(".")[1]}
     for row in rows:
         row |= {"update_group_s": row["update_s"] / PROMPTS_PER_STEP, "tokens_per_step": row["response_tokens"]}
