@@ -284,7 +284,7 @@ def test_a_folder_that_was_built(tmp_path, marker, file):
 
 
 @pytest.mark.parametrize("file", ["records.json", "runs/base_21/record.json", "runs/base_21/config.json"])
-def test_records_of_the_report(tmp_path, marker, file):
+def test_records_of_the_report(tmp_path, marker, file, monkeypatch):
     from unittest import mock
 
     from reproduce import __main__ as report
@@ -293,8 +293,8 @@ def test_records_of_the_report(tmp_path, marker, file):
     with mock.patch.object(report, "run_all"), mock.patch.object(report, "write_records"):
         done = ended(reproduce, "--output_dir", tmp_path, "--only", "nothing")
         assert done.line() and not marker.exists()
-        with mock.patch.dict(sys.modules, {"reproduce.report": mock.Mock()}):
-            safe(ended(reproduce, "--output_dir", tmp_path), marker)
+        monkeypatch.setitem(sys.modules, "reproduce.report", mock.Mock())
+        safe(ended(reproduce, "--output_dir", tmp_path), marker)
 
 
 def test_no_key_is_ever_written(good, tmp_path, monkeypatch):
