@@ -29,7 +29,7 @@ MOST = 10**6  # that any count or number may be: more is a slip, and would fill 
 Count = Annotated[int, "at least 1, at most a million", lambda x: 1 <= x <= MOST]
 Natural = Annotated[int, "0 or more, at most a million", lambda x: 0 <= x <= MOST]
 Above0 = Annotated[float, "a number above 0, at least 1e-12, at most a million", lambda x: 1e-12 <= x <= MOST]
-From0 = Annotated[float, "0 or more, at most a million", lambda x: 0 <= x <= MOST]
+From0 = Annotated[float, "0 or more, at most a billion", lambda x: 0 <= x <= 1e9]  # no clip: a bound of 1e9
 Three = Annotated[list[float], "three numbers", lambda x: len(x) == 3 and all(-MOST <= w <= MOST for w in x)]
 Seed = Annotated[int, "a whole number of at most 18 digits", lambda x: abs(x) < 10**18]
 Finite = Annotated[float, "a number from minus a million to a million", lambda x: -MOST <= x <= MOST]

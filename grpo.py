@@ -39,8 +39,7 @@ class RolloutGroup:
     advantages: torch.Tensor | None = None  # (G,)
     texts: list[str] = field(default_factory=list)  # the G responses in words
     kind: str = ""  # of x: "forget" or "boundary"
-    train_logprobs: torch.Tensor | None = None  # (G, T) log π_θ of an update's forward, until its ratios are told
-    place: int | None = None  # in the step's batch, once that is logged
+    train_logprobs: torch.Tensor | None = None  # (G, T) log π_θ of step 4's forward, until its ratios are told
 
     def all_equal(self):
         """All rewards the same: Â = 0, no policy gradient."""

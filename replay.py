@@ -17,7 +17,7 @@ from collections import deque
 
 import torch
 
-from grpo import RolloutGroup, accumulate_gradient, fill, k3
+from grpo import RolloutGroup, accumulate_gradient, k3
 
 
 def is_hard(group, tau):
@@ -48,15 +48,14 @@ class ReplayBuffer:
     """
 
     def __init__(self, capacity, stored=hard_groups, drawn=lambda ring, previous, groups, n, rng: draw(ring, n, rng)):
-        self.ring, self.previous, self.latest, self.stored, self.drawn = deque(maxlen=capacity), [], [], stored, drawn
+        self.ring, self.previous, self.stored, self.drawn = deque(maxlen=capacity), [], stored, drawn
 
     def __len__(self):
         return len(self.ring)
 
     def draw(self, n, groups, generator):
-        """n groups to replay in the step that has sampled `groups`; `latest` until the next draw."""
-        self.latest = self.drawn(list(self.ring), self.previous, groups, n, generator)
-        return self.latest
+        """n groups to replay in the step that has sampled `groups`."""
+        return self.drawn(list(self.ring), self.previous, groups, n, generator)
 
     def store(self, groups, tau, generator, closed=False):
         """Step 6: what of a step's groups enters B; nothing once it is `closed`."""
@@ -112,14 +111,13 @@ def off_policy_loss(logprobs, ratio, advantages, epsilon_low, epsilon_high, obje
 
 
 def off_policy_gradient(model, batches, config, logprobs_of, mean_weight=1.0):
-    """Step 5: add to the gradients that of Eq. 5 over `batches` of replayed groups; fill in their `train_logprobs`.
+    """Step 5: add to the gradients that of Eq. 5 over `batches` of replayed groups.
 
     Returns: their importance ratios (n,), of responses, or of tokens at level "token".
     """
     ratios = []
 
     def token_loss(batch, logprobs):
-        fill(batch, "train_logprobs", logprobs.detach())
         ratio = importance_ratio(logprobs.detach(), batch.old_logprobs, batch.mask, config.ratio_level)  # (B, T)
         ratios.append(one_each(ratio, batch, config.ratio_level))
         loss = off_policy_loss(

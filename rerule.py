@@ -170,7 +170,7 @@ def replay_update(engine, model, buffer, groups, update, logprobs_of, config, st
         if config.normalize_ratio:
             ratios = engine.joined(ratios_of(model, batches(), config.ratio_level, logprobs_of))
             mean_weight = clip_ratio(ratios, *clip).mean()
-        ratios = off_policy_gradient(model, batches(), config, logprobs_of, mean_weight)  # Eq. 5
+        ratios = off_policy_gradient(model, batches(), config, report.noted(logprobs_of), mean_weight)  # Eq. 5
         row |= ratio_statistics(engine.joined(ratios), *clip)
     if not drawn:  # `--replay_store none`: momentum and weight decay alone
         zero_gradient(model)
@@ -178,7 +178,7 @@ def replay_update(engine, model, buffer, groups, update, logprobs_of, config, st
         row["grad_norm"] = update()
     elif used or not drawn:
         row["replay_grad_norm"] = update()
-    return row
+    return row | report.replayed(engine, config, drawn, used, step)
 
 
 # --- the whole job ---------------------------------------------------------------------------------------------------

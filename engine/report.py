@@ -17,6 +17,7 @@ import benchmarks
 from baselines import TITLES
 from engine import page, plots
 from engine.files import RANK, printable, read_lines, write_json, write_text
+from grpo import fill
 from refusal import is_refusal
 from replay import clip_ratio, importance_ratio, is_hard
 
@@ -26,16 +27,14 @@ def record(run, phase, row, groups, queries, stops):
     name = {"method": phase.name, "stage": 2, "step": groups[0].step}
     row = name | group_metrics(groups, queries, run.config.tau) | row
     entered = [id(group) for group in phase.buffer.ring if group.step == row["step"]]
-    for place, group in enumerate(groups):
-        query, group.place = queries[group.query], place
+    for group in groups:
+        query = queries[group.query]
         run.samples.write(
             {"method": phase.name, "step": group.step, "query": group.query, "kind": query.kind, "group": query.group,
              "prompt": query.question, "completions": group.texts, "rewards": group.rewards.tolist(),
              "refusals": [is_refusal(text) for text in group.texts],
              "stored": entered.index(id(group)) + 1 if id(group) in entered else 0}
         )  # fmt: skip
-    if "replay_groups" in row:
-        row |= replayed(run, phase.buffer.latest, row)
     ended = torch.stack([(torch.isin(g.response_ids, torch.tensor(stops)) & g.mask).any(-1) for g in groups])  # (N, G)
     row["truncation"] = 1 - ended.float().mean().item()
     shown = row["step"] == phase.first or row["step"] % max(1, run.config.steps // 4) == 0
@@ -47,19 +46,30 @@ def record(run, phase, row, groups, queries, stops):
         show_samples(phase, groups, queries)
 
 
-def replayed(run, drawn, row):
-    """The groups of a replay update for the log: [step sampled, place in its batch, query, mean clipped weight]. The
-    place is None for fresh rollouts, which no line of the log has; the weight for a group that was skipped."""
-    config, told = run.config, []
-    run.engine.complete([g for g in drawn if not (row["replay_skipped"] and g.all_equal())], "train_logprobs")
+def noted(logprobs_of):
+    """`logprobs_of` that leaves what it gives in the groups too, as `train_logprobs`."""
+
+    def noting(model, batch):
+        logprobs = logprobs_of(model, batch)
+        fill(batch, "train_logprobs", logprobs.detach())
+        return logprobs
+
+    return noting
+
+
+def replayed(engine, config, drawn, used, step):
+    """The groups of a replay update for the log: [step sampled, query, mean clipped weight]. The weight is None for a
+    group that was skipped; the groups of `used` were not."""
+    engine.complete(used, "train_logprobs")
+    told = []
     for group in drawn:
         own, group.train_logprobs, weight = group.train_logprobs, None, None
         if own is not None:
             ratio = importance_ratio(own, group.old_logprobs, group.mask, config.ratio_level)  # (G, T)
             ratio = ratio[group.mask] if config.ratio_level == "token" else ratio[:, 0]
             weight = clip_ratio(ratio, config.epsilon_low, config.epsilon_high).mean().item()
-        told.append([group.step, group.place, group.query, weight])
-    return {"replay_age": sum(row["step"] - g.step for g in drawn) / max(1, len(drawn)), "replayed": told}
+        told.append([group.step, group.query, weight])
+    return {"replay_age": sum(step - group.step for group in drawn) / max(1, len(drawn)), "replayed": told}
 
 
 def group_metrics(groups, queries, tau):

@@ -108,7 +108,8 @@ def step(engine, config, folder, out):
         off, buffer = config_of("", **flag), ReplayBuffer(len(part))
         buffer.ring.extend(part)
         row = rerule.replay_update(engine, model, buffer, groups, update, logprobs_of, off, 1)
-        found[f"off {flag} {len(part)}"] = tuple(row.values())
+        weights = [weight or 0.0 for *_, weight in row.pop("replayed")]
+        found[f"off {flag} {len(part)}"] = (*row.values(), *weights)
     for group in groups:
         group.ref_logprobs = None
     grpo.add_reference(reference, engine.batches(reference, groups), logprobs_of)

@@ -217,7 +217,7 @@ def rows_of_stage2(method, words):
         steps=3, prompts_per_step=4, group_size=4, lr=1e-3, tau=1.0, min_groups=1, warmup_steps=0, buffer_size=20,
         replay_groups=3, max_new_tokens=4, save_every=0, eval_every=0,
     )  # fmt: skip
-    logs = dict(metrics=SimpleNamespace(write=rows.append), samples=SimpleNamespace(write=lambda row: None))
+    logs = dict(log=lambda row, *_: rows.append(row), samples=SimpleNamespace(write=lambda row: None))
     run = SimpleNamespace(config=config, engine=Engine("cpu"), state={"phase": None}, **logs)
     model, reference = tiny("llama", len(words)), tiny("llama", len(words)).requires_grad_(False)
     rerule.stage2(run, method, model, reference, words, Training([], queries), lambda query, text: len(text) % 2 / 2)

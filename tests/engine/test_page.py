@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import miniature
 import pytest
@@ -49,7 +48,7 @@ def seen(request, base, tmp_path, monkeypatch):
 
     def spy_record(run, phase, row, groups, *rest):
         record(run, phase, row, groups, *rest)
-        held[groups[0].step] = [(group.step, group.place) for group in phase.buffer.ring]
+        held[groups[0].step] = [(group.step, group.query) for group in phase.buffer.ring]
         assert all(group.train_logprobs is None for group in [*phase.buffer.ring, *groups])  # nothing more to save
 
     def spy_gradient(*args):
@@ -84,13 +83,10 @@ def test_what_the_buffer_held_follows_from_the_log(seen):
     """What is stored and when it leaves, against the ring itself: also where the order of storing is drawn."""
     folder, held, _ = seen
     samples = [row for row in data_of(folder / "run.html")["samples"] if row["method"] == "rerule"]
-    places = {}
-    for row in samples:
-        places[id(row)] = sum(other["step"] == row["step"] for other in samples[: samples.index(row)])
     for step, ring in held.items():
         inside = [r for r in samples if r["stored"] and r["step"] <= step and r.get("left", step + 1) > step]
         inside.sort(key=lambda row: (row["step"], row["stored"]))
-        assert [(row["step"], places[id(row)]) for row in inside] == ring
+        assert [(row["step"], row["query"]) for row in inside] == ring
     assert len(held) == 7 and all(row["buffer_size"] == len(held[row["step"]]) for row in stage2(folder))
 
 
@@ -112,13 +108,13 @@ def test_the_log_says_which_groups_were_replayed_and_their_weights(seen):
         weights = [weight for *_, weight in drawn if weight is not None]
         if weights:
             assert sum(weights) / len(weights) == pytest.approx(ratios[step].clamp(0.8, 1.3).mean().item(), rel=1e-5)
-        for sampled, place, query, _ in drawn:
-            if config["replay_store"] == "fresh":
-                assert (sampled, place) == (step, None)
+        for sampled, query, _ in drawn:
+            if config["replay_store"] in ("fresh", "current"):
+                assert sampled == step
             else:
-                own = [r for r in samples if r["method"] == "rerule" and r["step"] == sampled]
-                assert own[place]["query"] == query
-                assert (sampled == step) if config["replay_store"] == "current" else (sampled, place) in held[step - 1]
+                assert (sampled, query) in held[step - 1]
+            if config["replay_store"] != "fresh":
+                assert query in [r["query"] for r in samples if (r["method"], r["step"]) == ("rerule", sampled)]
         if config["max_age"]:
             assert all(step - sampled <= 2 for sampled, *_ in drawn)
 
@@ -129,7 +125,7 @@ def test_a_groups_weight_by_hand(model, level):
     groups = make_groups(model, ((3, 4, 5, 6, 7), (3, 4), (8,)))
     config, told = Config(ratio_level=level), []
     for place, group in enumerate(groups):
-        group.place, group.train_logprobs = place, group.old_logprobs.clone()
+        group.train_logprobs = group.old_logprobs.clone()
         shifts = []  # of each response's tokens: log π_θ − log π_old
         for i, length in enumerate(group.mask.sum(-1).tolist()):
             shifts.append(torch.tensor([0.1 * (t - place) for t in range(length)]))
@@ -140,10 +136,9 @@ def test_a_groups_weight_by_hand(model, level):
             "token": torch.cat(shifts),
         }
         told.append(torch.stack([*logs[level]]).exp().clamp(0.8, 1.3).mean().item())
-    run = SimpleNamespace(config=config, engine=Engine("cpu"))
-    found = report.replayed(run, groups[::-1], {"replay_skipped": 0, "step": 4})
-    assert [row[:3] for row in found["replayed"]] == [[1, place, place] for place in (2, 1, 0)]
-    assert [row[3] for row in found["replayed"]] == pytest.approx(told[::-1], abs=1e-5)
+    found = report.replayed(Engine("cpu"), config, groups[::-1], groups, 4)
+    assert [row[:2] for row in found["replayed"]] == [[1, query] for query in (2, 1, 0)]
+    assert [row[2] for row in found["replayed"]] == pytest.approx(told[::-1], abs=1e-5)
     assert found["replay_age"] == 3  # all were sampled at step 1
     assert all(group.train_logprobs is None for group in groups)
 
@@ -373,14 +368,14 @@ def test_a_browser_answers_to_the_slider_the_filters_and_a_prompt_followed(base,
               (sum(row["kind"] == "forget" for row in first), "RULE"), (len(first), "RULE")]  # fmt: skip
     told = [f"{n} {'group' if n == 1 else 'groups'} of {method} at step 1 | {n}" for n, method in counts]
     rerule_rows = [row for row in samples if row["method"] == "rerule"]
-    found = {}  # {(step, place): what the log says of its replays}
+    found = {}  # {(step, query): what the log says of its replays}
     for row in stage2(base):
-        for step, place, _, weight in row.get("replayed", ()):
+        for step, query, weight in row.get("replayed", ()):
             said = f"weight {weight:.2f}" if weight is not None else "skipped: no advantage"
-            found.setdefault((step, place), []).append(
+            found.setdefault((step, query), []).append(
                 f"replayed at step {row['step']}: age {row['step'] - step}, {said}"
             )
-    first_drawn = found[min(found)]
+    first_drawn = found[next(at for row in rerule_rows if (at := (row["step"], row["query"])) in found)]
     told += [f"{len(rule)} groups | {min(24, len(rule))}", f"{len(rerule_rows)} groups | {min(24, len(rerule_rows))}"]
     told += [f"{len(found)} groups | {min(24, len(found))}"]
     told += [first_drawn[0] if len(first_drawn) < 4 else f"replayed {len(first_drawn)} times"]

@@ -43,7 +43,9 @@ def test_bad_records(tmp_path):
     (tmp_path / "records.json").write_text('{"runs": ')
     with pytest.raises(InputError, match="records.json: cannot be read"):
         main(["--output_dir", str(tmp_path)])
-    (tmp_path / "records.json").write_text('{"runs": {"base_21": {"args": ["--steps", "8"]}}}')
+    (tmp_path / "records.json").write_text(
+        '{"runs": {"base_21": {"args": ["--steps", "8"], "family": "base", "seed": 21}}}'
+    )
     with pytest.raises(InputError, match="holds a quick run"):
         main(["--output_dir", str(tmp_path)])
 
@@ -76,14 +78,14 @@ def reproduce_small(folder, script, until=None):
 
 
 def figures_of(folder):
-    """Records without times."""
+    """Records without times and dates."""
     runs = json.loads((folder / "records.json").read_text())["runs"]
     return without_times(runs)
 
 
 def without_times(value):
     if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if not k.startswith(("seconds", "time"))}
+        return {k: without_times(v) for k, v in value.items() if not k.startswith(("seconds", "time", "date"))}
     return value
 
 

@@ -3,6 +3,7 @@
 A fixed budget here; `python -m pytest -m long` draws fifty times as many."""
 
 import copy
+import hashlib
 import json
 import tempfile
 import time
@@ -318,12 +319,13 @@ def test_replies_and_caches(n):
     def _(reply):
         json.dumps(llm.json_object(reply, ["a"]), ensure_ascii=False).encode()
 
-    good = [{"key": llm.key_of("m", "p"), "model": "m", "scores": {"read": 1, "help": 2, "truth": 3}}] * 2
+    key = hashlib.sha256(b"m\np").hexdigest()
+    good = [{"key": key, "model": "m", "scores": {"read": 1, "help": 2, "truth": 3}}] * 2
 
     @tried(written(good), n // 3)
     def _(text):
         known, size = llm.read_cache(filed("cache", text), "scores")
-        assert 0 <= size <= len(text) and llm.is_known(known, llm.key_of("m", "p"), judge.parse) in (True, False)
+        assert 0 <= size <= len(text) and llm.is_known(known, key, judge.parse) in (True, False)
 
 
 # --- build_data ------------------------------------------------------------------------------------------------------
@@ -344,7 +346,7 @@ def test_sources_of_a_build(source, n):
         o.neighbours = str(filed("near.json", texts[1]))
         build.check_options(o)
         sources.read_facts(o, None, [])
-        sources.read_neighbours(o, ["Orla Finch"])
+        sources.read_neighbours(o, ["Orla Finch"], [])
 
 
 @pytest.mark.parametrize("n", budget(30))
@@ -357,7 +359,7 @@ def test_texts_of_a_build(n):
         o = build.Options("text", str(path), "out", "Orla Finch", neighbours=str(path))
         for fact in rewrite.complete_all(sources.read_facts(o, None, []), None, ""):
             assert fact.question.encode()
-        sources.read_neighbours(o, ["Orla Finch"])
+        sources.read_neighbours(o, ["Orla Finch"], [])
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------

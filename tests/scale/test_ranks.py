@@ -323,7 +323,8 @@ def test_errors_of_one_rank_are_everyones_and_said_once(tmp_path):
 
 
 def test_a_model_that_only_rank_0_finds_damaged_is_an_error_of_every_rank(tmp_path, words):
-    words.save_pretrained(tmp_path)  # no weights, which only rank 0 reads
+    words.save_pretrained(tmp_path)
+    tiny("llama").config.save_pretrained(tmp_path)  # no weights, which only rank 0 reads
     first, second = Ranks("cpu"), Ranks("cpu")
     second.rank, said = 1, []
     first.gather = lambda failed: said.append(failed) or [failed, None]
