@@ -227,7 +227,7 @@ def unlearn_all(run, benchmark, training, probes, retained, texts):
     else:
         model, tokenizer = engine.load(config.model)
         check_model(model, tokenizer, config, benchmark, training.prompts(), probes)
-        run.open()
+        run.open(model)
     if benchmark.retained or "retained" in config.method:
         score_phase("retained", *tiny_model(run, benchmark, training, probes, "retained"))
         if benchmark.forget_rows and not retained:

@@ -14,7 +14,7 @@ import time
 import warnings
 import zlib
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -119,6 +119,7 @@ class Run:
 
     def __init__(self, config, engine):
         self.config, self.engine, self.folder, self.starts = config, engine, Path(config.output_dir), []
+        self.source = {}  # phases that `start_from` takes over
         self.state = {"done": {}, "phase": None, "sizes": {"metrics": (0, 0), "samples": (0, 0)}}
         here = f"--output_dir {self.folder}"
         if not is_writable(self.folder):
@@ -186,8 +187,14 @@ class Run:
                 self.metrics.write(row)
         self.save(None, 0, None)
 
-    def open(self):
-        """Make the folder, or go on with it."""
+    def open(self, model=None):
+        """Make the folder, or go on with it. model: the original one of a run at full size, whose disk is looked at."""
+        if model is not None:
+            from scale.memory import check_disk
+
+            over = {name.split()[0] for name in self.state["done"] | self.source}
+            left = replace(self.config, method=[name for name in self.config.method if name not in over])
+            check_disk(sum(p.numel() for p in model.parameters()), left, self.folder, self.engine.half)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -187,7 +187,7 @@ def check_steps(o, device, rates, deadline, size, lora_rank):
     yield "flags for this machine", flags, None, f"{n} prompts × 8 responses of at most {longest} tokens"
     if host > host_memory():
         raise MemoryError(f"the plan takes {host / GB:.1f} GB of the host, which has {host_memory() / GB:.1f}")
-    disk = memory.disk(counted, replace(config, save_every=1), on_gpu)
+    disk = memory.disk(counted.parameters, counted.at(config, False).adapters, replace(config, save_every=1), on_gpu)
     saved = {"state": disk["state"], "model": disk["models"] / len(config.method)}
     if sum(saved.values()) < min(MOST_SAVED, 0.9 * shutil.disk_usage(o.output_dir).free):
         config.save_every = config.steps

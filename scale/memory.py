@@ -245,14 +245,29 @@ def plan(counted, config, ranks, on_gpu):
     return found if on_gpu else {name: (0, gpu + host) for name, (gpu, host) in found.items()}
 
 
-def disk(counted, config, on_gpu):
-    """Bytes on disk: {"models": all that the run leaves, "state": one, "most at once": with the next being written}."""
-    adapters = counted.at(config, False).adapters
-    model = counted.parameters * (2 if {"auto": on_gpu, "bfloat16": True}.get(config.save_dtype) else 4) + 4 * adapters
+def disk(n, adapters, config, on_gpu):
+    """Bytes on disk of a model of n parameters and its adapters: {"models": all that the run leaves, "state": one,
+    "most at once": with the next being written}."""
+    model = n * (2 if {"auto": on_gpu, "bfloat16": True}.get(config.save_dtype) else 4) + 4 * adapters
     models = [model * (2 if name == "whp" else 1) for name in config.method]
-    state = 12 * (adapters or counted.parameters) if config.save_every else 0  # weights and two moments
-    most = max(sum(models[:i]) + max(2 * state, state + models[i]) for i in range(len(models)))
-    return {"models": sum(models), "state": state, "most at once": max(most, sum(models))}
+    state = 12 * (adapters or n) if config.save_every else 0  # weights and two moments
+    most = [sum(models[:i]) + max(2 * state, state + models[i]) for i in range(len(models))]
+    return {"models": sum(models), "state": state, "most at once": max([*most, sum(models)])}
+
+
+def check_disk(n, config, folder, on_gpu):
+    """Raise InputError where the disk has no room for what a run of n parameters has yet to write."""
+    needed = disk(n, 1 if config.lora_rank else 0, config, on_gpu)["most at once"]
+    state = [folder / "state.pt", *folder.glob("shards_*/*")]  # there already, and the next takes its place
+    room = free(folder) + sum(path.stat().st_size for path in state if path.is_file())
+    if room < needed:
+        sizes = f"expected {needed / GB:.2f} GB of free disk for models and states, found {room / GB:.2f}"
+        raise InputError(f"--output_dir {folder}: {sizes} (see --dry_run, --save_every, --save_dtype)")
+
+
+def free(folder):
+    """Bytes free on the disk of a folder that may not exist yet."""
+    return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
 
 
 def fitting(counted, config, ranks, room):
@@ -292,11 +307,10 @@ def show(config):
     print(f"{'':14}{'each GPU':>10}{'host':>10}")
     for name, sizes in plan(counted, config, ranks, on_gpu).items():
         print(f"{name:14}" + "".join(f"{size / GB:10.1f}" if size else f"{'–':>10}" for size in sizes))
-    folder = Path(config.output_dir).absolute()
-    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
-    taken = disk(counted, config, on_gpu)
-    print(f"\nDisk: {', '.join(f'{name} {size / GB:.1f}' for name, size in taken.items())}; free {free / GB:.1f}")
-    if taken["most at once"] > free:
+    room, adapters = free(Path(config.output_dir)), counted.at(config, False).adapters
+    taken = disk(counted.parameters, adapters, config, on_gpu)
+    print(f"\nDisk: {', '.join(f'{name} {size / GB:.1f}' for name, size in taken.items())}; free {room / GB:.1f}")
+    if taken["most at once"] > room:
         print(f"It does not fit the disk of --output_dir {config.output_dir}.")
     own = [torch.cuda.get_device_properties(0).total_memory / GB] if torch.cuda.is_available() else []
     for room in [*own, *ROOMS] if on_gpu else []:

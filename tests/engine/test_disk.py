@@ -2,6 +2,8 @@
 
 import json
 import os
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from made import SMALL, byte_tokenizer, published_rwku
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import rerule
+from config import InputError
 from engine.model import Pair
 from engine.process import Engine
 from engine.run import Run, descend
@@ -148,7 +151,13 @@ def test_the_disk_of_a_run_is_the_planned_one(flags, watched, tmp_path):
     argv = [*flagged, "--method", "rule", "--max_new_tokens", "3", "--benchmark", "rwku", "--model", tmp_path / "model"]
     argv = [*map(str, argv), "--data_dir", str(tmp_path / "data"), "--output_dir", str(folder), *flags]
     config = rerule.configure(argv if "--save_every" in flags else [*argv, "--save_every", "0"])
-    planned = memory.disk(memory.seen(architecture, False), config, False)
+    counted = memory.seen(architecture, False)
+    planned = memory.disk(counted.parameters, counted.at(config, False).adapters, config, False)
+    few = 0.9 * planned["models"] if config.lora_rank else planned["most at once"] - 1  # adapters are not known yet
+    with mock.patch("shutil.disk_usage", lambda place: SimpleNamespace(free=few)):
+        with pytest.raises(InputError, match="GB of free disk for models and states, found 0.0"):
+            rerule.main(config)
+    assert not folder.exists()
     rerule.main(config)
     assert planned["models"] == pytest.approx(bytes_of(folder), rel=0.05)
     assert planned["most at once"] == pytest.approx(watched["all"], rel=0.05)

@@ -107,10 +107,10 @@ def test_the_least_flags_for_gpus_of_24_40_and_80_gb(benchmark, longest):
 def test_disk_by_hand():
     """bf16 on a GPU; both models of WHP; two states of 12 bytes a weight beside what the methods before have left."""
     flags = dict(method=["whp", "rej_steer", "rule"], save_every=50)
-    assert memory.disk(fixed(), Config(**flags), True) == {"models": 8e9, "state": 12e9, "most at once": 30e9}
-    assert memory.disk(fixed(), Config(**flags), False)["models"] == 16e9
-    assert memory.disk(fixed(), Config(**flags | {"save_every": 0}), True)["most at once"] == 8e9
-    adapted = memory.disk(fixed(adapters=1e7), Config(**flags, save_dtype="float32"), True)
+    assert memory.disk(1e9, 0, Config(**flags), True) == {"models": 8e9, "state": 12e9, "most at once": 30e9}
+    assert memory.disk(1e9, 0, Config(**flags), False)["models"] == 16e9
+    assert memory.disk(1e9, 0, Config(**flags | {"save_every": 0}), True)["most at once"] == 8e9
+    adapted = memory.disk(1e9, 1e7, Config(**flags, save_dtype="float32"), True)
     assert adapted == {"models": 4 * 4.04e9, "state": 0.12e9, "most at once": 4 * 4.04e9 + 0.12e9}
 
 
