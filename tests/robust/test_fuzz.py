@@ -314,15 +314,11 @@ def test_replies_and_caches(n):
     @tried(REPLIES, n)
     def _(reply):
         assert json.dumps(judge.parse(reply))
-
-    @tried(REPLIES, n)
-    def _(reply):
         json.dumps(llm.json_object(reply, ["a"]), ensure_ascii=False).encode()
 
-    key = hashlib.sha256(b"m\np").hexdigest()
-    good = [{"key": key, "model": "m", "scores": {"read": 1, "help": 2, "truth": 3}}] * 2
+    key, scores = hashlib.sha256(b"m\np").hexdigest(), {"read": 1, "help": 2, "truth": 3}
 
-    @tried(written(good), n // 3)
+    @tried(written([{"key": key, "model": "m", "scores": scores}] * 2), n // 3)
     def _(text):
         known, size = llm.read_cache(filed("cache", text), "scores")
         assert 0 <= size <= len(text) and llm.is_known(known, key, judge.parse) in (True, False)
