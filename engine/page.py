@@ -31,7 +31,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 import torch
 
 from baselines import TITLES
-from engine.files import write_text
+from engine.files import read_lines, write_text
 from grpo import group_advantages
 from refusal import is_refusal
 from replay import is_hard
@@ -41,13 +41,8 @@ ANSWER = ("split", "question", "answer", "forget", "prediction", "rouge_l_recall
 
 
 def rows_of(path):
-    """Rows of a JSON-lines file, [] where there is none. A last line that is still being written is left out; a number
-    that is not finite, which a browser's JSON lacks, becomes None."""
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-        return [json.loads(line, parse_constant=lambda _: None) for line in lines]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON lines ({error!r:.80})") from None
+    """Rows of a log, [] where there is none. A number that is not finite, which a browser's JSON lacks, is None."""
+    return read_lines(path, parse_constant=lambda _: None) if path.is_file() else []
 
 
 def gather(folder):

@@ -15,6 +15,7 @@ import warnings
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,19 +24,7 @@ from baselines import TITLES
 from config import Config, InputError
 from engine import fast, report, trackers
 from engine.bars import Bar
-from engine.files import (
-    RANK,
-    Log,
-    about,
-    is_writable,
-    link_files,
-    now,
-    read_lines,
-    read_rows,
-    replacing,
-    save_folder,
-    write_json,
-)
+from engine.files import RANK, Log, about, is_writable, now, read_lines, read_rows, replacing, save_folder, write_json
 from engine.model import optimizer_for
 from engine.process import Engine
 from engine.seeds import batch_at, derive_seed
@@ -91,6 +80,14 @@ def is_state(found):
         return whole and kept and ("shards" in payload or {"model", "optimizer"} <= payload.keys())
     except (KeyError, TypeError, AttributeError):
         return False
+
+
+def link(path, target):
+    """The same bytes under another name, or a copy on another disk."""
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copy2(path, target)
 
 
 def start(config):
@@ -174,8 +171,9 @@ class Run:
 
     def adopt(self, source):
         """Take over the phases before Stage 2: their models (linked where the disk allows), answers and log rows."""
+        linked = partial(shutil.copytree, copy_function=link, dirs_exist_ok=True)
         for phase in [name for name in EARLY if f"{name} scored" in self.source]:
-            save_folder(self.folder / phase, lambda folder, phase=phase: link_files(source / phase, folder))
+            save_folder(self.folder / phase, partial(linked, source / phase))
             report.save_examples(self.folder, phase, read_lines(source / "predictions" / f"{phase}.jsonl"))
             if self.config.attack:
                 (self.folder / "attacks").mkdir(exist_ok=True)
