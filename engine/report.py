@@ -2,13 +2,9 @@
 
 docs/training_metrics.md defines every key of metrics.jsonl. The table has the rows of the paper's Tables 1, 2 and 5."""
 
-import csv
-import io
 import json
-import shlex
 import sys
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from huggingface_hub import EvalResult, ModelCardData
@@ -95,9 +91,6 @@ def write(folder, columns, results, figures=True):
     known = {key for row in results.values() for key, value in row.items() if value is not None}
     columns = {key: title for key, title in columns.items() if key in known} | {"seconds": "Training, s ↓"}
     results = {name: results[name] for name in TITLES if name in results}
-    lines, cells = io.StringIO(), [[TITLES[name], *map(row.get, columns)] for name, row in results.items()]
-    csv.writer(lines).writerows([["Model", *columns], *cells])
-    write_text(folder / "table.csv", lines.getvalue())
     write_json(folder / "table.json", {TITLES[name]: row for name, row in results.items()})
     lines, notes = [f"| {' | '.join(['Model', *columns.values()])} |", "|---|" + "---:|" * len(columns)], {}
     for name, row in results.items():
@@ -159,18 +152,7 @@ def print_table(folder):
         print()
     notes = [line for line in text.splitlines() if "†" in line and not line.startswith("|")]
     rest = f"Everything else is in {folder}/: run.html, table.md, curves.png, metrics.jsonl, samples.jsonl, models."
-    print(*notes, rest, *pointers(folder), sep="\n")
-
-
-def pointers(folder):
-    """Where a finished run's picture is, and two commands that go on from it."""
-    held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    last, seed, data = folder / (held["method"] or ["original"])[-1], held["seed"], held["data_dir"]
-    asked = ["--benchmark", held["benchmark"], *(["--data_dir", data] if data else []), "--seed", seed, "--model", last]
-    again = ["rerule.py", folder / "config.json", "--seed", seed + 1, "--output_dir", f"{folder}_{seed + 1}"]
-    commands = {"Another seed": again, "Score a model": ["evaluate.py", *asked, "--output", f"{last}.json"]}
-    told = [f"The picture: {path}" for path in folder.glob("curves.png")]
-    return told + [f"{what}: python {shlex.join(map(str, words))}" for what, words in commands.items()]
+    print(*notes, rest, sep="\n")
 
 
 def save_examples(folder, phase, rows):
@@ -180,8 +162,8 @@ def save_examples(folder, phase, rows):
     write_text(folder / "predictions" / f"{phase}.jsonl", text)
 
 
-def write_card(folder, phase, config, scores=MappingProxyType({})):
-    """README.md of a saved model, with the Hub's header. scores: {column: value} once it has been evaluated."""
+def write_card(folder, phase, config, scores):
+    """README.md of a saved model, with the Hub's header. scores: {column: value}."""
     stored, benchmark = Path(__file__).with_name("model_card.json"), benchmarks.ALL[config.benchmark]
     done = json.loads(stored.read_text(encoding="utf-8"))
     done = done.get(phase, f"Unlearned with {TITLES[phase]}, a baseline of Appendix B.")

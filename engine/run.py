@@ -245,7 +245,6 @@ class Run:
         def fill(folder):
             model.save_pretrained(folder, **({"state_dict": weights} if weights else {}))
             tokenizer.save_pretrained(folder)
-            report.write_card(folder, phase, self.config)
             for path in folder.rglob("*.safetensors"):  # its library lets nobody else read them
                 path.chmod(folder.stat().st_mode & 0o666)
 

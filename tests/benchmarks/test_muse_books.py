@@ -125,4 +125,4 @@ def test_an_ordinary_run_writes_no_carriage_return(tmp_path, monkeypatch, capfd)
     lines = err.splitlines()
     for phase in ("original: 0 of ", "rej_steer: 6 of 6", "rule: 0 of 7", "rule: 7 of 7", "answers: "):
         assert any(line.startswith(phase) for line in lines), phase
-    assert out.splitlines()[-1].startswith("Score a model: python evaluate.py --benchmark builtin")
+    assert out.splitlines()[-1].startswith("Everything else is in ")

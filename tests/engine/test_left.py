@@ -1,6 +1,5 @@
 """What a run leaves for others: cards, settings with where they come from, tables, modes, tokenizers."""
 
-import csv
 import json
 import os
 import re
@@ -77,16 +76,6 @@ def test_a_resumed_run_adds_its_start(tmp_path):
 def test_every_row_of_the_log_has_the_time_of_day(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", row["time"]) for row in rows)
-
-
-def test_the_table_as_csv(run):
-    table = json.loads((run / "table.json").read_text())
-    with open(run / "table.csv", newline="") as file:
-        rows = {row["Model"]: row for row in csv.DictReader(file)}
-    assert list(rows) == list(table)
-    for title, row in rows.items():
-        for column, value in row.items():
-            assert column == "Model" or value == ("" if table[title].get(column) is None else str(table[title][column]))
 
 
 def test_every_saved_model_writes_text_with_the_libraries_alone(run):

@@ -1,15 +1,12 @@
 """What a run leaves to be read: a ReRULE that never replayed says so."""
 
 import json
-import shlex
 from types import SimpleNamespace
 
 import pytest
 
-import evaluate
 from engine import report
 from engine.files import Log
-from engine.flags import parse
 
 
 @pytest.fixture
@@ -58,23 +55,3 @@ def test_replay_that_ran_has_its_first_step(run, tmp_path, capsys):
 
 def test_other_methods_say_nothing_of_replay(run):
     assert report.replay_of(run(False), "rule") == {} == report.replay_of(run(False), "po")
-
-
-def test_a_finished_run_names_its_picture_and_two_commands_that_work(tmp_path, capsys):
-    """The table first, then where to look and what to run, each command one that its program takes."""
-    folder = tmp_path / "some run"
-    folder.mkdir()
-    (folder / "table.md").write_text("| Model | Recall ↓ |\n|---|---:|\n| RULE | 1.0 |\n", encoding="utf-8")
-    held = {"benchmark": "tofu", "data_dir": "my data", "seed": 3, "method": ["rej_steer", "rule"]}
-    (folder / "config.json").write_text(json.dumps(held), encoding="utf-8")
-    report.print_table(folder)
-    assert "picture" not in capsys.readouterr().out
-    (folder / "curves.png").touch()
-    report.print_table(folder)
-    *_, picture, again, score = capsys.readouterr().out.splitlines()
-    assert picture.endswith(f" {folder / 'curves.png'}")
-    again, score = (shlex.split(line.split("python ")[1]) for line in (again, score))
-    assert again == ["rerule.py", f"{folder / 'config.json'}", "--seed", "4", "--output_dir", f"{folder}_4"]
-    o = parse(evaluate.Options, score[1:])
-    assert score[0] == "evaluate.py" and (o.benchmark, o.data_dir, o.seed) == ("tofu", "my data", 3)
-    assert (o.model, o.output) == (f"{folder / 'rule'}", f"{folder / 'rule'}.json")

@@ -232,7 +232,7 @@ def left(folder):
             found[name] = [
                 part for part in path.read_text().replace("}", ",").split(",") if not re.search('"seconds|"time"', part)
             ]
-        elif path.name not in ("state.pt", "config.json", ".lock", "table.md", "table.csv") or path.parent != folder:
+        elif path.name not in ("state.pt", "config.json", ".lock", "table.md") or path.parent != folder:
             found[name] = path.read_bytes()
     return found
 
