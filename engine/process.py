@@ -129,13 +129,10 @@ class Engine:
         """[the value of every process]."""
         return [value]
 
-    def total(self, value):
-        return sum(self.gather(value))
-
     def reduce(self, groups, *sums):
         """What each process's `grpo.on_policy_gradient` has returned and filled in, over all of them."""
         self.complete(groups, "train_logprobs")
-        return [self.total(value) for value in sums]
+        return [sum(self.gather(value)) for value in sums]
 
     def joined(self, tensor):
         """The tensors of all processes as one."""
@@ -190,6 +187,7 @@ class Engine:
         for path in [] if RANK else {*folder.glob("shards*"), *folder.glob("*.tmp")}:
             if path.name != but:
                 remove(path)
+        self.wait()
 
 
 def prepared(found, training):

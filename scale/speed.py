@@ -1,16 +1,15 @@
-"""Times Stage 2 as the driver runs it, on a random model: where a step's seconds go, its memory, its share of the peak.
+"""Times Stage 2 as the driver runs it, on a random model and a CPU in float32; `scale.check` does so on a GPU.
 
 The work: 32 prompts × 8 rollouts a step, temperature 1, k3 KL with weight 1e-2 against a frozen copy, AdamW 2e-6,
 gradient norm clipped at 1, one update per batch, a reward that about one random response in seven earns. Two shapes:
 `short` (12 prompt tokens, at most 24 new) and `rwku` (64, at most 32). `--replay` adds an update of 32 replayed groups.
 One JSON line on stdout, medians over the steps after the warm-up; docs/speed.md defines its keys.
-
 `tests/scale/peer.py` lets TRL's GRPOTrainer do the same work, step by step in turn with ours."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from config import Config, Count, Natural, setting
+from config import Config, Count, setting
 from engine.flags import check_bounds, parse, run_command
 
 
@@ -22,23 +21,16 @@ class Options:
     hidden: int = setting("Hidden size, a multiple of 8 (above 256: of 12).", 128)
     layers: int = setting("Layers.", 4)
     vocab: Annotated[int, "at least 1000", lambda x: x >= 1000] = setting("Words of the vocabulary.", 1000)
-    lora_rank: Natural = setting("Train adapters of this rank in place of all weights (0: off).", 0)
-    device: Literal["auto", "cpu", "cuda"] = setting("Where to run.", "auto")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "What to compute in; weights are float32. auto: bfloat16 on a GPU, as runs do, else float32.", "auto"
-    )
     steps: Count = setting("Steps timed.", 5)
     warmup: int = setting("Steps before them that are not.", 2)
     threads: Count = setting("Threads of torch.", 1)
     replay: bool = setting("Replay 32 groups in each step (ReRULE).", False)
-    cuda_graphs: bool = setting("Record decoding steps as CUDA graphs, taken where that proves faster.", False)
     max_tokens: int = setting("Token positions in a micro-batch of the update.", Config.max_tokens)
 
 
 EXAMPLES = [
     "python -m scale.speed --shape rwku --hidden 384 --layers 6 --steps 5 --replay",
     "python -m scale.speed --shape short --steps 25 --threads 2",
-    "python -m scale.speed --device cuda --hidden 768 --layers 12 --vocab 32000 --max_tokens 32768",
 ]
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
     OPTIONS = run_command(lambda: parse(Options, examples=EXAMPLES), leave=False)
@@ -161,24 +153,18 @@ def measure(o, beside=lambda model: contextlib.nullcontext(lambda: None)):
     config = resolve(Config(
         steps=o.warmup + o.steps, prompts_per_step=PROMPTS_PER_STEP, group_size=GROUP, lr=LR, weight_decay=0.0, tau=0.6,
         min_groups=1, warmup_steps=min(1, o.warmup), max_new_tokens=longest, max_tokens=o.max_tokens, eval_every=0,
-        save_every=0, device=o.device, lora_rank=o.lora_rank, cuda_graphs=o.cuda_graphs,
+        save_every=0, device="cpu",
     ), benchmarks.ALL)  # fmt: skip
     engine = start(config)
-    on_gpu = engine.device.type == "cuda"
-    engine.half = o.dtype == "bfloat16" or (o.dtype == "auto" and on_gpu)
-    dtype = torch.bfloat16 if engine.half else torch.float32
     models = place(engine, config, lambda: build_model(o.hidden, o.layers, o.vocab))
-    rate, rows = matmul_rate(engine.device, dtype), []
+    rate, rows = matmul_rate(), []
     run = SimpleNamespace(config=config, engine=engine, state={"phase": None})
-
-    computes = torch.autocast(engine.device.type, torch.bfloat16, enabled=engine.half, cache_enabled=False)
-    with beside(models[0]) as turn, computes:
+    with beside(models[0]) as turn:
         time_stage2(run, "rerule" if o.replay else "rule", models, build_tokenizer(o.vocab),
                     build_prompts(prompt, o.vocab), lambda query, text: earned(text),
                     lambda row: (rows.append(row), turn()))  # fmt: skip
-    rate, rows = max(rate, matmul_rate(engine.device, dtype)), rows[o.warmup :]
+    rate, rows = max(rate, matmul_rate()), rows[o.warmup :]
     result = {name: getattr(o, name) for name in "shape hidden layers vocab threads steps max_tokens".split()}
-    result |= {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "dtype": str(dtype).split(".")[1]}
     for row in rows:
         row |= {"update_group_s": row["update_s"] / PROMPTS_PER_STEP, "tokens_per_step": row["response_tokens"]}
         row["tokens_per_s"] = row["tokens_per_step"] / row["step_s"]
@@ -190,10 +176,7 @@ def measure(o, beside=lambda model: contextlib.nullcontext(lambda: None)):
             row["replay_skipped"] /= row["replay_groups"]
     more = ["update_group_s", "tokens_per_step", "tokens_per_s", "flop_floor_multiple"]
     more += ["replay_group_s", "replay_skipped"] * all("replay_group_s" in row for row in rows)
-    result |= medians(rows, ["step_s", *PARTS, *more]) | {"peak_rss_mb": peak_rss_mb()}
-    result["matmul_peak_share"] = round(1 / result["flop_floor_multiple"], 4)
-    result |= {"peak_gpu_mb": round(torch.cuda.max_memory_allocated() / 2**20)} if on_gpu else {}
-    return result
+    return result | medians(rows, ["step_s", *PARTS, *more]) | {"peak_rss_mb": peak_rss_mb()}
 
 
 if __name__ == "__main__":

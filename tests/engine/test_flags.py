@@ -314,23 +314,21 @@ def first_words(*flags):
     return [line for line in lines[:torch] if not line.startswith("import time:")]
 
 
-def test_the_first_words_come_before_torch_and_say_what_and_how_long(tmp_path):
-    stored = json.loads((ROOT / "results" / "first_run.json").read_text(encoding="utf-8"))["seconds"]
+def test_the_first_words_come_before_torch_and_say_what(tmp_path):
     given = ("--benchmark", "muse", "--data_dir", tmp_path / "none", "--seed", 2, "--output_dir", tmp_path / "run")
-    what, takes = first_words(*given)
-    for part in ("muse, seed 2", "a tiny model", "Rej. Steer, RULE, ReRULE", f"{tmp_path / 'run'}/"):
+    (what,) = first_words(*given)
+    for part in ("muse, seed 2", "--model tiny", "Rej. Steer, RULE, ReRULE", f"{tmp_path / 'run'}/"):
         assert part in what
-    assert f"about {stored['muse'] / 60:.0f} minutes on two CPU cores" in takes
-    what, takes = first_words(*given, "--model", "org/model", "--method", "po")
-    assert "load org/model" in what and "unlearn with PO" in what and "not measured" in takes
+    (what,) = first_words(*given, "--model", "org/model", "--method", "po")
+    assert "--model org/model: PO;" in what
 
 
 def test_a_plan_of_the_memory_and_other_processes_say_nothing_first(monkeypatch, capsys):
     config = rerule.configure([])
-    for case, told in ((config, 2), (dataclasses.replace(config, dry_run=True), 0)):
+    for case, told in ((config, 1), (dataclasses.replace(config, dry_run=True), 0)):
         assert flags.run_command(lambda case=case: case, leave=False) is case
         said = capsys.readouterr().out
-        assert len(said.splitlines()) == told and ("about 75 s" in said) == bool(told)
+        assert len(said.splitlines()) == told
     monkeypatch.setattr(flags, "RANK", 1)
     flags.run_command(lambda: config, leave=False)
     assert capsys.readouterr().out == ""

@@ -18,7 +18,7 @@ from engine.model import fast_products
 from engine.process import Engine
 from scale import speed
 
-KEYS = {"step_s", "gen_s", "ref_s", "update_s", "replay_s", "peak_rss_mb", "tokens_per_s", "matmul_peak_share"}
+KEYS = {"step_s", "gen_s", "ref_s", "update_s", "replay_s", "peak_rss_mb", "tokens_per_s", "flop_floor_multiple"}
 TINY = "--hidden 16 --layers 1 --steps 2 --warmup 1 --threads 1".split()
 
 
@@ -51,9 +51,8 @@ def test_one_line_with_every_number(capsys, shape):
     assert row["replay_s"] < 1e-3 and "replay_group_s" not in row
     longest = 4 * 8 * speed.SHAPES[shape][1]
     assert 0.8 * longest < row["tokens_per_step"] <= longest
-    assert 0 < row["matmul_peak_share"] < 1 and row["peak_rss_mb"] > 100
-    assert row["matmul_peak_share"] == round(1 / row["flop_floor_multiple"], 4)
-    assert (row["device"], row["dtype"], row["vocab"]) == ("cpu", "float32", 1000)
+    assert row["flop_floor_multiple"] > 1 and row["peak_rss_mb"] > 100
+    assert row["vocab"] == 1000
 
 
 def test_replay_is_timed_for_each_group_that_is_not_skipped(capsys):
@@ -102,16 +101,15 @@ def test_reference_and_policy_are_the_same_but_for_their_type():
     assert torch.equal(model.lm_head.weight.bfloat16(), reference.lm_head.weight)
 
 
-def test_adapters_are_timed_beside_their_own_base_as_reference(capsys):
+def test_adapters_stand_beside_their_own_base_as_reference():
     config = resolve(Config(lora_rank=4), benchmarks.ALL)
     model, reference = speed.place(Engine("cpu"), config, lambda: speed.build_model(16, 2))
     assert not model.lm_head.weight.requires_grad and reference.lm_head.weight is model.lm_head.weight
-    assert printed(capsys, "--lora_rank", "4")["update_s"] > 0
 
 
-def test_half_precision_and_a_larger_vocabulary(capsys):
-    row = printed(capsys, "--dtype", "bfloat16", "--vocab", "3000", "--replay")
-    assert (row["dtype"], row["vocab"]) == ("bfloat16", 3000) and row["replay_group_s"] > 0
+def test_a_larger_vocabulary(capsys):
+    row = printed(capsys, "--vocab", "3000", "--replay")
+    assert row["vocab"] == 3000 and row["replay_group_s"] > 0
 
 
 def test_the_share_of_responses_that_earn_is_the_same_at_any_vocabulary():
@@ -164,16 +162,11 @@ def test_a_missing_peer_is_one_clear_line(monkeypatch):
         peer.main([])
 
 
-def test_flags_that_make_no_sense(monkeypatch):
+def test_flags_that_make_no_sense():
     with pytest.raises(InputError, match="at least 1"):
         main("--steps", "0")
     with pytest.raises(InputError, match="--vocab 10: expected at least 1000"):
         main("--vocab", "10")
-    with pytest.raises(InputError, match="--cuda_graphs: no GPU"):
-        main("--cuda_graphs", "True", "--device", "cpu")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    with pytest.raises(InputError, match="the peer is timed on the CPU in float32"):
-        peer.main(["--dtype", "bfloat16"])
 
 
 def test_loss_and_gradient_of_one_batch_are_trls(tmp_path):
