@@ -63,8 +63,7 @@ class Engine:
         return join(self.parts(found, prompts, group_size, max_new_tokens, stops, temperature, rng, 0, len(prompts)))
 
     def lowered(self, found):
-        """A copy to sample from where bf16 computes: autocast would cast fp32 weights anew for every token, and rotated
-        keys would stay in fp32."""
+        """A copy to sample from in bf16: autocast would cast weights for every token and leave rotated keys in fp32."""
         if not self.half or hasattr(found, "lora") or next(found.parameters()).dtype != torch.float32:
             return found
         low = {id(p): torch.nn.Parameter(p.detach().bfloat16(), requires_grad=False) for p in found.parameters()}

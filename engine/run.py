@@ -143,8 +143,7 @@ class Run:
             self.check_source(Path(config.start_from))
 
     def lock(self):
-        """Raise InputError where another process writes to this folder. The system lets go of a lock whose process has
-        ended, however it ended."""
+        """Raise InputError where another process writes to this folder. The system frees the lock of one that ended."""
         if not RANK and self.folder.is_dir():
             LOCKS[self.folder.resolve()] = file = open(self.folder / ".lock", "a")  # open for as long as the process
             try:
@@ -304,8 +303,7 @@ class Phase:
 def descend(run, phase, stage, model, loss_of, *, steps, lr, warmup, stop=None):
     """The loop of every training but Stage 2: an optimiser step on `loss_of(step)`, a scalar with its graph; resumable.
     stop(step) → (more for the log, whether to end: False, True, or why training failed).
-    Returns: seconds; why training stopped before its time, or None. It stops where a gradient is not finite, with the
-        weights of the step before."""
+    Returns: seconds; why it stopped before its time, or None. A gradient that is not finite changes no weights."""
     config, engine = run.config, run.engine
     optimizer = optimizer_for(model, lr, config.weight_decay)
     steps = Phase(run, phase, steps, model, optimizer)

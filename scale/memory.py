@@ -32,13 +32,9 @@ from engine.model import quicken
 from grpo import Batch
 
 GB, ROOMS = 1e9, (24, 40, 80)
-FITS = [  # flags that make a run fit, those first that cost least
-    {},
-    {"gradient_checkpointing": True},
-    {"gradient_checkpointing": True, "offload": True},
-    {"gradient_checkpointing": True, "offload": False, "lora_rank": 16},
-    {"gradient_checkpointing": True, "offload": False, "lora_rank": 16, "max_tokens": 1},  # a group at a time
-]
+TWICE = {"gradient_checkpointing": True}
+LORA = TWICE | {"offload": False, "lora_rank": 16}
+FITS = [{}, TWICE, TWICE | {"offload": True}, LORA, LORA | {"max_tokens": 1}]  # from what costs least to most
 aten = torch.ops.aten
 
 

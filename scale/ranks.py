@@ -81,9 +81,8 @@ class Ranks(Engine):
             found = read_model(path, flag, dtype, tokenizer, weights=self.rank == 0)
         except InputError as error:
             failed = error
-        for error in self.gather(failed):
-            if error:
-                raise error
+        for error in filter(None, self.gather(failed)):
+            raise error
         return found
 
     def place(self, found, training=None):
