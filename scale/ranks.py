@@ -189,8 +189,7 @@ class Ranks(Engine):
             self.pending += ((found, score_part, made),)
         else:
             drop(found)
-        width = max(scores.shape[1] for scores in made)
-        return torch.cat([torch.nn.functional.pad(scores, (0, width - scores.shape[1])) for scores in made])
+        return join((scores,) for scores in made)[0]
 
     def backward(self, loss):
         loss.backward()
