@@ -13,7 +13,7 @@ from rouge_score import rouge_scorer
 from benchmarks.metrics import mean
 from benchmarks.shared import MODES, PRESET, TINY, folder_of, rule_training
 from data import Benchmark, Probe, Prompt
-from engine.files import read_rows, read_texts
+from engine.files import read_rows
 
 
 def muse_prompt(examples, question, mode="qa"):
@@ -55,8 +55,9 @@ def probes(o):
 
 def membership(o, probes):
     """MUSE's texts for PrivLeak: lists of strings, or rows with a text."""
-    folder = folder_of(o, "muse") / "privleak"
-    return {side: [(None, text) for text in read_texts(folder / f"{side}.json")] for side in ("forget", "holdout")}, ""
+    files = {side: folder_of(o, "muse") / "privleak" / f"{side}.json" for side in ("forget", "holdout")}
+    rows = {side: read_rows(path, {"text": str}, text_of="text") for side, path in files.items()}
+    return {side: [(None, row["text"]) for row in own] for side, own in rows.items()}, ""
 
 
 def summarise(rows, retained):

@@ -129,13 +129,9 @@ def random_tokens(model, *shapes):
     return [torch.randint(vocabulary, shape, generator=rng).tolist() for shape in shapes]
 
 
-def plain_decoder(run, cache):
-    return lambda **inputs: run(past_key_values=cache, **inputs).logits
-
-
 @torch.no_grad()
 def packed_sample(
-    model, prompts, group_size, max_new_tokens, stop_ids, temperature, draw=None, decoder=plain_decoder, room=None
+    model, prompts, group_size, max_new_tokens, stop_ids, temperature, draw=None, decoder=None, room=None
 ):
     """`grpo.sample` with one row of the cache for a whole group. A step feeds a row the next token of its W open
     responses and writes their keys beside each other: the prompt's keys exist once, attention is a matrix product.
@@ -156,7 +152,7 @@ def packed_sample(
     )
     logits, cache = out.logits.expand(-1, group_size, -1), out.past_key_values  # (N, W, V)
     cache.layers = [(room or RoomAhead)(layer) for layer in cache.layers]
-    decode = decoder(run, cache)
+    decode = decoder(run, cache) if decoder else lambda **inputs: run(past_key_values=cache, **inputs).logits
     owner = torch.arange(spare, device=device).view(-1, group_size)  # (N, W)
     position = prompt_mask.sum(-1, keepdim=True)  # (N, 1)
     hidden = torch.zeros(prompt_mask.shape, dtype=model.dtype, device=device).masked_fill(~prompt_mask, -torch.inf)

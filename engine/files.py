@@ -21,20 +21,13 @@ from config import InputError
 RANK = int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0  # of torchrun's processes only 0 writes
 
 
-def parsed(text, place):
-    """A JSON value of a file. Raises InputError that opens with `place`, and JSONDecodeError where it is not JSON."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        raise
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets in brackets
-        raise InputError(f"{place} is not JSON that can be read ({str(error).split(';')[0]:.80})") from None
+NO_JSON = (ValueError, RecursionError)  # or an integer of thousands of digits; brackets in brackets
 
 
-def read_rows(path, fields):
+def read_rows(path, fields, text_of=""):
     """Rows, at least one, of a JSON list or of JSON lines (TOFU's files are lines, though named .json).
     fields: {name: type or tuple of types} that every row must hold, with something in it; a list is one of strings.
-    Raises: InputError naming the file, the row (counted from 1) and the field."""
+    text_of: the field that strings in place of rows are. Raises: InputError naming file, row (from 1) and field."""
     path, wanted = Path(path), f" with {', '.join(fields)}" if fields else ""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -45,20 +38,21 @@ def read_rows(path, fields):
     if not text.strip():
         raise InputError(f"{path}: is empty; expected JSON rows{wanted}")
     try:
-        rows = parsed(text, f"{path}:")
+        rows = json.loads(text)
         rows = rows if isinstance(rows, list) else [rows]
-    except json.JSONDecodeError as whole:
+    except NO_JSON as error:
         if text.lstrip().startswith("["):
-            raise InputError(f"{path}: line {whole.lineno} is not JSON ({whole.msg})") from None
+            raise InputError(f"{path}: is not JSON ({str(error).split(';')[0]:.80})") from None
         rows = []
         for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    rows.append(parsed(line, f"{path}: row {number}"))
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}: row {number} is not JSON ({error.msg})") from None
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except NO_JSON as error:
+                raise InputError(f"{path}: row {number} is not JSON ({str(error).split(': ')[0]:.80})") from None
     if not rows:
         raise InputError(f"{path}: holds no rows; expected some{wanted}")
+    if text_of and all(isinstance(row, str) for row in rows):
+        rows = [{text_of: row} for row in rows]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise InputError(f"{path}: row {number} is {type(row).__name__}, expected an object{wanted}")
@@ -86,23 +80,11 @@ def is_number(value):
     return type(value) is float or (type(value) is int and abs(value) < 10**300)
 
 
-def read_texts(path):
-    """Texts of a JSON list of strings, or of rows with a `text`."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
-        found = None  # `read_rows` says what is wrong
-    if isinstance(found, list) and found and all(isinstance(text, str) for text in found):
-        check_value(found, list, f"{path}:")
-        return found
-    return [row["text"] for row in read_rows(path, {"text": str})]
-
-
-def read_lines(path):
-    """Rows of a JSON-lines file of our own. Raises: InputError."""
-    try:
-        return [json.loads(line) for line in Path(path).read_bytes().splitlines()]  # of bytes: a text may hold U+2028
-    except (OSError, ValueError, RecursionError) as error:
+def read_lines(path, **how):
+    """Rows of a JSON-lines file of our own, less one that is still being written. Raises: InputError."""
+    try:  # lines of bytes: a text may hold U+2028
+        return [json.loads(line, **how) for line in Path(path).read_bytes().split(b"\n")[:-1]]
+    except (OSError, *NO_JSON) as error:
         raise InputError(f"{path}: cannot be read as JSON lines ({error!r:.80})") from None
 
 
@@ -150,18 +132,6 @@ def remove(path):
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def link_files(source, folder):
-    """Put the files of one folder into another: as links to the same bytes, or as copies on another disk."""
-
-    def link(path, target):
-        try:
-            os.link(path, target)
-        except OSError:
-            shutil.copy2(path, target)
-
-    shutil.copytree(source, folder, copy_function=link, dirs_exist_ok=True)
 
 
 def printable(text):
@@ -228,8 +198,7 @@ class Log:
             line = line[self.file.write(line) :]
 
     def size(self):
-        """Bytes safely on disk so far."""
-        if RANK:
-            return 0
-        os.fsync(self.file.fileno())
+        """Bytes safely on disk so far; 0 of what goes nowhere."""
+        if not RANK:
+            os.fsync(self.file.fileno())
         return self.file.tell()

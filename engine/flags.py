@@ -92,8 +92,12 @@ def stored_flags(path):
 
 def resolve(config, benchmarks):
     """The same Config with presets filled in and every value checked. benchmarks: of all names. Raises: InputError."""
-    if config.benchmark not in benchmarks:
-        raise InputError(f"--benchmark {config.benchmark}: expected one of {', '.join(benchmarks)}")
+
+    def require(holds, flag, expected):
+        if not holds:
+            raise InputError(f"--{flag} {getattr(config, flag)}: expected {expected}")
+
+    require(config.benchmark in benchmarks, "benchmark", f"one of {', '.join(benchmarks)}")
     benchmark = benchmarks[config.benchmark]
     config.output_dir = config.output_dir or f"runs/{config.benchmark}"
     for name, value in (benchmark.preset | (benchmark.tiny if config.model == "tiny" else {})).items():
@@ -122,11 +126,6 @@ def resolve(config, benchmarks):
         able = " or ".join(name for name, other in benchmarks.items() if other.forget_rows)
         raise InputError(f"--retain_log: only --benchmark {able} compares with a retained model")
     check_bounds(config)
-
-    def require(holds, flag, expected):
-        if not holds:
-            raise InputError(f"--{flag} {getattr(config, flag)}: expected {expected}")
-
     require(not config.tokenizer or config.model != "tiny", "tokenizer", "none with --model tiny, which makes its own")
     require(config.model.strip(), "model", "a Hugging Face id, a folder or tiny")
     require(not config.lora_rank or find_spec("peft"), "lora_rank", "peft to be installed (pip install peft)")
@@ -164,10 +163,8 @@ def announce(config):
     known = json.loads(stored.read_text(encoding="utf-8"))["seconds"] if tiny and stored.is_file() else {}
     first, names = "teach a tiny model" if tiny else f"load {config.model}", [TITLES[name] for name in config.method]
     what = f"{first}, unlearn with {', '.join(names)}, score each model; everything goes to {config.output_dir}/"
-    told = "not measured for these data; the live lines tell after a few steps"
-    if takes := known.get(config.benchmark):
-        long = f"{takes} s" if takes < 120 else f"{takes / 60:.0f} minutes"
-        told = f"about {long} on two CPU cores with default settings"
+    takes, told = known.get(config.benchmark), "not measured for these data; the live lines tell after a few steps"
+    told = f"about {takes / 60:.1f} minutes on two CPU cores with default settings" if takes else told
     print(f"{config.benchmark}, seed {config.seed}: {what}\nTime: {told}", flush=True)
 
 

@@ -21,8 +21,7 @@ class FixedRoom(fast.RoomAhead):
 
 
 class Recorded:
-    """The step run(input_ids, attention_mask, position_ids) → logits, replayed while its keys stay where they are. A
-    device without graphs runs it."""
+    """run(input_ids, attention_mask, position_ids) → logits, replayed while its keys stay in place; a CPU runs it."""
 
     def __init__(self, run, cache):
         self.run, self.cache, self.keys, self.inputs, self.graph = run, cache, None, {}, None

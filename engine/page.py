@@ -1,8 +1,7 @@
 """run.html: a run to be read in a browser, group by group, from its log. One file that needs no server and no net.
 
 Every run that ends has one; `python -m engine.page RUN` writes that of a run under way. Values that no line of the log
-has are worked out here, with the rules of training; `page.html` lays out what there is, and says what an old log lacks.
-"""
+has are worked out here, with the rules of training; `page.html` lays out what there is."""
 
 import json
 import sys
@@ -31,9 +30,8 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 import torch
 
 from baselines import TITLES
-from engine.files import write_text
+from engine.files import read_lines, write_text
 from grpo import group_advantages
-from refusal import is_refusal
 from replay import is_hard
 
 LARGEST, LONGEST = 40_000_000, 2000  # bytes of a page; characters of a text, fewer where the page would be larger
@@ -41,20 +39,15 @@ ANSWER = ("split", "question", "answer", "forget", "prediction", "rouge_l_recall
 
 
 def rows_of(path):
-    """Rows of a JSON-lines file, [] where there is none. A last line that is still being written is left out; a number
-    that is not finite, which a browser's JSON lacks, becomes None."""
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-        return [json.loads(line, parse_constant=lambda _: None) for line in lines]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON lines ({error!r:.80})") from None
+    """Rows of a log, [] where there is none. A number that is not finite, which a browser's JSON lacks, is None."""
+    return read_lines(path, parse_constant=lambda _: None) if path.is_file() else []
 
 
 def gather(folder):
     """All that the page shows of a run. Raises: InputError where the folder holds none."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        size, tau, unbiased = config["buffer_size"], config["tau"], config.get("unbiased", True)
+        size, tau, unbiased = config["buffer_size"], config["tau"], config["unbiased"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{folder}: expected the folder of a run, with its config.json") from None
     samples, table, rings = rows_of(folder / "samples.jsonl"), folder / "table.md", {}
@@ -62,10 +55,9 @@ def gather(folder):
         rewards = torch.tensor(row["rewards"])  # (G,)
         row["advantages"] = [round(value, 4) for value in group_advantages(rewards, unbiased).tolist()]
         row["hard"] = is_hard(SimpleNamespace(rewards=rewards), tau)
-        row["refusals"] = row["refusals"] if "refusals" in row else [is_refusal(text) for text in row["completions"]]
     for (method, step), own in groupby(samples, lambda row: (row["method"], row["step"])):
         ring = rings.setdefault(method, deque())
-        for row in sorted((row for row in own if row.get("stored")), key=lambda row: row["stored"]):
+        for row in sorted((row for row in own if row["stored"]), key=lambda row: row["stored"]):
             if len(ring) == size:
                 ring.popleft()["left"] = step
             ring.append(row)
@@ -94,10 +86,7 @@ def write(folder):
         text = json.dumps(shortened(data, longest) | {"longest": longest}, separators=(",", ":"))
         text = text.replace("<", "\\u003c")  # ends no script tag, whatever a model has written
     page = Path(__file__).with_suffix(".html").read_text("utf-8").replace("{{data}}", text)
-    try:
-        write_text(Path(folder) / "run.html", page)
-    except OSError as error:
-        raise InputError(f"{folder}/run.html: cannot be written ({error.strerror})") from None
+    write_text(Path(folder) / "run.html", page)
     return Path(folder) / "run.html"
 
 

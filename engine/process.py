@@ -63,8 +63,7 @@ class Engine:
         return join(self.parts(found, prompts, group_size, max_new_tokens, stops, temperature, rng, 0, len(prompts)))
 
     def lowered(self, found):
-        """A copy to sample from where bf16 computes: autocast would cast fp32 weights anew for every token, and rotated
-        keys would stay in fp32."""
+        """A copy to sample from in bf16: autocast would cast weights for every token and leave rotated keys in fp32."""
         if not self.half or hasattr(found, "lora") or next(found.parameters()).dtype != torch.float32:
             return found
         low = {id(p): torch.nn.Parameter(p.detach().bfloat16(), requires_grad=False) for p in found.parameters()}
@@ -129,13 +128,10 @@ class Engine:
         """[the value of every process]."""
         return [value]
 
-    def total(self, value):
-        return sum(self.gather(value))
-
     def reduce(self, groups, *sums):
         """What each process's `grpo.on_policy_gradient` has returned and filled in, over all of them."""
         self.complete(groups, "train_logprobs")
-        return [self.total(value) for value in sums]
+        return [sum(self.gather(value)) for value in sums]
 
     def joined(self, tensor):
         """The tensors of all processes as one."""
@@ -190,6 +186,7 @@ class Engine:
         for path in [] if RANK else {*folder.glob("shards*"), *folder.glob("*.tmp")}:
             if path.name != but:
                 remove(path)
+        self.wait()
 
 
 def prepared(found, training):

@@ -8,7 +8,6 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from huggingface_hub import EvalResult, ModelCardData
@@ -190,16 +189,15 @@ def save_examples(folder, phase, rows):
     write_text(folder / "predictions" / f"{phase}.jsonl", text)
 
 
-def write_card(folder, phase, config, scores=MappingProxyType({})):
-    """README.md of a saved model, with the Hub's header. scores: {column: value} once it has been evaluated."""
+def write_card(folder, phase, config, scores):
+    """README.md of a saved model, with the Hub's header. scores: {column: value}."""
     stored, benchmark = Path(__file__).with_name("model_card.json"), benchmarks.ALL[config.benchmark]
-    done = json.loads(stored.read_text(encoding="utf-8"))
-    done = done.get(phase, f"Unlearned with {TITLES[phase]}, a baseline of Appendix B.")
+    known = json.loads(stored.read_text(encoding="utf-8"))
+    done = known.get(phase, f"Unlearned with {TITLES[phase]}, a baseline of Appendix B.")
     title, hub = f"{TITLES[phase]}, {benchmark.name}", benchmark.hub
     given, here = config.model != "tiny", {"dataset_type": hub or benchmark.name, "dataset_name": benchmark.name}
-    known = [(name, heading, scores.get(name)) for name, heading in benchmark.columns.items()]
-    found = [EvalResult("text-generation", metric_type=name, metric_name=heading, metric_value=value, **here)
-             for name, heading, value in known if value is not None]  # fmt: skip
+    found = [EvalResult("text-generation", metric_type=name, metric_name=heading, metric_value=scores[name], **here)
+             for name, heading in benchmark.columns.items() if scores.get(name) is not None]  # fmt: skip
     header = ModelCardData(
         base_model=config.model if given and not Path(config.model).exists() else None, library_name="transformers",
         pipeline_tag="text-generation", license="other" if hub or given else "mit", datasets=hub or None,

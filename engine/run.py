@@ -15,6 +15,7 @@ import warnings
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,19 +24,7 @@ from baselines import TITLES
 from config import Config, InputError
 from engine import fast, report, trackers
 from engine.bars import Bar
-from engine.files import (
-    RANK,
-    Log,
-    about,
-    is_writable,
-    link_files,
-    now,
-    read_lines,
-    read_rows,
-    replacing,
-    save_folder,
-    write_json,
-)
+from engine.files import RANK, Log, about, is_writable, now, read_lines, read_rows, replacing, save_folder, write_json
 from engine.model import optimizer_for
 from engine.process import Engine
 from engine.seeds import batch_at, derive_seed
@@ -93,6 +82,14 @@ def is_state(found):
         return False
 
 
+def link(path, target):
+    """The same bytes under another name, or a copy on another disk."""
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copy2(path, target)
+
+
 def start(config):
     """The engine that a run's settings, and torchrun, ask for."""
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -147,8 +144,7 @@ class Run:
             self.check_source(Path(config.start_from))
 
     def lock(self):
-        """Raise InputError where another process writes to this folder. The system lets go of a lock whose process has
-        ended, however it ended."""
+        """Raise InputError where another process writes to this folder. The system frees the lock of one that ended."""
         if not RANK and self.folder.is_dir():
             LOCKS[self.folder.resolve()] = file = open(self.folder / ".lock", "a")  # open for as long as the process
             try:
@@ -175,8 +171,9 @@ class Run:
 
     def adopt(self, source):
         """Take over the phases before Stage 2: their models (linked where the disk allows), answers and log rows."""
+        linked = partial(shutil.copytree, copy_function=link, dirs_exist_ok=True)
         for phase in [name for name in EARLY if f"{name} scored" in self.source]:
-            save_folder(self.folder / phase, lambda folder, phase=phase: link_files(source / phase, folder))
+            save_folder(self.folder / phase, partial(linked, source / phase))
             report.save_examples(self.folder, phase, read_lines(source / "predictions" / f"{phase}.jsonl"))
             if self.config.attack:
                 (self.folder / "attacks").mkdir(exist_ok=True)
@@ -254,7 +251,6 @@ class Run:
         def fill(folder):
             model.save_pretrained(folder, **({"state_dict": weights} if weights else {}))
             tokenizer.save_pretrained(folder)
-            report.write_card(folder, phase, self.config)
             for path in folder.rglob("*.safetensors"):  # its library lets nobody else read them
                 path.chmod(folder.stat().st_mode & 0o666)
 
@@ -314,8 +310,7 @@ class Phase:
 def descend(run, phase, stage, model, loss_of, *, steps, lr, warmup, stop=None):
     """The loop of every training but Stage 2: an optimiser step on `loss_of(step)`, a scalar with its graph; resumable.
     stop(step) → (more for the log, whether to end: False, True, or why training failed).
-    Returns: seconds; why training stopped before its time, or None. It stops where a gradient is not finite, with the
-        weights of the step before."""
+    Returns: seconds; why it stopped before its time, or None. A gradient that is not finite changes no weights."""
     config, engine = run.config, run.engine
     optimizer = optimizer_for(model, lr, config.weight_decay)
     steps = Phase(run, phase, steps, model, optimizer)

@@ -29,16 +29,13 @@ from config import InputError
 from engine import fast
 from engine.files import RANK
 from engine.model import quicken
+from engine.process import prepared
 from grpo import Batch
 
 GB, ROOMS = 1e9, (24, 40, 80)
-FITS = [  # flags that make a run fit, those first that cost least
-    {},
-    {"gradient_checkpointing": True},
-    {"gradient_checkpointing": True, "offload": True},
-    {"gradient_checkpointing": True, "offload": False, "lora_rank": 16},
-    {"gradient_checkpointing": True, "offload": False, "lora_rank": 16, "max_tokens": 1},  # a group at a time
-]
+TWICE = {"gradient_checkpointing": True}
+LORA = TWICE | {"offload": False, "lora_rank": 16}
+FITS = [{}, TWICE, TWICE | {"offload": True}, LORA, LORA | {"max_tokens": 1}]  # from what costs least to most
 aten = torch.ops.aten
 
 
@@ -111,15 +108,7 @@ def seen(model_config, on_gpu):
         sizes = prompt, config.group_size, config.max_new_tokens, min(groups, config.prompts_per_step)
         key = fsdp, config.gradient_checkpointing, rank, *config.lora_targets, *sizes
         if key not in looked:
-            model = built()
-            if rank:
-                from engine import lora
-
-                lora.adapt(model, replace(config, lora_alpha=1.0))
-            if config.gradient_checkpointing:
-                fast.checkpoint_layers(model)
-            if not on_gpu:
-                quicken(model, "cpu")
+            model = quicken(prepared(built(), replace(config, lora_alpha=1.0)), "cuda" if on_gpu else "cpu")
             looked[key] = told(look, model, kv, on_gpu, fsdp, bool(rank), *sizes)
         return looked[key]
 

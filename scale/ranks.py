@@ -81,9 +81,8 @@ class Ranks(Engine):
             found = read_model(path, flag, dtype, tokenizer, weights=self.rank == 0)
         except InputError as error:
             failed = error
-        for error in self.gather(failed):
-            if error:
-                raise error
+        for error in filter(None, self.gather(failed)):
+            raise error
         return found
 
     def place(self, found, training=None):
@@ -190,13 +189,12 @@ class Ranks(Engine):
             self.pending += ((found, score_part, made),)
         else:
             drop(found)
-        width = max(scores.shape[1] for scores in made)
-        return torch.cat([torch.nn.functional.pad(scores, (0, width - scores.shape[1])) for scores in made])
+        return join((scores,) for scores in made)[0]
 
     def backward(self, loss):
         loss.backward()
         if not self.pending:
-            return self.total(loss.item())
+            return sum(self.gather(loss.item()))
         jobs, self.pending = [(*job, *turn) for job in self.pending for turn in self.turns(len(job[2]))], ()
         for n, (found, score_part, made, at, counts) in enumerate(jobs, 1):
             if getattr(found, "offloaded", False):
@@ -267,10 +265,6 @@ class Ranks(Engine):
         full = states.StateDictOptions(full_state_dict=True)
         states.set_state_dict(found, optimizer, model_state_dict=payload["model"], optim_state_dict=state, options=full)
 
-    def forget_states(self, folder, but):
-        super().forget_states(folder, but)
-        self.wait()
-
 
 def shard(model, device, world, offload=False, dtype=None):
     """FSDP2 over all ranks, in place; `dtype` is what layers compute in, gradients are summed in float32.
@@ -289,10 +283,9 @@ def shard(model, device, world, offload=False, dtype=None):
     for layer in fast.blocks(model):
         fully_shard(layer, **how)
     fully_shard(model, **how)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):  # gradients are summed: weights are those of the whole update
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    for module in layers_of(model):  # gradients are summed: weights are those of the whole update
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
     keep(model, offload)
 
 

@@ -320,7 +320,7 @@ def test_the_first_words_come_before_torch_and_say_what_and_how_long(tmp_path):
     what, takes = first_words(*given)
     for part in ("muse, seed 2", "a tiny model", "Rej. Steer, RULE, ReRULE", f"{tmp_path / 'run'}/"):
         assert part in what
-    assert f"about {stored['muse'] / 60:.0f} minutes on two CPU cores" in takes
+    assert f"about {stored['muse'] / 60:.1f} minutes on two CPU cores" in takes
     what, takes = first_words(*given, "--model", "org/model", "--method", "po")
     assert "load org/model" in what and "unlearn with PO" in what and "not measured" in takes
 
@@ -330,7 +330,7 @@ def test_a_plan_of_the_memory_and_other_processes_say_nothing_first(monkeypatch,
     for case, told in ((config, 2), (dataclasses.replace(config, dry_run=True), 0)):
         assert flags.run_command(lambda case=case: case, leave=False) is case
         said = capsys.readouterr().out
-        assert len(said.splitlines()) == told and ("about 75 s" in said) == bool(told)
+        assert len(said.splitlines()) == told and ("about 1.2 minutes" in said) == bool(told)
     monkeypatch.setattr(flags, "RANK", 1)
     flags.run_command(lambda: config, leave=False)
     assert capsys.readouterr().out == ""

@@ -159,7 +159,8 @@ CONFIG = {
 
 def sample(step, place, rewards, completions=("yes", "I don't know."), **more):
     return {"method": "rerule", "step": step, "query": place, "kind": "forget", "group": "",
-            "prompt": f"Who is {place}?", "completions": list(completions), "rewards": rewards, **more}  # fmt: skip
+            "prompt": f"Who is {place}?", "completions": list(completions), "rewards": rewards,
+            "refusals": [False] * len(rewards), "stored": 0, **more}  # fmt: skip
 
 
 def metric(step, **more):
@@ -248,13 +249,6 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path):
     assert data_of(page.write(tmp_path))["samples"] == []
 
 
-def test_an_old_log_lacks_keys_and_the_page_leaves_them_out(made):
-    rows = [sample(1, 0, [1.0, 0.0]), sample(1, 1, [0.0, 1.0], ("no", "I cannot answer that."))]
-    data = data_of(made(rows, [metric(1, replay_groups=2)]))
-    assert [row["refusals"] for row in data["samples"]] == [[False, True], [False, True]]
-    assert not any("stored" in row or "left" in row for row in data["samples"])
-
-
 def test_long_texts_are_cut_and_the_page_says_so(made, monkeypatch):
     rows = [sample(step, 0, [1.0, 0.0], ("x" * 5000, "y" * 2000)) for step in range(1, 21)]
     metrics = [metric(step) for step in range(1, 21)]
@@ -337,7 +331,7 @@ def test_a_browser_runs_nothing_that_a_model_wrote(made, tmp_path):
     assert "&lt;/script&gt;&lt;script&gt;document.title" in shown and "<img" not in shown
     for mark in ("␀", "␛", "⟨U+2028⟩", "⟨U+202E⟩", "<em>nothing</em>"):
         assert mark in shown, mark
-    assert "This log does not say which groups were stored" in shown
+    assert "No method of this run has stored a group" in shown
 
 
 def test_a_browser_answers_to_the_slider_the_filters_and_a_prompt_followed(base, tmp_path):

@@ -134,7 +134,7 @@ ROWS = [{"question": "Who is Orla?", "answer": "a keeper", "perturbed_answer": [
 FIELDS = {"question": str, "answer": (str, type(None)), "perturbed_answer": list}
 
 
-@pytest.mark.parametrize("reader", [partial(files.read_rows, fields=FIELDS), files.read_texts, files.read_lines])
+@pytest.mark.parametrize("reader", [partial(files.read_rows, fields=FIELDS, text_of="question"), files.read_lines])
 @pytest.mark.parametrize("n", budget(40))
 def test_rows_texts_and_lines(reader, n):
     @tried(written(ROWS), n)

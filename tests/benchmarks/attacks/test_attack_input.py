@@ -177,7 +177,7 @@ def test_attacks_that_evaluate_cannot_make(told, place, monkeypatch):
     write(place / "muse" / "privleak" / "forget.json", ["x"])
     assert "privleak/holdout.json: no such file" in told(*of(place, "muse"), "--attack", "membership")
     write(place / "muse" / "privleak" / "holdout.json", ["x", ""])
-    assert told(*of(place, "muse"), "--attack", "membership").endswith("with something in each")
+    assert told(*of(place, "muse"), "--attack", "membership").endswith("is not a str with something in it")
     assert "no holdout01.json, and retain99.json holds" in told(*of(place, "tofu"), "--attack", "membership")
     without = dataclasses.replace(benchmarks.ALL["muse"], membership=None)
     monkeypatch.setitem(benchmarks.ALL, "muse", without)
