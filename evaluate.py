@@ -56,8 +56,8 @@ import torch
 import benchmarks
 from benchmarks import ability, attacks, judge, metrics
 from benchmarks.answers import answer_losses, gold_answer, greedy, inference, limits_of
-from benchmarks.fits import check_ids
 from benchmarks.logs import read_log, read_retained
+from benchmarks.shared import check_ids
 from data import encode_prompt
 from engine.files import can_write, write_json
 from engine.llm import reach

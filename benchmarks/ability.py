@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from nltk.tokenize import NLTKWordTokenizer
 
 from benchmarks.answers import forced, greedy, inference
-from benchmarks.fits import check_ids
 from benchmarks.metrics import HEADINGS, mean
+from benchmarks.shared import check_ids
 from config import InputError
 from data import Prompt, encode_prompt
 from engine.files import read_rows

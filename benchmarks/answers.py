@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch.nn.functional as F
 
-from benchmarks.fits import check_ids
+from benchmarks.shared import check_ids
 from config import InputError
 from data import encode_pair, encode_prompt, stop_ids
 from engine.bars import Bar

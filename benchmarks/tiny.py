@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.builtin import FIRST, LAST
-from benchmarks.fits import context_needed
+from benchmarks.shared import context_needed
 from data import Prompt, Query, encode_answer, encode_prompt
 from engine.files import RANK
 from engine.run import fit

@@ -14,7 +14,7 @@ from functools import cached_property
 from benchmarks import metrics
 from benchmarks.answers import gold_answer, greedy, inference, limits_of, pair_rows
 from benchmarks.attacks.kinds import extract, leak, membership, prefix, quantize, relearn
-from benchmarks.fits import check_ids
+from benchmarks.shared import check_ids
 from config import InputError
 from data import encode_answer, encode_prompt
 from engine.files import write_json
