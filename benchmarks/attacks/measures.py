@@ -1,7 +1,7 @@
 """What attacks are measured by: scores, losses, hits and weights in, numbers out; no model and no file.
 
 The paper has none of it. Each docstring says what the number means, which way is worse for forgetting, its range, and
-where it comes from. Each function raises ValueError for NaN, for values outside these ranges, and where it gets none.
+where it comes from. What a model may spoil, NaN or nothing at all, raises ValueError; other arguments are as they say.
 
 Deviations
 - `mink` takes at least one token, as open-unlearning does; MUSE's and the paper's code give NaN for a text too short.
@@ -30,21 +30,15 @@ def best_of_k(scores, k):
     Σ_i C(i − 1, k − 1) / C(n, k) · s_(i) over ascending s, rounded once, so that it never falls as k grows; unbiased as
     pass@k is. Range and unit of the scores; higher is worse where they are recall. Scores are finite, 1 ≤ k ≤ n."""
     scores = sorted(floats(scores))
-    n = len(scores)
-    if not 1 <= k <= n or not all(map(math.isfinite, scores)):
-        raise ValueError(f"best of {k} of {n} scores: expected 1 ≤ k ≤ n and finite scores")
     total = sum(math.comb(i, k - 1) * Fraction(score) for i, score in enumerate(scores))  # i: scores below this one
-    return float(total / math.comb(n, k))
+    return float(total / math.comb(len(scores), k))
 
 
 def mink(logprobs, share):
     """Min-K %: mean of the lowest `share` of a text's token log-probabilities (arXiv 2310.16789).
     Over int(share · T) tokens, or one. In nats, −inf to 0; of standardised values it is Min-K %++. Higher: likelier a
     member, worse. 0 < share ≤ 1."""
-    values = sorted(floats(logprobs))
-    if not 0 < share <= 1:
-        raise ValueError(f"share of tokens: expected above 0 and at most 1, not {share}")
-    lowest = values[: max(1, int(share * len(values)))]
+    lowest = sorted(floats(logprobs))[: max(1, int(share * len(logprobs)))]
     return math.fsum(lowest) / len(lowest)
 
 
@@ -75,14 +69,12 @@ def zlib_ratio(loss, text):
 
 
 def auc(members, others):
-    """Share of pairs in which the member scores higher, ties half: area under the ROC curve, by ranks.
+    """Share of pairs in which the member scores higher, ties half: area under the ROC curve, Mann and Whitney's U / mn.
     0–1. 0.5: the attack cannot tell; higher is worse, and below 0.5 the texts stand out by being unlikely."""
-    from scipy.stats import rankdata  # here, for it takes most of a second to import
+    from scipy.stats import mannwhitneyu  # here, for it takes most of a second to import
 
     members, others = floats(members), floats(others)
-    m, n = len(members), len(others)
-    above = rankdata(members + others)[:m].sum() - m * (m + 1) / 2  # pairs won
-    return float(above / (m * n))
+    return float(mannwhitneyu(members, others, method="asymptotic").statistic / (len(members) * len(others)))
 
 
 def auc_interval(auc, n_members, n_others, level=0.95):
@@ -90,8 +82,6 @@ def auc_interval(auc, n_members, n_others, level=0.95):
     All θ with |auc − θ| ≤ z √V(θ), where V(θ) = θ(1 − θ) / (m n) · (1 + (N − 1)((1 − θ)/(2 − θ) + θ/(1 + θ))) and N =
     (m + n) / 2. V at θ and not at the AUC, so that at 0 and 1 the interval keeps its width. 0–1; no direction. Returns:
     (low, high)."""
-    if not (0 <= auc <= 1 and min(n_members, n_others) >= 1 and 0 < level < 1):
-        raise ValueError(f"interval of AUC {auc} of {n_members} and {n_others} texts at level {level}: not defined")
     z, mean_n = NormalDist().inv_cdf((1 + level) / 2), (n_members + n_others) / 2
 
     def variance(t):
@@ -113,8 +103,6 @@ def privleak(auc, auc_retained):
     100 · ((1 − auc) − (1 − auc_retained)) / (1 − auc_retained), both with forget texts as members; MUSE's own A is 1 −
     auc. 0 is best: like the retained model; below 0: still known, −100 at worst; above 0: over-forgotten. It has no
     upper bound: with a retained AUC near 1 it passes 100 by far, which is no error. None where that is 1."""
-    if not (0 <= auc <= 1 and 0 <= auc_retained <= 1):
-        raise ValueError(f"expected AUCs from 0 to 1, not {auc} and {auc_retained}")
     return None if auc_retained == 1 else 100 * (auc_retained - auc) / (1 - auc_retained)
 
 
@@ -143,7 +131,6 @@ def relearning(before, after, retained_before, retained_after):
     """R: how fast answers come back in training, against a model that never knew them (open-unlearning, 2506.12618).
     min(δ_retained / δ_unlearned, 1), δ = forget recall after − before, in any unit. 0–1; 1 is best: it comes back no
     faster than the retained model learns it, or not at all; lower is worse. δ_retained below 0 counts as 0."""
-    before, after, retained_before, retained_after = floats([before, after, retained_before, retained_after])
     if after <= before:
         return 1.0
     return min(max(retained_after - retained_before, 0.0) / (after - before), 1.0)
@@ -152,9 +139,6 @@ def relearning(before, after, retained_before, retained_after):
 def quantisation(before, after):
     """Q: share of what was forgotten that still is when the weights are rounded (after open-unlearning, 2506.12618).
     min(after / before, 1) of 100 − forget recall in %; None where nothing was forgotten before. 0–1; lower is worse."""
-    before, after = floats([before, after])
-    if min(before, after) < 0:
-        raise ValueError(f"expected what is forgotten as 0 or more, not {before} and {after}")
     return min(after / before, 1.0) if before else None
 
 
@@ -162,9 +146,7 @@ def rounded(weight, bits, block=64):
     """A weight as it stands after rounding to so many bits; the attack of arXiv 2410.16454.
     Each block of consecutive weights, the last may be shorter, is divided by max|w| / (2^(bits − 1) − 1), rounded to
     the nearest whole number and multiplied back, in float32: an error of at most half a step. Fewer bits change more.
-    Shape and dtype are kept. Raises ValueError for fewer than 2 bits, a block below 1, and weights not finite."""
-    if bits < 2 or block < 1:
-        raise ValueError(f"expected 2 bits or more and blocks of 1 or more, not {bits} and {block}")
+    Shape and dtype are kept. bits ≥ 2. Raises ValueError for weights not finite."""
     flat = weight.detach().reshape(-1).float()
     if not flat.isfinite().all():
         raise ValueError("expected finite weights")
