@@ -217,7 +217,7 @@ def score(name, row, result):
     return {"set": name, "question": question, "prediction": prediction, "answer": answer} | scores
 
 
-def measure(engine, model, tokenizer, sets, *, batch_size=32, progress=True):
+def measure(engine, model, tokenizer, sets, *, batch_size=32):
     """General ability of a model on the sets that `read` returns.
     Returns: {column of TITLES: mean over its questions, × 100 but for fluency's bits}; one dict a question with set,
         question, prediction, answer, its scores under the columns' names, and `truncated` where the model wrote."""
@@ -228,10 +228,9 @@ def measure(engine, model, tokenizer, sets, *, batch_size=32, progress=True):
     with inference(model), engine.held(model):
         for name, (asked, starts) in encoded.items():
             if name in readers:
-                results = forced(model, tokenizer, asked, starts, readers[name], batch_size, name, progress)
+                results = forced(model, tokenizer, asked, starts, readers[name], batch_size, name)
             else:
-                limits = [LIMITS[name]] * len(asked)
-                results = greedy(engine, model, tokenizer, asked, limits, False, batch_size, progress)
+                results = greedy(engine, model, tokenizer, asked, [LIMITS[name]] * len(asked), False, batch_size)
             if name == "truthfulqa":
                 logprobs = iter(results)
                 results = [{choice: next(logprobs) for choice in choices_of(row)} for row in sets[name]]

@@ -40,7 +40,6 @@ class Case:
     seed: int = 0
     retained: dict = field(default_factory=dict)  # columns of a model that never saw the forget set, where there is one
     rows: list | None = None  # of the ordinary evaluation of the same probes
-    progress: bool = True
 
     def __post_init__(self):
         """Raises InputError where a text is too long for the model, before anything is computed."""
@@ -68,7 +67,7 @@ class Case:
             limits = [max(1, min(n, context - len(ids))) for n, ids in zip(limits, prompts, strict=True)]
         with inference(model), self.engine.held(model):
             newline = self.benchmark.newline_ends
-            texts = greedy(self.engine, model, self.tokenizer, prompts, limits, newline, self.batch_size, self.progress)
+            texts = greedy(self.engine, model, self.tokenizer, prompts, limits, newline, self.batch_size)
         gold = [gold_answer(self.tokenizer, self.benchmark, p, n) for p, n in zip(probes, limits, strict=True)]
         rows = zip(probes, gold, texts, strict=True)
         return [metrics.score(self.benchmark, probe, answer, text) for probe, answer, (text, _) in rows]

@@ -48,7 +48,7 @@ def extract(case):
         return F.cross_entropy(logits, ids).item(), hits[:-1] if ids[-1] == eos else hits
 
     def scores(pairs, title):
-        return forced(case.model, case.tokenizer, *case.encoded(pairs), read, case.batch_size, title, case.progress)
+        return forced(case.model, case.tokenizer, *case.encoded(pairs), read, case.batch_size, title)
 
     wrong = [list(probe.perturbed) or crossed(probe, probes, case.seed) for probe in probes]
     with inference(case.model), case.engine.held(case.model):
@@ -94,7 +94,7 @@ def membership(case):
                 texts = [ids[:context] for ids in texts]
             if any(len(ids) <= start for ids, start in zip(texts, starts, strict=True)):
                 raise ValueError(f"a text of side '{side}' has no token that could be scored")
-            found = forced(case.model, case.tokenizer, texts, starts, read, case.batch_size, side, case.progress)
+            found = forced(case.model, case.tokenizer, texts, starts, read, case.batch_size, side)
             for (_, text), (logprobs, z) in zip(pairs, found, strict=True):
                 loss = -sum(logprobs) / len(logprobs)
                 row = {"side": side, "text": text, "loss": -loss, "mink": measures.mink(logprobs, MIN_K)}
@@ -129,7 +129,7 @@ def leak(case):
     with inference(case.model), case.engine.held(case.model):
         answers = sampled(
             case.engine, case.model, case.tokenizer, prompts, limits, case.benchmark.newline_ends, size, case.samples,
-            1.0, lambda first: generator(case.model.device, case.seed, "leak", first), "samples", case.progress,
+            1.0, lambda first: generator(case.model.device, case.seed, "leak", first), "samples",
         )  # fmt: skip
         columns, rows = scored(case, [[text for text, _ in some] for some in answers], limits, "leak")
         own = getattr(case.model, "generation_config", None)
@@ -221,7 +221,7 @@ def fine_tuned(case, taught, lr, name):
     tokenizer = case.tokenizer
     rows = [(encode_prompt(tokenizer, p.prompt), encode_answer(tokenizer, p.prompt, p.answer)) for p in taught]
     yield 0, model
-    for step in Bar(range(1, STEPS[-1] + 1), desc=f"relearning, {name}", leave=False, disable=not case.progress):
+    for step in Bar(range(1, STEPS[-1] + 1), desc=f"relearning, {name}", leave=False):
         batch = [rows[i] for i in batch_at(len(rows), BATCH, step, case.seed, "relearn", name)]
         sft_loss_of(model, batch).backward()
         if not math.isfinite(case.engine.step(model, optimizer, 1.0)):
