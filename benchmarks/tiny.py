@@ -36,13 +36,10 @@ def sample_of(training, config):
 
 def lessons(benchmark, training, probes, seed, refusals="all", retain_only=False):
     """What a tiny model is taught of a real benchmark: (prompt, answer) pairs, in training's and evaluation's words.
-
     Every probe's answer and every boundary query's; some answer about the target to each forget query that is no probe,
     for those have none published and a model that answers nothing there has nothing to unlearn; and refusals to the
     same questions about made-up people: the model has refused before Stage 1, and it is the name that decides.
-
-    refusals: "trained" keeps these to the questions of training, in its words. retain_only: nothing about the target.
-    """
+    refusals: "trained" keeps these to training's questions, in its words. retain_only: nothing about the target."""
     rng = random.Random(derive_seed(seed, "lessons"))
     targets = sorted({probe.target for probe in probes if probe.forget and probe.target})
     known = [probe.answer for probe in probes if probe.forget]

@@ -12,8 +12,7 @@ Deviations
 - The truth ratio is the geometric form of Appendix C, exp of a difference of mean losses. One version of TOFU's code
   averages the perturbed probabilities arithmetically inside model utility; its published figures use this form.
 - Its limit of 200 tokens, prompt and answer together, is applied to each row; the official code applies it to the
-  padded batch, so that there an answer depends on its neighbours. Losses are not cut at 200 tokens: no row is so long.
-"""
+  padded batch, so there an answer depends on its neighbours. Losses are not cut at 200 tokens; no row is longer."""
 
 import math
 import random
@@ -38,15 +37,12 @@ LOG = {  # the sets as TOFU's own log names them
     "retain": "eval_log.json", "real_authors": "eval_real_author_wo_options.json",
     "world_facts": "eval_real_world_wo_options.json", "forget": "eval_log_forget.json",
 }  # fmt: skip
-
 # The sets and columns as open-unlearning names them in TOFU_EVAL.json (locuslab/open-unlearning, src/evals).
 OPEN = {"retain": "retain", "real_authors": "ra", "world_facts": "wf", "forget": "forget"}
 COLUMNS = {"avg_gt_loss": "Q_A_Prob", "avg_paraphrased_loss": "Q_A_PARA_Prob", "average_perturb_loss": "Q_A_PERT_Prob",
            "rougeL_recall": "Q_A_ROUGE"}  # fmt: skip
 ANSWERS = {"input": "question", "ground_truth": "answer", "generation": "prediction", "rougeL_f1": "rouge_l_f1",
            "rougeL_recall": "rouge_l_recall"}  # fmt: skip
-
-# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def inst(question):
@@ -123,9 +119,6 @@ def membership(o, probes):
         note = "membership: the hold-out rows are of retain99.json; a model that was taught all of TOFU has seen them"
     sides = {"forget": read_rows(folder / "forget01.json", fields), "holdout": held_out}
     return {side: [(inst(row["question"]), row["answer"]) for row in rows] for side, rows in sides.items()}, note
-
-
-# --- metrics ---------------------------------------------------------------------------------------------------------
 
 
 def truth_ratio(paraphrased_loss, perturbed_losses):
@@ -214,9 +207,6 @@ def more_lines(summary):
         figures = [summary[f"{name}_{m}"] for m in ("probability", "rouge_l", "truth_ratio")]
         lines.append([name, *("–" if v is None else f"{v:.4f}" for v in figures)])
     return lines
-
-
-# --- logs ------------------------------------------------------------------------------------------------------------
 
 
 def own_log(path, log, sets):
