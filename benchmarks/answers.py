@@ -27,9 +27,8 @@ def inference(model):
 
 def in_batches(run, lengths, batch_size, title, progress=True, model=None):
     """Results of `run(indices)` for all rows, the longest first; running out of memory halves the batch and goes on.
-    Args: run: list of row indices → list of results; lengths: sort key per row. model: which writes the rows, of
-        lengths (tokens to write, …), token by token, so that the bar moves with each. Returns: results in the rows' own
-        order."""
+    run: list of row indices → list of results; lengths: sort key per row; model: one that writes the rows, of lengths
+    (tokens to write, …), token by token: the bar moves with each. Returns: results in the rows' own order."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     results, at, part, tokens = [None] * len(order), 0, [], 0
 

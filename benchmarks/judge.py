@@ -32,10 +32,8 @@ def rate_rows(rows, *, url, model, key, cache, price=0.0, timeout=60.0, wait=1.0
     if any(row["prediction"] is None for row in rows):
         raise InputError("--judge_url: this log holds no answers to judge")
     prompts = [PROMPT.format(**{k: row[k] for k in ("question", "answer", "prediction")}) for row in rows]
-    ratings = ask_all(
-        prompts, parse, url=url, model=model, key=key, cache=cache, flag="--judge_url", field="scores", price=price,
-        max_tokens=60, timeout=timeout, wait=wait, desc="judge",
-    )  # fmt: skip
+    ratings = ask_all(prompts, parse, url=url, model=model, key=key, cache=cache, flag="--judge_url", field="scores",
+                      price=price, max_tokens=60, timeout=timeout, wait=wait, desc="judge")  # fmt: skip
     for row, prompt in zip(rows, prompts, strict=True):
         row["judge"] = ratings[prompt]
     missing = sum(row["judge"] is None for row in rows)

@@ -70,8 +70,7 @@ def town_of(o):
 
 
 BENCHMARK = replace(
-    builtin.BENCHMARK,
-    name="town",
+    builtin.BENCHMARK, name="town",
     preset=builtin.BENCHMARK.preset | dict(lr=8e-5, sft_stop=0.4, tiny_epochs=8.0, eval_every=0),
     row_columns={
         f"{role}_{part}_recall": f"{words}, trained {mark}" if part == "trained" else f"held out {mark}"

@@ -118,10 +118,8 @@ def attacked(run, phase, model, tokenizer, benchmark, probes, texts, result):
     config = run.config
     if not config.attack:
         return result
-    case = Case(
-        run.engine, model, tokenizer, benchmark, probes, *texts, batch_size=config.eval_batch_size, seed=config.seed,
-        retained=run.rows().get("retained", {}), rows=result["per_example"],
-    )  # fmt: skip
+    case = Case(run.engine, model, tokenizer, benchmark, probes, *texts, batch_size=config.eval_batch_size,
+                seed=config.seed, retained=run.rows().get("retained", {}), rows=result["per_example"])  # fmt: skip
     columns, notes, rows = attack(config.attack, case)
     (run.folder / "attacks").mkdir(exist_ok=True)
     write_json(run.folder / "attacks" / f"{phase}.json", {"summary": columns, "notes": notes, "rows": rows})

@@ -6,6 +6,7 @@ import copy
 import math
 import random
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -127,10 +128,9 @@ def leak(case):
     limits = limits_of(case.benchmark, case.forget, prompts)
     size = max(1, min(case.batch_size, AT_ONCE // case.samples))
     with inference(case.model), case.engine.held(case.model):
-        answers = sampled(
-            case.engine, case.model, case.tokenizer, prompts, limits, case.benchmark.newline_ends, size, case.samples,
-            1.0, lambda first: generator(case.model.device, case.seed, "leak", first), "samples",
-        )  # fmt: skip
+        rng_of = partial(generator, case.model.device, case.seed, "leak")
+        answers = sampled(case.engine, case.model, case.tokenizer, prompts, limits, case.benchmark.newline_ends, size,
+                          case.samples, 1.0, rng_of, "samples")  # fmt: skip
         columns, rows = scored(case, [[text for text, _ in some] for some in answers], limits, "leak")
         own = getattr(case.model, "generation_config", None)
         if not (getattr(own, "do_sample", False) and hasattr(case.model, "generate")):
@@ -148,10 +148,8 @@ def generated(case, prompt, limit, number):
     stops = stop_ids(case.tokenizer, case.model, case.benchmark.newline_ends)
     with torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
         torch.manual_seed(derive_seed(case.seed, "leak, own settings", number))
-        found = case.model.generate(
-            ids, attention_mask=torch.ones_like(ids), num_return_sequences=case.samples, max_new_tokens=limit,
-            eos_token_id=stops, pad_token_id=stops[0],
-        )  # fmt: skip
+        found = case.model.generate(ids, attention_mask=torch.ones_like(ids), num_return_sequences=case.samples,
+                                    max_new_tokens=limit, eos_token_id=stops, pad_token_id=stops[0])  # fmt: skip
     return case.tokenizer.batch_decode(found[:, len(prompt) :], skip_special_tokens=True)
 
 
