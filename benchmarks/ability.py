@@ -141,7 +141,7 @@ def check(model, tokenizer, sets):
 
 
 def normalise(text):
-    """Text as RWKU's code compares it: lower case, no ASCII punctuation, no a, an, the ("(A)" is empty), single spaces."""
+    """Text as RWKU's code compares it: lower case, no ASCII punctuation, no a, an, the ("(A)" is empty), one space."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
