@@ -55,7 +55,7 @@ import torch
 
 import benchmarks
 from benchmarks import ability, attacks, judge, metrics
-from benchmarks.answers import answer_losses, gold_answer, greedy, inference, limits_of
+from benchmarks.answers import answer_losses, greedy, inference, limits_of
 from benchmarks.logs import read_log, read_retained
 from benchmarks.shared import check_ids
 from data import encode_prompt
@@ -94,7 +94,7 @@ def evaluate(
         losses = probe_losses(model, tokenizer, benchmark, probes, batch_size, progress)
     rows = []
     for i, (probe, (text, truncated)) in enumerate(zip(probes, answers, strict=True)):
-        row = metrics.score(benchmark, probe, gold_answer(tokenizer, benchmark, probe, limits[i]), text)
+        row = metrics.score(benchmark, probe, text, tokenizer, limits[i])
         row |= {"truncated": truncated, "prompt": tokenizer.decode(prompts[i])}
         rows.append(row | losses.get(i, {}))
     return finish(benchmark, rows, retained, notes)

@@ -129,10 +129,3 @@ def answer_losses(model, tokenizer, pairs, batch_size, progress=True):
 def limits_of(benchmark, probes, prompts, max_new_tokens=None):
     """New tokens that each answer may have. prompts: the probes' token ids."""
     return [max_new_tokens or benchmark.limit(p.split, len(ids)) for p, ids in zip(probes, prompts, strict=True)]
-
-
-def gold_answer(tokenizer, benchmark, probe, limit):
-    """The true answer that a probe's is scored against; where a text goes on, as long as the model's may be."""
-    if probe.split not in benchmark.continued:
-        return probe.answer
-    return tokenizer.decode(tokenizer(probe.answer).input_ids[:limit], skip_special_tokens=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from benchmarks import metrics
-from benchmarks.answers import gold_answer, greedy, inference, limits_of, pair_rows
+from benchmarks.answers import greedy, inference, limits_of, pair_rows
 from benchmarks.attacks.kinds import extract, leak, membership, prefix, quantize, relearn
 from benchmarks.shared import check_ids
 from config import InputError
@@ -68,9 +68,8 @@ class Case:
         with inference(model), self.engine.held(model):
             newline = self.benchmark.newline_ends
             texts = greedy(self.engine, model, self.tokenizer, prompts, limits, newline, self.batch_size)
-        gold = [gold_answer(self.tokenizer, self.benchmark, p, n) for p, n in zip(probes, limits, strict=True)]
-        rows = zip(probes, gold, texts, strict=True)
-        return [metrics.score(self.benchmark, probe, answer, text) for probe, answer, (text, _) in rows]
+        rows = zip(probes, texts, limits, strict=True)
+        return [metrics.score(self.benchmark, probe, text, self.tokenizer, limit) for probe, (text, _), limit in rows]
 
     def encoded(self, pairs):
         """(token ids, where what is scored starts) of each (Prompt, answer), as the benchmark puts both together; of

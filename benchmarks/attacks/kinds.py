@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks import metrics
-from benchmarks.answers import forced, gold_answer, inference, limits_of, sampled
+from benchmarks.answers import forced, inference, limits_of, sampled
 from benchmarks.attacks import measures
 from benchmarks.metrics import UNSEEN, mean
 from data import encode_answer, encode_prompt, stop_ids
@@ -157,10 +157,9 @@ def scored(case, texts, limits, name):
     """Columns and rows of n texts for each forget probe."""
     rows, columns = [], {}
     for probe, some, limit in zip(case.forget, texts, limits, strict=True):
-        gold = gold_answer(case.tokenizer, case.benchmark, probe, limit)
-        known = {text: metrics.score(case.benchmark, probe, gold, text) for text in set(some)}
+        known = {text: metrics.score(case.benchmark, probe, text, case.tokenizer, limit) for text in set(some)}
         draws = [{"text": t, "recall": known[t]["rouge_l_recall"], "refusal": known[t]["refusal"]} for t in some]
-        rows.append({"split": probe.split, "question": probe.question, "answer": gold, "draws": draws})
+        rows.append({key: known[some[0]][key] for key in ("split", "question", "answer")} | {"draws": draws})
     parts = {"": lambda draw: draw["recall"], "_answered": lambda draw: float(not draw["refusal"]),
              "_exact": lambda draw: float(draw["recall"] == 1)}  # fmt: skip
     for k in [k for k in KS if k <= case.samples]:
