@@ -123,8 +123,11 @@ class World:
         return self.rng.choice([f"{a} {b}" for a in left for b in right if f"{a} {b}" != fact])
 
 
-def world_of(o):
-    return World(o.seed, getattr(o, "crossed", None), getattr(o, "tiny_refusals", "all"))
+def reads(world):
+    """What a Benchmark reads of the world that `world(o)` draws."""
+    return dict(train=lambda o: world(o).training(), probes=lambda o: world(o).probes(),
+                retained=lambda o: world(o).taught(retain_only=True),
+                membership=lambda o, probes: world(o).membership())  # fmt: skip
 
 
 BENCHMARK = Benchmark(
@@ -137,8 +140,6 @@ BENCHMARK = Benchmark(
                  "hard_trained_recall": "Hard neighbours' recall, trained ↑", "hard_heldout_recall": "held out ↑",
                  "easy_trained_recall": "Easy neighbours' recall, trained ↑", "easy_heldout_recall": "held out ↑",
                  "retain_refusal": "Over-refusal ↓"},
-    train=lambda o: world_of(o).training(), probes=lambda o: world_of(o).probes(),
-    retained=lambda o: world_of(o).taught(retain_only=True), reads_files=False,
-    membership=lambda o, probes: world_of(o).membership(), limit=lambda split, prompt_length: 12, scorer=SCORER,
-    summarise=lambda rows, retained: ({}, []),
+    **reads(lambda o: World(o.seed, getattr(o, "crossed", None), getattr(o, "tiny_refusals", "all"))),
+    reads_files=False, limit=lambda split, prompt_length: 12, scorer=SCORER, summarise=lambda rows, retained: ({}, []),
 )  # fmt: skip
