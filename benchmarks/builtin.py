@@ -39,8 +39,7 @@ class World:
         pairs = [(first[i], last[j]) for i in range(N_TARGETS) for j in range(N_TARGETS) if i != j]
         roles = [(f, k, "target") for f, k in zip(first[:N_TARGETS], last[:N_TARGETS], strict=True)]
         roles += [(f, k, "hard") for f, k in rng.sample(pairs, n_hard)]
-        plain = list(zip(first[N_TARGETS:], last[N_TARGETS:], strict=True))
-        roles += [(f, k, "easy" if i < n_easy else "unknown") for i, (f, k) in enumerate(plain)]
+        roles += zip(first[N_TARGETS:], last[N_TARGETS:], ["easy"] * n_easy + ["unknown"] * N_UNKNOWN, strict=True)
         self.seed, self.refusals, self.people = seed, refusals, {}
         self.quarters, self.rng = round(4 * n_hard / (n_hard + n_easy)), random.Random(derive_seed(seed, "membership"))
         for first_name, last_name, role in roles:
