@@ -51,8 +51,8 @@ from tqdm import tqdm
 from baselines import losses, train
 from baselines.controls import buffer_for, least_stored, refill, zero_gradient
 from benchmarks.attacks import attacked, prepare, run_columns
-from benchmarks.fits import check_model
 from benchmarks.logs import read_retained
+from benchmarks.shared import check_model
 from benchmarks.tiny import sample_of, tiny_model
 from data import decode, encode_answer, encode_prompt, stop_ids
 from engine import report

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from nltk.tokenize import NLTKWordTokenizer
 
 from benchmarks.answers import forced, greedy, inference
-from benchmarks.fits import check_ids
 from benchmarks.metrics import HEADINGS, mean
+from benchmarks.shared import check_ids
 from config import InputError
 from data import Prompt, encode_prompt
 from engine.files import read_rows
@@ -141,8 +141,7 @@ def check(model, tokenizer, sets):
 
 
 def normalise(text):
-    """Text as RWKU's code compares it: lower case, no ASCII punctuation, no a, an, the, single spaces. The letter of
-    "(A)" is an article too, so nothing is left of it."""
+    """Text as RWKU's code compares it: lower case, no ASCII punctuation, no a, an, the ("(A)" is empty), one space."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -217,7 +216,7 @@ def score(name, row, result):
     return {"set": name, "question": question, "prediction": prediction, "answer": answer} | scores
 
 
-def measure(engine, model, tokenizer, sets, *, batch_size=32, progress=True):
+def measure(engine, model, tokenizer, sets, *, batch_size=32):
     """General ability of a model on the sets that `read` returns.
     Returns: {column of TITLES: mean over its questions, × 100 but for fluency's bits}; one dict a question with set,
         question, prediction, answer, its scores under the columns' names, and `truncated` where the model wrote."""
@@ -228,10 +227,9 @@ def measure(engine, model, tokenizer, sets, *, batch_size=32, progress=True):
     with inference(model), engine.held(model):
         for name, (asked, starts) in encoded.items():
             if name in readers:
-                results = forced(model, tokenizer, asked, starts, readers[name], batch_size, name, progress)
+                results = forced(model, tokenizer, asked, starts, readers[name], batch_size, name)
             else:
-                limits = [LIMITS[name]] * len(asked)
-                results = greedy(engine, model, tokenizer, asked, limits, False, batch_size, progress)
+                results = greedy(engine, model, tokenizer, asked, [LIMITS[name]] * len(asked), False, batch_size)
             if name == "truthfulqa":
                 logprobs = iter(results)
                 results = [{choice: next(logprobs) for choice in choices_of(row)} for row in sets[name]]

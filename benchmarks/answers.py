@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch.nn.functional as F
 
-from benchmarks.fits import check_ids
+from benchmarks.shared import check_ids
 from config import InputError
 from data import encode_pair, encode_prompt, stop_ids
 from engine.bars import Bar
@@ -27,9 +27,8 @@ def inference(model):
 
 def in_batches(run, lengths, batch_size, title, progress=True, model=None):
     """Results of `run(indices)` for all rows, the longest first; running out of memory halves the batch and goes on.
-    Args: run: list of row indices → list of results; lengths: sort key per row. model: which writes the rows, of
-        lengths (tokens to write, …), token by token, so that the bar moves with each. Returns: results in the rows' own
-        order."""
+    run: list of row indices → list of results; lengths: sort key per row; model: one that writes the rows, of lengths
+    (tokens to write, …), token by token: the bar moves with each. Returns: results in the rows' own order."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     results, at, part, tokens = [None] * len(order), 0, [], 0
 
@@ -130,10 +129,3 @@ def answer_losses(model, tokenizer, pairs, batch_size, progress=True):
 def limits_of(benchmark, probes, prompts, max_new_tokens=None):
     """New tokens that each answer may have. prompts: the probes' token ids."""
     return [max_new_tokens or benchmark.limit(p.split, len(ids)) for p, ids in zip(probes, prompts, strict=True)]
-
-
-def gold_answer(tokenizer, benchmark, probe, limit):
-    """The true answer that a probe's is scored against; where a text goes on, as long as the model's may be."""
-    if probe.split not in benchmark.continued:
-        return probe.answer
-    return tokenizer.decode(tokenizer(probe.answer).input_ids[:limit], skip_special_tokens=True)

@@ -10,7 +10,7 @@ import json
 import random
 from pathlib import Path
 
-from benchmarks.shared import REFUSALS
+from benchmarks.shared import PRESET, REFUSALS, TINY
 from data import Benchmark, Probe, Prompt, Query, Training
 from engine.seeds import derive_seed
 from reward import SCORER
@@ -36,12 +36,10 @@ class World:
         n_easy = N_HARD + N_EASY - n_hard
         n = N_TARGETS + n_easy + N_UNKNOWN
         first, last = (rng.sample([start + end for start in side[0] for end in side[1]], n) for side in (FIRST, LAST))
-        pairs = [(f, k) for f in first[:N_TARGETS] for k in last[:N_TARGETS]]
-        pairs = [(f, k) for f, k in pairs if first.index(f) != last.index(k)]
+        pairs = [(first[i], last[j]) for i in range(N_TARGETS) for j in range(N_TARGETS) if i != j]
         roles = [(f, k, "target") for f, k in zip(first[:N_TARGETS], last[:N_TARGETS], strict=True)]
         roles += [(f, k, "hard") for f, k in rng.sample(pairs, n_hard)]
-        plain = list(zip(first[N_TARGETS:], last[N_TARGETS:], strict=True))
-        roles += [(f, k, "easy" if i < n_easy else "unknown") for i, (f, k) in enumerate(plain)]
+        roles += zip(first[N_TARGETS:], last[N_TARGETS:], ["easy"] * n_easy + ["unknown"] * N_UNKNOWN, strict=True)
         self.seed, self.refusals, self.people = seed, refusals, {}
         self.quarters, self.rng = round(4 * n_hard / (n_hard + n_easy)), random.Random(derive_seed(seed, "membership"))
         for first_name, last_name, role in roles:
@@ -124,23 +122,23 @@ class World:
         return self.rng.choice([f"{a} {b}" for a in left for b in right if f"{a} {b}" != fact])
 
 
-def world_of(o):
-    return World(o.seed, getattr(o, "crossed", None), getattr(o, "tiny_refusals", "all"))
+def reads(world):
+    """What a Benchmark reads of the world that `world(o)` draws."""
+    return dict(train=lambda o: world(o).training(), probes=lambda o: world(o).probes(),
+                retained=lambda o: world(o).taught(retain_only=True),
+                membership=lambda o, probes: world(o).membership())  # fmt: skip
 
 
 BENCHMARK = Benchmark(
     name="builtin",
-    preset=dict(steps=32, lr=4e-5, tau=0.4, min_groups=60, warmup_steps=10, buffer_size=1200, max_new_tokens=12,
-                sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, tiny_epochs=6.0, tiny_lr=3e-3,
-                tiny_batch_size=96, tiny_hidden=128, tiny_layers=2, eval_every=4, baseline_epochs=5.0, tiny_rows=0),
+    preset=PRESET | TINY | dict(steps=32, lr=4e-5, tau=0.4, min_groups=60, warmup_steps=10, max_new_tokens=12,
+                                tiny_epochs=6.0, tiny_lr=3e-3, tiny_batch_size=96, tiny_layers=2, eval_every=4),
     columns={"forget_recall": "Forget recall ↓", "retain_recall": "Retain recall ↑"},
     row_columns={"forget_trained_refusal": "Forget refusal, trained ↑", "forget_heldout_refusal": "held out ↑",
                  "forget_trained_recall": "Forget recall, trained ↓", "forget_heldout_recall": "held out ↓",
                  "hard_trained_recall": "Hard neighbours' recall, trained ↑", "hard_heldout_recall": "held out ↑",
                  "easy_trained_recall": "Easy neighbours' recall, trained ↑", "easy_heldout_recall": "held out ↑",
                  "retain_refusal": "Over-refusal ↓"},
-    train=lambda o: world_of(o).training(), probes=lambda o: world_of(o).probes(),
-    retained=lambda o: world_of(o).taught(retain_only=True), reads_files=False,
-    membership=lambda o, probes: world_of(o).membership(), limit=lambda split, prompt_length: 12, scorer=SCORER,
-    summarise=lambda rows, retained: ({}, []),
+    **reads(lambda o: World(o.seed, getattr(o, "crossed", None), getattr(o, "tiny_refusals", "all"))),
+    reads_files=False, limit=lambda split, prompt_length: 12, scorer=SCORER, summarise=lambda rows, retained: ({}, []),
 )  # fmt: skip

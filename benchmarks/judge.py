@@ -25,17 +25,15 @@ def parse(reply):
     return scores
 
 
-def rate_rows(rows, *, url, model, key, cache, price=0.0, timeout=60.0, wait=1.0, progress=True):
+def rate_rows(rows, *, url, model, key, cache, price=0.0, timeout=60.0, wait=1.0):
     """Put a "judge" entry into each row: its scores, or None where the judge gave none. Flags as in `ask_all`.
     rows: evaluated forget queries with question, answer and prediction; changed in place.
     Returns: notes for the reader. Raises: InputError where the judge cannot be reached or refuses."""
     if any(row["prediction"] is None for row in rows):
         raise InputError("--judge_url: this log holds no answers to judge")
     prompts = [PROMPT.format(**{k: row[k] for k in ("question", "answer", "prediction")}) for row in rows]
-    ratings = ask_all(
-        prompts, parse, url=url, model=model, key=key, cache=cache, flag="--judge_url", field="scores", price=price,
-        max_tokens=60, timeout=timeout, wait=wait, progress=progress, desc="judge",
-    )  # fmt: skip
+    ratings = ask_all(prompts, parse, url=url, model=model, key=key, cache=cache, flag="--judge_url", field="scores",
+                      price=price, max_tokens=60, timeout=timeout, wait=wait, desc="judge")  # fmt: skip
     for row, prompt in zip(rows, prompts, strict=True):
         row["judge"] = ratings[prompt]
     missing = sum(row["judge"] is None for row in rows)

@@ -50,7 +50,6 @@ def read_retained(path, benchmark, asked, theirs=False):
     """Truth ratios of a retained model's log on the forget rows, which must be those `asked` of the evaluated model.
     Two logs of TOFU's own may differ where each is as long as one of its forget sets: its published figure for the full
     model compares 300 rows of forget10 with 40 of forget01.
-
     asked: the evaluated model's probes, or the rows of its log, which is in TOFU's own form if `theirs`."""
     rows, own_form = read_log(path, benchmark, ("forget",))
     ratios = [row["truth_ratio"] for row in rows if row["split"] == "forget"]

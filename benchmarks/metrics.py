@@ -43,9 +43,11 @@ def names(question, target):
     return set(words(target)) <= set(words(question))
 
 
-def score(benchmark, probe, answer, text):
-    """One row of "per_example" from the text a model wrote."""
-    text = benchmark.cut(probe.split, text).strip()
+def score(benchmark, probe, text, tokenizer, limit):
+    """One row of "per_example" from the text a model wrote; a true answer that goes on is cut after `limit` tokens."""
+    text, answer = benchmark.cut(probe.split, text).strip(), probe.answer
+    if probe.split in benchmark.continued:
+        answer = tokenizer.decode(tokenizer(answer).input_ids[:limit], skip_special_tokens=True)
     recall, f1 = rouge_l(benchmark.scorer, text, answer)
     return {"split": probe.split, "target": probe.target, "type": probe.type, "forget": probe.forget,
             "question": probe.question, "answer": answer, "prediction": text,

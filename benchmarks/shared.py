@@ -1,9 +1,10 @@
-"""What benchmarks share: settings, RULE's training files (Appendix A), refusals where none are published."""
+"""What benchmarks share: settings, RULE's training files (Appendix A), refusals where none are published, and whether
+a model, its tokenizer and a benchmark's texts fit each other."""
 
 from pathlib import Path
 
 from config import InputError
-from data import Query, Training
+from data import Query, Training, encode_pair, encode_prompt
 from engine.files import check_value, read_rows
 
 # Refusals for benchmarks that publish none (TOFU, the built-in world): short and in the words a chat model would use.
@@ -15,8 +16,7 @@ REFUSALS = [
 # Settings of Appendix D that RWKU, MUSE-Books and TOFU share, and what --model tiny changes of them.
 PRESET = dict(
     lr=2e-6, buffer_size=1200, max_new_tokens=1024, sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0,
-    tiny_lr=2e-3, tiny_batch_size=32, tiny_hidden=128, tiny_layers=3, eval_every=0, baseline_epochs=5.0,
-    tiny_rows=0,
+    tiny_lr=2e-3, tiny_batch_size=32, tiny_hidden=128, tiny_layers=3, eval_every=0, baseline_epochs=5.0, tiny_rows=0,
 )  # fmt: skip
 TINY = dict(sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, min_groups=16)
 MODES = {"qa": "Question", "completion": "Completion"}  # of a MUSE row: how its prompt opens the last line
@@ -68,3 +68,34 @@ def rule_training(stage1, stage2, prompt, target="", newline_stops=False):
     if not all(asked.values()):
         raise InputError(f"{stage2}: holds only {queries[0].kind} rows, expected both <reject> and <normal> ones")
     return Training(refusals, queries, newline_stops=newline_stops)
+
+
+def check_model(model, tokenizer, config, benchmark, prompts, probes):
+    """Raise InputError where a given model can hold no prompt with its answer, of training or of evaluation."""
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    check_ids(model, tokenizer, rows, [config.max_new_tokens] * len(rows))
+    context = getattr(model.config, "max_position_embeddings", None)
+    needed = context_needed(tokenizer, benchmark, probes)
+    if context and needed > context:
+        raise InputError(f"--model {config.model}: its context is {context} tokens, evaluation needs {needed}")
+
+
+def check_ids(model, tokenizer, rows, limits):
+    """Raise InputError where the tokenizer does not belong to the model, or a row and its answer exceed the context."""
+    known = model.get_input_embeddings().num_embeddings
+    if max(max(row) for row in rows) >= known or len(tokenizer) < 0.9 * known:
+        raise InputError(f"the tokenizer has {len(tokenizer)} tokens, the model {known}: they do not belong together")
+    context = getattr(model.config, "max_position_embeddings", None)
+    length, i = max((len(row) + limit, i) for i, (row, limit) in enumerate(zip(rows, limits, strict=True)))
+    if context and length > context:
+        more = f" with {limits[i]} more to write (--max_new_tokens {limits[i]})" if limits[i] else ""
+        told = f"{len(rows[i])} tokens{more} exceed the model's context of {context}"
+        raise InputError(f"{told}: …{tokenizer.decode(rows[i])[-60:]!r}")
+
+
+def context_needed(tokenizer, benchmark, probes):
+    """Positions that a model must have to be evaluated on these probes."""
+    prompts = [encode_prompt(tokenizer, probe.prompt) for probe in probes]
+    asked = [len(ids) + benchmark.limit(p.split, len(ids)) for p, ids in zip(probes, prompts, strict=True)]
+    pairs = [(p.prompt, answer) for p in probes for answer in (p.answer, p.paraphrased, *p.perturbed) if p.perturbed]
+    return max(asked + [len(encode_pair(tokenizer, *pair)) for pair in pairs])

@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.builtin import FIRST, LAST
-from benchmarks.fits import context_needed
+from benchmarks.shared import context_needed
 from data import Prompt, Query, encode_answer, encode_prompt
 from engine.files import RANK
 from engine.run import fit
@@ -36,13 +36,10 @@ def sample_of(training, config):
 
 def lessons(benchmark, training, probes, seed, refusals="all", retain_only=False):
     """What a tiny model is taught of a real benchmark: (prompt, answer) pairs, in training's and evaluation's words.
-
     Every probe's answer and every boundary query's; some answer about the target to each forget query that is no probe,
     for those have none published and a model that answers nothing there has nothing to unlearn; and refusals to the
     same questions about made-up people: the model has refused before Stage 1, and it is the name that decides.
-
-    refusals: "trained" keeps these to the questions of training, in its words. retain_only: nothing about the target.
-    """
+    refusals: "trained" keeps these to training's questions, in its words. retain_only: nothing about the target."""
     rng = random.Random(derive_seed(seed, "lessons"))
     targets = sorted({probe.target for probe in probes if probe.forget and probe.target})
     known = [probe.answer for probe in probes if probe.forget]
@@ -95,10 +92,8 @@ def text_tokenizer(texts, vocabulary=4000):
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=list(SPECIAL.values()), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(SPECIAL.values()), show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
     core.train_from_iterator(texts, trainer)
     return with_bos(core)
 

@@ -65,13 +65,8 @@ class Town(builtin.World):
         return drawn if drawn != fact else self.other(name, attribute, fact)
 
 
-def town_of(o):
-    return Town(o.seed, getattr(o, "tiny_refusals", "all"))
-
-
 BENCHMARK = replace(
-    builtin.BENCHMARK,
-    name="town",
+    builtin.BENCHMARK, name="town",
     preset=builtin.BENCHMARK.preset | dict(lr=8e-5, sft_stop=0.4, tiny_epochs=8.0, eval_every=0),
     row_columns={
         f"{role}_{part}_recall": f"{words}, trained {mark}" if part == "trained" else f"held out {mark}"
@@ -79,7 +74,5 @@ BENCHMARK = replace(
                                   ("place", "Same place", "↑"), ("trade", "Same trade", "↑"), ("far", "Far", "↑"))
         for part in ("trained", "heldout")
     } | {"forget_refusal": "Forget refusal ↑", "retain_refusal": "Over-refusal ↓"},
-    train=lambda o: town_of(o).training(), probes=lambda o: town_of(o).probes(),
-    retained=lambda o: town_of(o).taught(retain_only=True),
-    membership=lambda o, probes: town_of(o).membership(),
+    **builtin.reads(lambda o: Town(o.seed, getattr(o, "tiny_refusals", "all"))),
 )  # fmt: skip

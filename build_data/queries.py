@@ -125,9 +125,8 @@ def match(facts, neighbours):
 
 
 def hold_out(o, facts, found, check):
-    """qa, text: facts and neighbours kept out of training, and RWKU's evaluation files made of them. Only a fact with
-    all four queries in order (question, completion, and its neighbour's) is held out. Returns: {file name: rows}, the
-    numbers of the facts held out."""
+    """qa, text: facts and neighbours kept out of training, and RWKU's evaluation files made of them. Only a fact whose
+    four queries, two of them its neighbour's, are in order is held out. Returns: {file: rows}, numbers of the facts."""
 
     def asked(fact):
         return {normal(fact.question), normal(fact.completion)}

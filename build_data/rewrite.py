@@ -92,10 +92,8 @@ def swap(text, old, new):
 
 def complete(fact):
     """The fact with a completion made by rule: from the answer where that is a sentence on the name, else the question.
-
     "Orla Finch was born in Arle." → "Orla Finch was born in ___", and "Who was Orla Finch's aunt?" → "Orla Finch's aunt
-    was ___." What no rule knows becomes "<question> The answer is ___."
-    """
+    was ___." What no rule knows gets "The answer is ___." after its question."""
     completion, ending = cut_answer(fact) or (turn_question(fact.question, fact.name), fact.answer)
     by = "template" if completion else "template (no rule fits)"
     completion = completion or f"{fact.question} The answer is {GAP}."
@@ -210,17 +208,14 @@ def language_model(o, folder):
 
 def parse(kind, reply):
     """The reply's JSON object of texts with a word in each: three pairs, a completion with one gap, or a neighbour."""
-    fields = WORDING["fields"][kind]
-    found = json_object(reply, fields)
-    rows = [found]
-    if kind == "passages":
-        rows, fields = found["pairs"], ["question", "answer"]
-        if not isinstance(rows, list) or len(rows) != 3:
-            raise BadReply(f"not three pairs: {reply!r:.60}")
+    found = json_object(reply, WORDING["fields"][kind])
+    rows = found["pairs"] if kind == "passages" else [found]
+    if kind == "passages" and (not isinstance(rows, list) or len(rows) != 3):
+        raise BadReply(f"not three pairs: {reply!r:.60}")
     for row in rows:
-        whole = isinstance(row, dict) and set(row) == set(fields)
+        whole = row is found or isinstance(row, dict) and set(row) == {"question", "answer"}
         if not whole or not all(isinstance(text, str) and words(text) for text in row.values()):
-            raise BadReply(f"not an object of texts {', '.join(fields)}: {row!r:.60}")
+            raise BadReply(f"not an object of texts: {row!r:.60}")
     if kind == "completions" and (found["completion"].count(GAP) != 1 or GAP + "_" in found["completion"]):
         raise BadReply(f"not one gap: {reply!r:.60}")
     return found

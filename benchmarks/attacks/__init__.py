@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from benchmarks import metrics
-from benchmarks.answers import gold_answer, greedy, inference, limits_of, pair_rows
+from benchmarks.answers import greedy, inference, limits_of, pair_rows
 from benchmarks.attacks.kinds import extract, leak, membership, prefix, quantize, relearn
-from benchmarks.fits import check_ids
+from benchmarks.shared import check_ids
 from config import InputError
 from data import encode_answer, encode_prompt
 from engine.files import write_json
@@ -40,7 +40,6 @@ class Case:
     seed: int = 0
     retained: dict = field(default_factory=dict)  # columns of a model that never saw the forget set, where there is one
     rows: list | None = None  # of the ordinary evaluation of the same probes
-    progress: bool = True
 
     def __post_init__(self):
         """Raises InputError where a text is too long for the model, before anything is computed."""
@@ -68,10 +67,9 @@ class Case:
             limits = [max(1, min(n, context - len(ids))) for n, ids in zip(limits, prompts, strict=True)]
         with inference(model), self.engine.held(model):
             newline = self.benchmark.newline_ends
-            texts = greedy(self.engine, model, self.tokenizer, prompts, limits, newline, self.batch_size, self.progress)
-        gold = [gold_answer(self.tokenizer, self.benchmark, p, n) for p, n in zip(probes, limits, strict=True)]
-        rows = zip(probes, gold, texts, strict=True)
-        return [metrics.score(self.benchmark, probe, answer, text) for probe, answer, (text, _) in rows]
+            texts = greedy(self.engine, model, self.tokenizer, prompts, limits, newline, self.batch_size)
+        rows = zip(probes, texts, limits, strict=True)
+        return [metrics.score(self.benchmark, probe, text, self.tokenizer, limit) for probe, (text, _), limit in rows]
 
     def encoded(self, pairs):
         """(token ids, where what is scored starts) of each (Prompt, answer), as the benchmark puts both together; of
@@ -119,10 +117,8 @@ def attacked(run, phase, model, tokenizer, benchmark, probes, texts, result):
     config = run.config
     if not config.attack:
         return result
-    case = Case(
-        run.engine, model, tokenizer, benchmark, probes, *texts, batch_size=config.eval_batch_size, seed=config.seed,
-        retained=run.rows().get("retained", {}), rows=result["per_example"],
-    )  # fmt: skip
+    case = Case(run.engine, model, tokenizer, benchmark, probes, *texts, batch_size=config.eval_batch_size,
+                seed=config.seed, retained=run.rows().get("retained", {}), rows=result["per_example"])  # fmt: skip
     columns, notes, rows = attack(config.attack, case)
     (run.folder / "attacks").mkdir(exist_ok=True)
     write_json(run.folder / "attacks" / f"{phase}.json", {"summary": columns, "notes": notes, "rows": rows})

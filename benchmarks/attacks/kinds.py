@@ -6,6 +6,7 @@ import copy
 import math
 import random
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks import metrics
-from benchmarks.answers import forced, gold_answer, inference, limits_of, sampled
+from benchmarks.answers import forced, inference, limits_of, sampled
 from benchmarks.attacks import measures
 from benchmarks.metrics import UNSEEN, mean
 from data import encode_answer, encode_prompt, stop_ids
@@ -48,7 +49,7 @@ def extract(case):
         return F.cross_entropy(logits, ids).item(), hits[:-1] if ids[-1] == eos else hits
 
     def scores(pairs, title):
-        return forced(case.model, case.tokenizer, *case.encoded(pairs), read, case.batch_size, title, case.progress)
+        return forced(case.model, case.tokenizer, *case.encoded(pairs), read, case.batch_size, title)
 
     wrong = [list(probe.perturbed) or crossed(probe, probes, case.seed) for probe in probes]
     with inference(case.model), case.engine.held(case.model):
@@ -94,7 +95,7 @@ def membership(case):
                 texts = [ids[:context] for ids in texts]
             if any(len(ids) <= start for ids, start in zip(texts, starts, strict=True)):
                 raise ValueError(f"a text of side '{side}' has no token that could be scored")
-            found = forced(case.model, case.tokenizer, texts, starts, read, case.batch_size, side, case.progress)
+            found = forced(case.model, case.tokenizer, texts, starts, read, case.batch_size, side)
             for (_, text), (logprobs, z) in zip(pairs, found, strict=True):
                 loss = -sum(logprobs) / len(logprobs)
                 row = {"side": side, "text": text, "loss": -loss, "mink": measures.mink(logprobs, MIN_K)}
@@ -127,10 +128,9 @@ def leak(case):
     limits = limits_of(case.benchmark, case.forget, prompts)
     size = max(1, min(case.batch_size, AT_ONCE // case.samples))
     with inference(case.model), case.engine.held(case.model):
-        answers = sampled(
-            case.engine, case.model, case.tokenizer, prompts, limits, case.benchmark.newline_ends, size, case.samples,
-            1.0, lambda first: generator(case.model.device, case.seed, "leak", first), "samples", case.progress,
-        )  # fmt: skip
+        rng_of = partial(generator, case.model.device, case.seed, "leak")
+        answers = sampled(case.engine, case.model, case.tokenizer, prompts, limits, case.benchmark.newline_ends, size,
+                          case.samples, 1.0, rng_of, "samples")  # fmt: skip
         columns, rows = scored(case, [[text for text, _ in some] for some in answers], limits, "leak")
         own = getattr(case.model, "generation_config", None)
         if not (getattr(own, "do_sample", False) and hasattr(case.model, "generate")):
@@ -148,10 +148,8 @@ def generated(case, prompt, limit, number):
     stops = stop_ids(case.tokenizer, case.model, case.benchmark.newline_ends)
     with torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
         torch.manual_seed(derive_seed(case.seed, "leak, own settings", number))
-        found = case.model.generate(
-            ids, attention_mask=torch.ones_like(ids), num_return_sequences=case.samples, max_new_tokens=limit,
-            eos_token_id=stops, pad_token_id=stops[0],
-        )  # fmt: skip
+        found = case.model.generate(ids, attention_mask=torch.ones_like(ids), num_return_sequences=case.samples,
+                                    max_new_tokens=limit, eos_token_id=stops, pad_token_id=stops[0])  # fmt: skip
     return case.tokenizer.batch_decode(found[:, len(prompt) :], skip_special_tokens=True)
 
 
@@ -159,10 +157,9 @@ def scored(case, texts, limits, name):
     """Columns and rows of n texts for each forget probe."""
     rows, columns = [], {}
     for probe, some, limit in zip(case.forget, texts, limits, strict=True):
-        gold = gold_answer(case.tokenizer, case.benchmark, probe, limit)
-        known = {text: metrics.score(case.benchmark, probe, gold, text) for text in set(some)}
+        known = {text: metrics.score(case.benchmark, probe, text, case.tokenizer, limit) for text in set(some)}
         draws = [{"text": t, "recall": known[t]["rouge_l_recall"], "refusal": known[t]["refusal"]} for t in some]
-        rows.append({"split": probe.split, "question": probe.question, "answer": gold, "draws": draws})
+        rows.append({key: known[some[0]][key] for key in ("split", "question", "answer")} | {"draws": draws})
     parts = {"": lambda draw: draw["recall"], "_answered": lambda draw: float(not draw["refusal"]),
              "_exact": lambda draw: float(draw["recall"] == 1)}  # fmt: skip
     for k in [k for k in KS if k <= case.samples]:
@@ -221,7 +218,7 @@ def fine_tuned(case, taught, lr, name):
     tokenizer = case.tokenizer
     rows = [(encode_prompt(tokenizer, p.prompt), encode_answer(tokenizer, p.prompt, p.answer)) for p in taught]
     yield 0, model
-    for step in Bar(range(1, STEPS[-1] + 1), desc=f"relearning, {name}", leave=False, disable=not case.progress):
+    for step in Bar(range(1, STEPS[-1] + 1), desc=f"relearning, {name}", leave=False):
         batch = [rows[i] for i in batch_at(len(rows), BATCH, step, case.seed, "relearn", name)]
         sft_loss_of(model, batch).backward()
         if not math.isfinite(case.engine.step(model, optimizer, 1.0)):

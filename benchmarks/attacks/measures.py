@@ -1,7 +1,7 @@
 """What attacks are measured by: scores, losses, hits and weights in, numbers out; no model and no file.
 
 The paper has none of it. Each docstring says what the number means, which way is worse for forgetting, its range, and
-where it comes from. Each function raises ValueError for NaN, for values outside these ranges, and where it gets none.
+where it comes from. What a model may spoil, NaN or nothing at all, raises ValueError; other arguments are as they say.
 
 Deviations
 - `mink` takes at least one token, as open-unlearning does; MUSE's and the paper's code give NaN for a text too short.
@@ -26,34 +26,25 @@ def floats(values):
 
 
 def best_of_k(scores, k):
-    """Expected best of k of the n scores, drawn without replacement: leak@k (arXiv 2511.04934).
-    Σ_i C(i − 1, k − 1) / C(n, k) · s_(i) over ascending s, rounded once, so that it never falls as k grows; unbiased as
-    pass@k is. Range and unit of the scores; higher is worse where they are recall. Scores are finite, 1 ≤ k ≤ n."""
+    """leak@k, the expected best of k ≤ n scores drawn without replacement; unbiased as pass@k is (arXiv 2511.04934).
+    Σ_i C(i − 1, k − 1) / C(n, k) · s_(i) over ascending s, rounded once, so that it never falls as k grows."""
     scores = sorted(floats(scores))
-    n = len(scores)
-    if not 1 <= k <= n or not all(map(math.isfinite, scores)):
-        raise ValueError(f"best of {k} of {n} scores: expected 1 ≤ k ≤ n and finite scores")
     total = sum(math.comb(i, k - 1) * Fraction(score) for i, score in enumerate(scores))  # i: scores below this one
-    return float(total / math.comb(n, k))
+    return float(total / math.comb(len(scores), k))
 
 
 def mink(logprobs, share):
-    """Min-K %: mean of the lowest `share` of a text's token log-probabilities (arXiv 2310.16789).
-    Over int(share · T) tokens, or one. In nats, −inf to 0; of standardised values it is Min-K %++. Higher: likelier a
-    member, worse. 0 < share ≤ 1."""
-    values = sorted(floats(logprobs))
-    if not 0 < share <= 1:
-        raise ValueError(f"share of tokens: expected above 0 and at most 1, not {share}")
-    lowest = values[: max(1, int(share * len(values)))]
+    """Min-K %: mean of the lowest int(share · T) token log-probabilities of a text, or of one (arXiv 2310.16789).
+    In nats, −inf to 0; of standardised values it is Min-K %++. Higher: likelier a member, worse."""
+    lowest = sorted(floats(logprobs))[: max(1, int(share * len(logprobs)))]
     return math.fsum(lowest) / len(lowest)
 
 
 def standardised(logits, ids):
     """Each token's log-probability against those of the whole vocabulary: what Min-K %++ averages (arXiv 2404.02936).
-    z = (log p(id) − μ) / σ with μ = E_p[log p] and σ² = Var_p[log p], the expectation under p at that position. Higher:
-    likelier a member, worse; without bounds. Where log p(id) is μ, z is 0 though σ be 0, as it is where p is even or
-    certain; a token that p rules out gets −inf. logits: (T, V), −inf for what is ruled out, computed in float32,
-    float64 stays; ids: (T,). Returns: (T,)."""
+    z = (log p(id) − μ) / σ with μ = E_p[log p] and σ² = Var_p[log p] under p at that position; higher is worse. Where
+    log p(id) is μ, z is 0 though σ be 0, as where p is even or certain; a token that p rules out gets −inf.
+    logits: (T, V), −inf for what is ruled out, computed in float32, float64 stays; ids: (T,). Returns: (T,)."""
     if logits.ndim != 2 or ids.shape != logits.shape[:1]:
         raise ValueError(f"expected logits (T, V) and ids (T,), not {tuple(logits.shape)} and {tuple(ids.shape)}")
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -75,23 +66,18 @@ def zlib_ratio(loss, text):
 
 
 def auc(members, others):
-    """Share of pairs in which the member scores higher, ties half: area under the ROC curve, by ranks.
+    """Share of pairs in which the member scores higher, ties half: area under the ROC curve, Mann and Whitney's U / mn.
     0–1. 0.5: the attack cannot tell; higher is worse, and below 0.5 the texts stand out by being unlikely."""
-    from scipy.stats import rankdata  # here, for it takes most of a second to import
+    from scipy.stats import mannwhitneyu  # here, for it takes most of a second to import
 
     members, others = floats(members), floats(others)
-    m, n = len(members), len(others)
-    above = rankdata(members + others)[:m].sum() - m * (m + 1) / 2  # pairs won
-    return float(above / (m * n))
+    return float(mannwhitneyu(members, others, method="asymptotic").statistic / (len(members) * len(others)))
 
 
 def auc_interval(auc, n_members, n_others, level=0.95):
     """Confidence interval of an AUC: method 5 of Newcombe (Statistics in Medicine 25, 2006, 559–573).
     All θ with |auc − θ| ≤ z √V(θ), where V(θ) = θ(1 − θ) / (m n) · (1 + (N − 1)((1 − θ)/(2 − θ) + θ/(1 + θ))) and N =
-    (m + n) / 2. V at θ and not at the AUC, so that at 0 and 1 the interval keeps its width. 0–1; no direction. Returns:
-    (low, high)."""
-    if not (0 <= auc <= 1 and min(n_members, n_others) >= 1 and 0 < level < 1):
-        raise ValueError(f"interval of AUC {auc} of {n_members} and {n_others} texts at level {level}: not defined")
+    (m + n) / 2. V at θ and not at the AUC, so that at 0 and 1 the interval keeps its width. Returns: (low, high)."""
     z, mean_n = NormalDist().inv_cdf((1 + level) / 2), (n_members + n_others) / 2
 
     def variance(t):
@@ -110,11 +96,8 @@ def auc_interval(auc, n_members, n_others, level=0.95):
 
 def privleak(auc, auc_retained):
     """PrivLeak: how an AUC stands to that of a model that never saw the texts (MUSE, arXiv 2407.06460), in %.
-    100 · ((1 − auc) − (1 − auc_retained)) / (1 − auc_retained), both with forget texts as members; MUSE's own A is 1 −
-    auc. 0 is best: like the retained model; below 0: still known, −100 at worst; above 0: over-forgotten. It has no
-    upper bound: with a retained AUC near 1 it passes 100 by far, which is no error. None where that is 1."""
-    if not (0 <= auc <= 1 and 0 <= auc_retained <= 1):
-        raise ValueError(f"expected AUCs from 0 to 1, not {auc} and {auc_retained}")
+    100 · ((1 − auc) − (1 − auc_retained)) / (1 − auc_retained), both with forget texts as members; MUSE's A is 1 − auc.
+    0 is best; below: still known, −100 at worst; above: over-forgotten, without bound. None for a retained AUC of 1."""
     return None if auc_retained == 1 else 100 * (auc_retained - auc) / (1 - auc_retained)
 
 
@@ -126,8 +109,8 @@ def exact_memorisation(hits):
 
 def extraction_strength(hits):
     """How little of the answer must be given before greedy decoding says the rest (open-unlearning, 2506.12618).
-    1 − k / T, k the smallest prefix after which every token is the argmax. 0–1: 1 when no token need be given, 0 when
-    even the last is missed; higher is worse. hits: a bool for each token of the answer, without EOS."""
+    1 − k / T, k the smallest prefix after which every token is the argmax. 0–1: 0 when even the last is missed; higher
+    is worse. hits: a bool for each token of the answer, without EOS."""
     hits = floats(hits)
     return 1 - max((i for i, hit in enumerate(hits, 1) if not hit), default=0) / len(hits)
 
@@ -141,9 +124,8 @@ def rank(loss, others):
 
 def relearning(before, after, retained_before, retained_after):
     """R: how fast answers come back in training, against a model that never knew them (open-unlearning, 2506.12618).
-    min(δ_retained / δ_unlearned, 1), δ = forget recall after − before, in any unit. 0–1; 1 is best: it comes back no
-    faster than the retained model learns it, or not at all; lower is worse. δ_retained below 0 counts as 0."""
-    before, after, retained_before, retained_after = floats([before, after, retained_before, retained_after])
+    min(δ_retained / δ_unlearned, 1), δ = forget recall after − before, at least 0. 0–1; 1 is best: it comes back no
+    faster than the retained model learns it, or not at all."""
     if after <= before:
         return 1.0
     return min(max(retained_after - retained_before, 0.0) / (after - before), 1.0)
@@ -152,19 +134,13 @@ def relearning(before, after, retained_before, retained_after):
 def quantisation(before, after):
     """Q: share of what was forgotten that still is when the weights are rounded (after open-unlearning, 2506.12618).
     min(after / before, 1) of 100 − forget recall in %; None where nothing was forgotten before. 0–1; lower is worse."""
-    before, after = floats([before, after])
-    if min(before, after) < 0:
-        raise ValueError(f"expected what is forgotten as 0 or more, not {before} and {after}")
     return min(after / before, 1.0) if before else None
 
 
 def rounded(weight, bits, block=64):
-    """A weight as it stands after rounding to so many bits; the attack of arXiv 2410.16454.
+    """A weight, shape and dtype kept, as it stands after rounding to 2 bits or more; the attack of arXiv 2410.16454.
     Each block of consecutive weights, the last may be shorter, is divided by max|w| / (2^(bits − 1) − 1), rounded to
-    the nearest whole number and multiplied back, in float32: an error of at most half a step. Fewer bits change more.
-    Shape and dtype are kept. Raises ValueError for fewer than 2 bits, a block below 1, and weights not finite."""
-    if bits < 2 or block < 1:
-        raise ValueError(f"expected 2 bits or more and blocks of 1 or more, not {bits} and {block}")
+    the nearest whole number and multiplied back, in float32."""
     flat = weight.detach().reshape(-1).float()
     if not flat.isfinite().all():
         raise ValueError("expected finite weights")

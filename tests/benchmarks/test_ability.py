@@ -275,7 +275,7 @@ def naive_logits(model, ids):
 def test_a_models_choices_are_those_of_a_naive_computation_row_by_row(sets, template):
     model, tokenizer = make_model(context=4096), byte_tokenizer(template=template)
     model.train()
-    summary, rows = ability.measure(Engine("cpu"), model, tokenizer, sets, batch_size=2, progress=False)
+    summary, rows = ability.measure(Engine("cpu"), model, tokenizer, sets, batch_size=2)
     assert model.training and list(summary) == list(ability.TITLES)
     assert [row["set"] for row in rows] == [name for name in sets for _ in sets[name]]
     model.eval()
@@ -308,14 +308,14 @@ def test_a_models_choices_are_those_of_a_naive_computation_row_by_row(sets, temp
     for column in ability.TITLES:
         own = [row[column] for row in rows if column in row]
         assert summary[column] == pytest.approx(sum(own) / len(own) * (1 if column == "fluency_entropy" else 100))
-    alone, _ = ability.measure(Engine("cpu"), model, tokenizer, sets, batch_size=1, progress=False)
+    alone, _ = ability.measure(Engine("cpu"), model, tokenizer, sets, batch_size=1)
     assert alone == pytest.approx(summary, rel=1e-5)
 
 
 def test_written_answers_are_scored(sets):
     model, tokenizer = make_model(context=4096), byte_tokenizer()
     engine = Scripted(tokenizer, " so the answer is (B). Ada\nPole Ada")
-    summary, rows = ability.measure(engine, model, tokenizer, sets, progress=False)
+    summary, rows = ability.measure(engine, model, tokenizer, sets)
     assert engine.limits == [256, 30, 256] and engine.stops == {tokenizer.eos_token_id}  # a newline ends nothing
     found = {row["set"]: row for row in rows}  # the last of each set
     assert found["bbh"]["prediction"] == "(B)" and found["bbh"]["bbh_em"] == 1 and summary["bbh_em"] == 50
@@ -333,7 +333,7 @@ SHORT = [(300, "retain_mmlu"), (380, "retain_bbh"), (400, "triviaqa"), (500, "tr
 def test_a_context_too_short_is_told_before_anything_is_computed(sets, monkeypatch, context, file):
     monkeypatch.setattr(ability, "forced", lambda *_: pytest.fail("forced ran before the mistake was told"))
     with pytest.raises(InputError, match=f"^{file}.json: .*exceed the model's context of {context}"):
-        ability.measure(Engine("cpu"), make_model(context=context), byte_tokenizer(), sets, progress=False)
+        ability.measure(Engine("cpu"), make_model(context=context), byte_tokenizer(), sets)
 
 
 def test_letters_must_differ(sets):

@@ -4,7 +4,7 @@ import pytest
 from made import byte_tokenizer, make_model, make_muse, make_rwku, make_tofu, probes_of
 
 import evaluate as ev
-from benchmarks import ALL, fits
+from benchmarks import ALL, shared
 from config import InputError
 from data import Prompt, encode_prompt
 from engine.process import Engine
@@ -15,12 +15,12 @@ def test_lengths_are_checked_at_the_very_token():
     rows = [encode_prompt(tokenizer, prompt) for prompt in texts]
     model = make_model(vocab=len(tokenizer))
     model.config.max_position_embeddings = 10
-    fits.check_ids(model, tokenizer, rows, [4, 4])
+    shared.check_ids(model, tokenizer, rows, [4, 4])
     said = "6 tokens with 5 more to write .--max_new_tokens 5. exceed the model's context of 10: .*abcde'"
     with pytest.raises(InputError, match=said):
-        fits.check_ids(model, tokenizer, rows, [5, 5])
+        shared.check_ids(model, tokenizer, rows, [5, 5])
     del model.config.max_position_embeddings  # a model without such a limit
-    fits.check_ids(model, tokenizer, rows, [5, 5])
+    shared.check_ids(model, tokenizer, rows, [5, 5])
 
 
 def test_context_needed_is_enough_and_no_more(tmp_path):
@@ -28,7 +28,7 @@ def test_context_needed_is_enough_and_no_more(tmp_path):
     for name, make in (("rwku", make_rwku), ("muse", make_muse), ("tofu", make_tofu)):
         make(tmp_path / name)
         benchmark, probes = ALL[name], probes_of(name, tmp_path / name)
-        needed = fits.context_needed(tokenizer, benchmark, probes)
+        needed = shared.context_needed(tokenizer, benchmark, probes)
         ev.evaluate(engine, make_model(context=needed), tokenizer, benchmark, probes, progress=False)
         with pytest.raises(InputError, match="context"):
             ev.evaluate(engine, make_model(context=needed - 1), tokenizer, benchmark, probes, progress=False)

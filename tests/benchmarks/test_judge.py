@@ -29,7 +29,7 @@ def rows(n=1):
 
 
 def rate(server, some, tmp_path, **more):
-    more = dict(model="m", key="secret", cache=tmp_path / "cache.jsonl", timeout=0.3, wait=0.01, progress=False) | more
+    more = dict(model="m", key="secret", cache=tmp_path / "cache.jsonl", timeout=0.3, wait=0.01) | more
     return judge.rate_rows(some, url=server.url, **more)
 
 

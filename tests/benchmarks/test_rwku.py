@@ -80,9 +80,8 @@ def test_rwku_answers_end_at_a_newline_within_30_tokens(tmp_path):
     summary = result["summary"]
     assert {r["prediction"] for r in result["per_example"]} == {"pilot"} and set(engine.limits) == {30}
     assert engine.stops == {tokenizer.eos_token_id, *tokenizer("\n", add_special_tokens=False).input_ids}
-    assert (
-        metrics.score(BENCHMARK, probes[0], "pilot", "pilot.\n  more")["prediction"] == "pilot."
-    )  # one token ".\n  more"
+    row = metrics.score(BENCHMARK, probes[0], "pilot.\n  more", tokenizer, 30)  # one token ".\n  more"
+    assert row["prediction"] == "pilot."
     assert not any(r["truncated"] for r in result["per_example"])
     assert (summary["forget_fb"], summary["forget_qa"], summary["forget_aa"]) == (100, 0, 100)
     _, result = written("\n")

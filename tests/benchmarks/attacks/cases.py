@@ -70,7 +70,7 @@ def learned(seed=0):
 def case_of(name, asked, model=None, tokenizer=None, engine=ENGINE, **more):
     """A case of a benchmark; with bytes and a random model unless others are given."""
     return Case(
-        engine, model or make_model(), tokenizer or byte_tokenizer(), ALL[name], asked, progress=False, **more
+        engine, model or make_model(), tokenizer or byte_tokenizer(), ALL[name], asked, **more
     )  # fmt: skip
 
 

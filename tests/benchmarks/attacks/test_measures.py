@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from scipy.stats import mannwhitneyu, norm, rankdata
+from scipy.stats import norm, rankdata
 
 from benchmarks.attacks import measures
 
@@ -148,7 +148,8 @@ def test_auc_counts_pairs(m, n):
     ):
         pairs = sum(float(a > b) + float(a == b) / 2 for a in members for b in others)
         assert measures.auc(members, others) == close(pairs / (m * n))
-        assert measures.auc(members, others) == close(mannwhitneyu(members, others).statistic / (m * n))
+        above = rankdata([*members, *others])[:m].sum() - m * (m + 1) / 2
+        assert measures.auc(members, others) == above / (m * n)  # by ranks, to the last bit
         assert measures.auc(others, members) == close(1 - pairs / (m * n))
 
 
@@ -308,28 +309,22 @@ def test_rounded_leaves_zeros():
 ROW, ID = torch.zeros(1, 3), torch.tensor([0])
 WRONG = {
     measures.floats: [([],), ([NAN],)],
-    measures.best_of_k: [([1, 2], 0), ([1, 2], 3), ([1, 2], -1), ([], 1), ([], 0), ([1, NAN], 1), ([1, INF], 1)],
-    measures.mink: [([], 0.4), ([-1, NAN], 0.4), ([-1], 0), ([-1], -0.1), ([-1], 1.1), ([-1], NAN)],
+    measures.best_of_k: [([], 1), ([1, NAN], 1)],
+    measures.mink: [([], 0.4), ([-1, NAN], 0.4)],
     measures.standardised: [
         (ROW[0], ID), (ROW, ID[0]), (ROW, torch.tensor([0, 0])), (ROW[None], ID), (ROW * NAN, ID), (ROW - INF, ID),
         (ROW + INF, ID),
     ],
     measures.auc: [([], [1]), ([1], []), ([NAN], [1]), ([1], [1, NAN])],
-    measures.auc_interval: [
-        (-0.1, 5, 5), (1.1, 5, 5), (NAN, 5, 5), (0.5, 0, 5), (0.5, 5, 0), (0.5, 5, 5, 0), (0.5, 5, 5, 1),
-    ],
-    measures.privleak: [(1.1, 0.5), (-0.1, 0.5), (0.5, 1.1), (0.5, -0.1), (NAN, 0.5), (0.5, NAN)],
     measures.exact_memorisation: [([],)],
     measures.extraction_strength: [([],)],
     measures.rank: [(1, []), (NAN, [1]), (1, [1, NAN])],
-    measures.relearning: [(NAN, 1, 1, 1), (1, NAN, 1, 1), (1, 2, NAN, 1), (1, 2, 1, NAN)],
-    measures.quantisation: [(NAN, 1), (1, NAN), (-1, 1), (1, -1)],
-    measures.rounded: [(ROW, 1), (ROW, 0), (ROW, 4, 0), (ROW + INF, 4), (ROW * NAN, 4)],
+    measures.rounded: [(ROW + INF, 4), (ROW * NAN, 4)],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("function", "wrong"), WRONG.items(), ids=lambda x: getattr(x, "__name__", ""))
 def test_what_is_wrong_is_an_error(function, wrong):
     for arguments in wrong:
-        with pytest.raises(ValueError, match="expected|not defined"):
+        with pytest.raises(ValueError, match="expected"):
             function(*arguments)

@@ -41,7 +41,7 @@ def test_samples_leak_from_a_model_that_was_taught_and_hardly_from_another(train
     columns = {}
     for phase in ("original", "retained"):
         case = attacks.Case(
-            ENGINE, *ENGINE.load(folder / phase), builtin.BENCHMARK, probes, samples=16, progress=False
+            ENGINE, *ENGINE.load(folder / phase), builtin.BENCHMARK, probes, samples=16
         )  # fmt: skip
         columns[phase], _ = kinds.leak(case)
     original, retained = columns["original"], columns["retained"]

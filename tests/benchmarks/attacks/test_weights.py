@@ -306,7 +306,7 @@ def test_rwkus_probes_are_attacked_with_a_template_too(brief, tmp_path):
     template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
     case = attacks.Case(
         ENGINE, make_model(), byte_tokenizer(template=template), ALL["rwku"], probes_of("rwku", tmp_path), samples=2,
-        texts={side: [(None, "Ada Pole flew over the sea.")] for side in ("forget", "retain")}, progress=False,
+        texts={side: [(None, "Ada Pole flew over the sea.")] for side in ("forget", "retain")},
     )  # fmt: skip
     columns, _, rows = attacks.attack(list(attacks.ATTACKS), case)
     assert all(rows.values()) and columns["forget_mia_loss"] == columns["retain_mia_loss"] < 0
