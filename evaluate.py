@@ -16,18 +16,18 @@ class Options:
     """Score a checkpoint on RWKU, MUSE-Books, TOFU or the built-in world; print the paper's columns, write JSON."""
 
     benchmark: str = field(metadata={"help": "What to score on: rwku, muse, tofu, builtin, town."})
-    output: str = field(metadata={"help": "JSON file for the columns and every row behind them."})
+    output: str = field(metadata={"help": "JSON file for the result; TOFU_EVAL.json: in open-unlearning's form."})
     model: str = setting("Model folder or Hugging Face id.", "")
     tokenizer: str = setting("Where the tokenizer of all models is, if not with each.", "")
     data_dir: str = setting("The benchmark's folder; for RWKU one target's folder or a folder of them.", "")
-    from_log: str = setting("Score a stored log, ours, TOFU's own or open-unlearning's, in place of a model.", "")
+    from_log: str = setting("Score a stored log, ours or TOFU's own, in place of a model.", "")
     attack: list[str] = setting("Attack the model by some of: leak extract membership prefix quantize relearn.", [])
     attack_samples: Count = setting("Answers sampled to each forget prompt, for leak@k up to this k.", 64)
     relearn_lr: Above0 | None = setting("Learning rate of relearning. Unless given: by the model's size.")
     original_model: str = setting("The model before unlearning, to be attacked beside it.", "")
     ability: bool = setting("RWKU: score general ability too, on the utility files of the target's folder.", False)
     retain_model: str = setting("The retained model: for TOFU's forget quality, and to be attacked beside it.", "")
-    retain_log: str = setting("TOFU: its log, of any of these forms, in place of the retained model.", "")
+    retain_log: str = setting("TOFU: its log, ours or TOFU's own, in place of the retained model.", "")
     max_new_tokens: Count | None = setting("Longest answer in tokens. Unless given: the benchmark's own limit.")
     batch_size: Count = setting("Rows in a batch; halved whenever memory runs out.", 32)
     seed: Seed = setting("Built-in worlds: their seed. And that of every draw of an attack.", 0)
@@ -141,6 +141,7 @@ def check_options(o):
     compares = "retain_model" if o.retain_model else "retain_log" if o.retain_log else ""
     in_vain = compares and not benchmark.forget_rows and not (o.attack and o.retain_model)
     told = "only --benchmark tofu compares with a retained model; --attack takes --retain_model"
+    form = benchmarks.FORMS.get(output.name, (benchmark,))
     no_file = output.is_dir() or not can_write(Path(f"{o.output}.tmp"))
     for wrong, message in (
         (bool(o.model) == bool(o.from_log), "expected one of --model and --from_log"),
@@ -152,6 +153,7 @@ def check_options(o):
         (o.retain_model and o.from_log, "--retain_model: --from_log runs no model; give --retain_log"),
         (bool(o.judge_url) != bool(o.judge_model), "--judge_url and --judge_model go together"),
         (o.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no GPU is available"),
+        (form[0] is not benchmark, f"--output {o.output}: is the name of a log of --benchmark {form[0].name}"),
         (no_file, f"--output {o.output}: expected a file in a folder that exists"),
     ):
         if wrong:
@@ -241,7 +243,8 @@ def main(o):
         print(*(f"{title}: {columns[name]:.1f}" for name, title in ability.TITLES.items()), sep="\n")
     for note in result["notes"]:
         print(note)
-    write_json(o.output, result | more)
+    _, form = benchmarks.FORMS.get(Path(o.output).name, (benchmark, dict))
+    write_json(o.output, form(result | more))
 
 
 if __name__ == "__main__":

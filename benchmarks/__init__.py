@@ -5,3 +5,4 @@ To add one, write such a module and name it here."""
 from benchmarks import builtin, muse, rwku, tofu, town
 
 ALL = {room.BENCHMARK.name: room.BENCHMARK for room in (builtin, rwku, muse, tofu, town)}
+FORMS = {"TOFU_EVAL.json": (tofu.BENCHMARK, tofu.to_open_unlearning)}  # names of a result's file that ask for a form

@@ -22,7 +22,7 @@ from collections import Counter
 import numpy as np
 from rouge_score import rouge_scorer
 
-from benchmarks.metrics import UNSEEN, leaks, mean, names
+from benchmarks.metrics import UNSEEN, finite, leaks, mean, names
 from benchmarks.shared import PRESET, REFUSALS, TINY, folder_of, rule_training
 from config import InputError
 from data import Benchmark, Probe, Prompt, Query, Training
@@ -43,6 +43,8 @@ COLUMNS = {"avg_gt_loss": "Q_A_Prob", "avg_paraphrased_loss": "Q_A_PARA_Prob", "
            "rougeL_recall": "Q_A_ROUGE"}  # fmt: skip
 ANSWERS = {"input": "question", "ground_truth": "answer", "generation": "prediction", "rougeL_f1": "rouge_l_f1",
            "rougeL_recall": "rouge_l_recall"}  # fmt: skip
+
+LOSSES = {"Q_A_Prob": "answer_loss", "Q_A_PARA_Prob": "paraphrased_loss", "Q_A_PERT_Prob": "perturbed_losses"}
 
 
 def inst(question):
@@ -255,6 +257,27 @@ def from_open_unlearning(path, log, sets):
                 question, answer, text = (str(own.get(name, "")) for name in ("question", "answer", "prediction"))
                 part["answers"][i] = own | {"refusal": is_refusal(text), "leak": leaks(text, question, answer)}
     return found
+
+
+def to_open_unlearning(result):
+    """A result in open-unlearning's form: {metric: {"agg_value": figure, "value_by_index": {row: its figures}}}."""
+    summary, log = result["summary"], {}
+    for split, name in OPEN.items():
+        rows = {str(i): row for i, row in enumerate(row for row in result["per_example"] if row["split"] == split)}
+        for metric, field in LOSSES.items():
+            if metric != "Q_A_PARA_Prob" or name not in ("ra", "wf"):
+                probs = {i: np.exp(-np.array(row[field], float)) for i, row in rows.items()}
+                cells = {i: {"prob": probs[i].tolist(), "avg_loss": row[field]} for i, row in rows.items()}
+                average = mean(float(prob.mean()) for prob in probs.values())
+                log[f"{name}_{metric}"] = {"agg_value": average, "value_by_index": cells}
+        ratio = "forget_truth_ratio" if split == "forget" else f"{name}_Truth_Ratio"
+        more = {f"{name}_Q_A_ROUGE": ("rouge_l", ANSWERS), ratio: ("truth_ratio", {"score": "truth_ratio"})}
+        if name in ("ra", "wf"):
+            more[f"{name}_Q_A_Prob_normalised"] = ("probability", {"prob": "probability"})
+        for metric, (column, fields) in more.items():
+            cells = {i: {theirs: row.get(ours) for theirs, ours in fields.items()} for i, row in rows.items()}
+            log[metric] = {"agg_value": summary[f"{split}_{column}"], "value_by_index": cells}
+    return finite(log | {name: {"agg_value": summary[name]} for name in ("forget_quality", "model_utility")})
 
 
 BENCHMARK = Benchmark(

@@ -1,12 +1,18 @@
-"""open-unlearning's TOFU_EVAL.json, read as its own code writes it."""
+"""open-unlearning's TOFU_EVAL.json: written, read back with the same scores, and read as its own code writes it."""
 
 import math
 
 import pytest
-from made import command, write
+from made import command, make_tofu, write
 
+import evaluate
 from config import InputError
+from engine.flags import parse
 
+METRICS = {"forget_quality", "model_utility", "forget_truth_ratio", "retain_Truth_Ratio", "ra_Truth_Ratio",
+           "wf_Truth_Ratio", "ra_Q_A_Prob_normalised", "wf_Q_A_Prob_normalised"}  # fmt: skip
+METRICS |= {f"{s}_Q_A_{m}" for s in ("forget", "retain", "ra", "wf") for m in ("Prob", "PERT_Prob", "ROUGE")}
+METRICS |= {"forget_Q_A_PARA_Prob", "retain_Q_A_PARA_Prob"}
 TOFU = ("--benchmark", "tofu")
 
 
@@ -26,6 +32,28 @@ def theirs():
                 f"{name}_Q_A_PERT_Prob": {"agg_value": 0.1, "value_by_index": wrong},
                 f"{name}_Q_A_ROUGE": {"agg_value": 0.5, "value_by_index": rouge}}  # fmt: skip
     return log | {f"{name}_Q_A_PARA_Prob": log[f"{name}_Q_A_Prob"] for name in ("forget", "retain")}
+
+
+def test_written_and_read_back(saved, tmp_path):
+    make_tofu(tmp_path / "data")
+    of = [*TOFU, "--data_dir", tmp_path / "data", "--model", saved / "good"]
+    ours = command(*of, "--output", tmp_path / "ours.json")
+    log = ["--retain_log", tmp_path / "ours.json"]
+    ours = command(*TOFU, "--from_log", tmp_path / "ours.json", *log, "--output", tmp_path / "again.json")["summary"]
+    stored = command(*TOFU, "--from_log", tmp_path / "ours.json", *log, "--output", tmp_path / "TOFU_EVAL.json")
+    assert set(stored) == METRICS and stored["forget_quality"]["agg_value"] == ours["forget_quality"] == 1.0
+    assert stored["model_utility"]["agg_value"] == ours["model_utility"]
+    rows = stored["forget_Q_A_PERT_Prob"]["value_by_index"]
+    assert [*rows] == [str(i) for i in range(6)] and len(rows["0"]["prob"]) == len(rows["0"]["avg_loss"])
+    assert stored["forget_truth_ratio"]["value_by_index"]["0"]["score"] == pytest.approx(
+        math.exp(stored["forget_Q_A_PARA_Prob"]["value_by_index"]["0"]["avg_loss"]
+                 - sum(rows["0"]["avg_loss"]) / len(rows["0"]["avg_loss"])))  # fmt: skip
+    theirs = ["--from_log", tmp_path / "TOFU_EVAL.json", "--retain_log", tmp_path / "TOFU_EVAL.json"]
+    read = command(*TOFU, *theirs, "--output", tmp_path / "read.json")["summary"]
+    lost = {"truncated", "forget_refusal_named", "forget_refusal_unnamed"}
+    for column, value in ours.items():
+        if column not in lost and not column.startswith("forget_paraphrased"):
+            assert read[column] == value, column
 
 
 def test_their_own_log(tmp_path):
@@ -57,3 +85,9 @@ def test_a_damaged_one(metric, value, said, tmp_path):
     write(tmp_path / "TOFU_EVAL.json", theirs() | {metric: value})
     with pytest.raises(InputError, match=said):
         command(*TOFU, "--from_log", tmp_path / "TOFU_EVAL.json", "--output", tmp_path / "out.json")
+
+
+def test_the_name_is_of_tofu_alone(tmp_path):
+    output = ["--output", str(tmp_path / "TOFU_EVAL.json"), "--benchmark", "rwku", "--from_log", "x.json"]
+    with pytest.raises(InputError, match="TOFU_EVAL.json: is the name of a log of --benchmark tofu"):
+        evaluate.main(parse(evaluate.Options, output))
