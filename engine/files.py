@@ -29,10 +29,10 @@ def read_rows(path, fields, text_of=""):
     fields: {name: type or tuple of types} that every row must hold, with something in it; a list is one of strings.
     text_of: the field that strings in place of rows are. Raises: InputError naming file, row (from 1) and field."""
     path, wanted = Path(path), f" with {', '.join(fields)}" if fields else ""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors open a file with a byte-order mark
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     if not text.strip():
