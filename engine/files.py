@@ -34,7 +34,7 @@ def read_rows(path, fields, text_of=""):
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({getattr(error, 'strerror', error)})") from None
     if not text.strip():
         raise InputError(f"{path}: is empty; expected JSON rows{wanted}")
     try:
