@@ -108,10 +108,10 @@ class Choices:
     normalize_ratio: bool = setting("Divide importance weights by their mean.", False)
     replay_kl: bool = setting("Keep the KL term on replayed rollouts.", False)
     replay_store: Literal[STORES] = setting(
-        "What is replayed: hard groups, as many random ones (Table 4), easy ones, those of mean reward 0.25 to 0.75, "
-        "any by mean |Â|, fresh rollouts of the hard groups' prompts, hard ones less those of equal rewards, those of "
-        "boundary prompts alone, hard ones and those of forget prompts both refused and answered, the last step's "
-        "batch, this one's own, or nothing: a step on zero gradient.",
+        "What is replayed. hard: hard groups; random: as many random ones (Table 4); easy: the others; medium: mean "
+        "reward 0.25 to 0.75; priority: any, by mean |Â|; fresh: new rollouts of hard groups' prompts; unequal: hard, "
+        "rewards not all equal; boundary: hard, of boundary prompts; leaks: hard, and forget prompts both refused and "
+        "answered; recent: the last step's batch; current: this step's; none: a step on zero gradient.",
         "hard",
     )
     max_age: Natural = setting("Groups stored more than this many steps ago are not replayed (0: any age).", 0)
@@ -136,7 +136,7 @@ class Choices:
 class Data:
     _argument_group_name = "data and run"
 
-    benchmark: str = setting("What to unlearn: a room of benchmarks/ (builtin, rwku, muse, tofu, town).", "builtin")
+    benchmark: str = setting("What to unlearn: a module of benchmarks/ (builtin, rwku, muse, tofu, town).", "builtin")
     data_dir: str = setting("Folder with the benchmark's files; the built-in worlds need none.", "")
     retain_log: str = setting(
         "TOFU: evaluation log of the retained model, ours or TOFU's own, which forget quality compares with.", ""

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 @dataclass
 class RolloutGroup:
-    """One prompt's G responses and all that any update of them needs, now or after months in the buffer.
+    """One prompt's G responses and all that any update of them needs, now or many steps later.
 
     It travels unchanged from sampling to reward to update to buffer; nothing in it is ever decoded and encoded again.
     """

@@ -10,7 +10,7 @@ Deviations
 - The paper leaves the ratio's level, its range and the normalisation open: `ratio_level`, `epsilon_low`,
   `epsilon_high`, `replay_objective` and `normalize_ratio` choose, with Eq. 5 as it is written for the default.
 - Storing goes on after replay has started unless `store_until` is "activation".
-- The KL term is left off replayed rollouts: k3 of a stale refusal explodes (`replay_kl` brings it back).
+- The KL term is left off replayed rollouts: k3 of a stale refusal is large (`replay_kl` brings it back).
 """
 
 from collections import deque

@@ -6,7 +6,7 @@ step, one character a group, LEVELS[16 r̄] (multiples of 1/16); `queries` has t
 Hard and easy prompts are told apart at τ by RULE's mean rewards before ReRULE first replays, where both are one run,
 for every variant of a seed's: prompts picked by how they turned out would flatter replay by regression to the mean.
 
-Covers the measurable part of Appendix E (Eq. 28, 29, 31). Symbols as there."""
+Covers the measurable part of Appendix E (N_on of Eq. 28; N_re, κ and N_eff of Eq. 29)."""
 
 import random
 from functools import cache
@@ -267,7 +267,8 @@ def bound(record, base, method="rerule"):
     p_hard = hard_share(base, record["tau"])
     n_groups = sum(len(step) for step in ran["rewards"])
     per_group = ran["response_tokens"] / n_groups  # G · L
-    n_on, n_re = p_hard * ran["response_tokens"], (ran["replay_groups"] - ran["replay_skipped"]) * per_group  # Eq. 28
+    n_on = p_hard * ran["response_tokens"]  # Eq. 28
+    n_re = (ran["replay_groups"] - ran["replay_skipped"]) * per_group  # Eq. 29
     found = {"p_hard": p_hard, "n_on": n_on, "n_re": n_re, "clipped_share": ran["clipped_share"]}
     for name, kappa in (("clipped", ran["ess"]), ("unclipped", ran["ess_unclipped"])):
         n_eff = n_on + (kappa or 0.0) * n_re  # Eq. 29

@@ -13,13 +13,15 @@ from typing import Annotated, Literal
 from config import Config, Count, Natural, setting
 from engine.flags import check_bounds, parse, run_command
 
+Hidden = Annotated[int, "a multiple of 8, above 256 of 12", lambda x: x > 0 and x % (8 if x <= 256 else 12) == 0]
+
 
 @dataclass
 class Options:
     """Time Stage 2 on a random model and print one JSON line."""
 
     shape: Literal["short", "rwku"] = setting("Lengths: short 12 + 24 tokens, rwku 64 + 32.", "short")
-    hidden: int = setting("Hidden size, a multiple of 8 (above 256: of 12).", 128)
+    hidden: Hidden = setting("Hidden size, a multiple of 8, above 256 of 12.", 128)
     layers: int = setting("Layers.", 4)
     vocab: Annotated[int, "at least 1000", lambda x: x >= 1000] = setting("Words of the vocabulary.", 1000)
     lora_rank: Natural = setting("Train adapters of this rank in place of all weights (0: off).", 0)
