@@ -15,8 +15,8 @@ from engine.flags import check_bounds, parse, run_command
 class Options:
     """Score a checkpoint on RWKU, MUSE-Books, TOFU or a built-in world; print the paper's columns, write JSON."""
 
-    benchmark: str = field(metadata={"help": "Required. What to score on: rwku, muse, tofu, builtin, town."})
-    output: str = field(metadata={"help": "Required. JSON file; TOFU_EVAL.json: in open-unlearning's form."})
+    benchmark: str = field(metadata={"help": "What to score on: rwku, muse, tofu, builtin, town."})
+    output: str = field(metadata={"help": "JSON file for the result; TOFU_EVAL.json: in open-unlearning's form."})
     model: str = setting("Model folder or Hugging Face id.", "")
     tokenizer: str = setting("Where the tokenizer of all models is, if not with each.", "")
     data_dir: str = setting("The benchmark's folder; for RWKU one target's folder or a folder of them.", "")

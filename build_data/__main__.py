@@ -31,13 +31,9 @@ EXAMPLES = Path(__file__).with_name("examples.txt").read_text(encoding="utf-8").
 class Options:
     """Make training data for any target: refusals, completions, boundary queries."""
 
-    source: Literal["tofu", "rwku", "muse", "qa", "text"] = field(metadata={"help": "Required. What --input is."})
-    input: str = field(
-        metadata={"help": "Required. A benchmark's folder, rows of question and answer (qa), or a plain text."}
-    )
-    output_dir: str = field(
-        metadata={"help": "Required. Folder to make; rerule.py and evaluate.py take it as --data_dir."}
-    )
+    source: Literal["tofu", "rwku", "muse", "qa", "text"] = field(metadata={"help": "What --input is."})
+    input: str = field(metadata={"help": "A benchmark's folder, rows of question and answer (qa), or a plain text."})
+    output_dir: str = field(metadata={"help": "Folder to make; rerule.py and evaluate.py take it as --data_dir."})
     target: str = setting("What is to be forgotten. TOFU's authors are found by rule.", "")
     aliases: list[str] = setting("Its other names, which no boundary query may hold.", [])
     neighbours: str = setting("Permitted rows or text (docs/data.md). [TOFU: retain99, MUSE: raw/retain1.txt]", "")

@@ -44,7 +44,7 @@ def parse(kind, argv=None, presets=None, examples=()):
         formatter_class=partial(Help, max_help_position=30, width=120), epilog="\n  ".join(["examples:", *examples]),
     )  # fmt: skip
     for action in parser._actions:
-        flag = action.dest
+        flag, action.help = action.dest, f"Required. {action.help}" if action.required else action.help
         if action.option_strings[0].startswith("--no_"):
             action.help = f"Switch --{flag} off."
         elif presets and action.help.endswith("[preset]"):
