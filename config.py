@@ -33,6 +33,8 @@ From0 = Annotated[float, "0 or more, at most a billion", lambda x: 0 <= x <= 1e9
 Three = Annotated[list[float], "three numbers", lambda x: len(x) == 3 and all(-MOST <= w <= MOST for w in x)]
 Seed = Annotated[int, "a whole number of at most 18 digits", lambda x: abs(x) < 10**18]
 Finite = Annotated[float, "a number from minus a million to a million", lambda x: -MOST <= x <= MOST]
+GroupSize = Annotated[int, "2 to 4096 rollouts, whose rewards are compared", lambda x: 2 <= x <= 4096]
+Hidden = Annotated[int, "a multiple of 8, at most 8192: four heads, rotated in pairs", lambda x: x in range(8, 8193, 8)]
 Share = Annotated[float, "a share from 0 to 1", lambda x: 0 <= x <= 1]
 
 
@@ -55,22 +57,18 @@ class Method:
     _argument_group_name = "the method: Sections 3.1 and 3.3, Appendix D"
 
     method: list[str] = setting(
-        f"What to unlearn with, some of: {' '.join(METHODS)} {' '.join(ALIASES)} retained.", ["rule", "rerule"]
+        f"Methods, some of: {' '.join(METHODS)} {' '.join(ALIASES)} retained.", ["rule", "rerule"]
     )
     steps: Natural | None = setting("Stage 2 steps, each one batch of rollouts.", preset=True)
     prompts_per_step: Count = setting("Prompts, so groups, in a step.", 32)
-    group_size: Annotated[int, "2 to 4096 rollouts, whose rewards are compared", lambda x: 2 <= x <= 4096] = setting(
-        "Rollouts for each prompt, G (num_generations elsewhere).", 8
-    )
+    group_size: GroupSize = setting("Rollouts for each prompt, G (num_generations elsewhere).", 8)
     lr: Above0 | None = setting("Stage 2 learning rate of AdamW, constant.", preset=True)
     kl_coef: From0 = setting("Weight β of the KL term against the model after Stage 1.", 1e-2)
     weight_decay: From0 = setting("AdamW's weight decay in both stages.", 1e-2)
     max_grad_norm: Above0 = setting("Gradients are clipped to this norm.", 1.0)
     temperature: Above0 = setting("Sampling temperature of rollouts, and of every log-probability.", 1.0)
     max_new_tokens: Count | None = setting("Longest response in tokens.", preset=True)
-    tau: Annotated[float, "a mean reward from 0 to 1", lambda x: 0 <= x <= 1] | None = setting(
-        "Hard-case threshold τ on a group's mean reward.", preset=True
-    )
+    tau: Share | None = setting("Hard-case threshold τ on a group's mean reward.", preset=True)
     buffer_size: Count | None = setting("Groups that the replay buffer holds.", preset=True)
     min_groups: Count | None = setting("Replay waits until the buffer holds this many groups.", preset=True)
     warmup_steps: Natural | None = setting("Replay waits until this step is over.", preset=True)
@@ -81,9 +79,7 @@ class Method:
     sft_batch_size: Count | None = setting("Stage 1 rows in a step.", preset=True)
     sft_epochs: Above0 | None = setting("Stage 1 passes over the refusals.", preset=True)
     sft_steps: Natural = setting("Stage 1 steps; 0 leaves it to --sft_epochs.", 0)
-    sft_stop: Share | None = setting(
-        "Stage 1 ends once this share of answers sampled to forget prompts are refusals (0: never).", preset=True
-    )
+    sft_stop: Share | None = setting("Stage 1 ends once this share of sampled answers refuse (0: never).", preset=True)
     sft_warmup: Natural = setting("Stage 1 warm-up steps before the cosine.", 20)
 
 
@@ -99,12 +95,9 @@ class Choices:
         "Forget reward: 1 for any refusal, or 0.5 for a refusal and 1 if it also names the target.", "refusal"
     )
     ratio_level: Literal["sequence", "token", "geometric"] = setting(
-        "What an importance ratio is taken over: the whole response, each token, or the |y|-th root of the whole.",
-        "sequence",
+        "Importance ratio of a whole response, of each token, or the |y|-th root of the whole.", "sequence"
     )
-    replay_objective: Literal["weight", "surrogate"] = setting(
-        "Eq. 5 with its weight held fixed, or PPO's clipped minimum.", "weight"
-    )
+    replay_objective: Literal["weight", "surrogate"] = setting("Eq. 5, or PPO's clipped minimum.", "weight")
     normalize_ratio: bool = setting("Divide importance weights by their mean.", False)
     replay_kl: bool = setting("Keep the KL term on replayed rollouts.", False)
     replay_store: Literal[STORES] = setting(
@@ -115,19 +108,11 @@ class Choices:
         "hard",
     )
     max_age: Natural = setting("Groups stored more than this many steps ago are not replayed (0: any age).", 0)
-    min_share: Share = setting(
-        "Replay waits until this share of the groups sampled so far is in the buffer, whatever --min_groups (0: off).",
-        0.0,
-    )
-    redraw: Natural = setting(
-        "Dynamic sampling: so many further batches at most, in a step, to replace groups of equal rewards.", 0
-    )
-    replay_step: Literal["separate", "combined"] = setting(
-        "An optimiser step of its own for replay, or one step on the sum of both mean losses.", "separate"
-    )
+    min_share: Share = setting("Replay waits for this share of all sampled groups, not for --min_groups (0: off).", 0.0)
+    redraw: Natural = setting("Further batches at most, in a step, to replace groups of equal rewards (DAPO).", 0)
+    replay_step: Literal["separate", "combined"] = setting("Replay steps alone, or on the sum.", "separate")
     old_logprobs: Literal["sampler", "training"] = setting(
-        "Whose log π_old ratios divide by: the sampler's own, or the training forward's at the step of sampling.",
-        "sampler",
+        "Whose log π_old ratios divide by: the sampler's, or the training forward's at the step of sampling.", "sampler"
     )
     store_until: Literal["end", "activation"] = setting("Go on storing after replay has started, or stop.", "end")
 
@@ -138,36 +123,21 @@ class Data:
 
     benchmark: str = setting("What to unlearn: a module of benchmarks/ (builtin, rwku, muse, tofu, town).", "builtin")
     data_dir: str = setting("Folder with the benchmark's files; the built-in worlds need none.", "")
-    retain_log: str = setting(
-        "TOFU: evaluation log of the retained model, ours or TOFU's own, which forget quality compares with.", ""
-    )
+    retain_log: str = setting("TOFU: evaluation log of the retained model, for forget quality.", "")
     crossed: Annotated[int, "0 to 30 of the 42 neighbours", lambda x: 0 <= x <= 30] | None = setting(
         "Built-in world: how many of its 42 neighbours have names crossed from two targets'. [22]"
     )
-    model: str = setting(
-        "Hugging Face id or folder, or 'tiny': a small Llama trained on the spot to know this benchmark's answers.",
-        "tiny",
-    )
+    model: str = setting("Hugging Face id or folder, or 'tiny': a small Llama taught the benchmark's answers.", "tiny")
     tokenizer: str = setting("Hugging Face id or folder of the tokenizer, if not with --model.", "")
     seed: Seed = setting("Seed of the world, the data order, every rollout and every draw.", 0)
     output_dir: str = setting("Folder for everything the run leaves. Unless given: runs/<benchmark>.", "")
-    attack: list[str] = setting(
-        "Attack every model too, by some of: leak extract membership prefix quantize relearn (docs/attacks.md).", []
-    )
-    start_from: str = setting(
-        "Folder of a finished run of the same seed whose models before Stage 2 are taken, not trained again.", ""
-    )
+    attack: list[str] = setting("Attack by some of: leak extract membership prefix quantize relearn.", [])
+    start_from: str = setting("Folder of a finished run of the same seed: models before Stage 2 are taken from it.", "")
     resume: bool = setting("Go on with the unfinished run in output_dir from its last saved state.", False)
-    save_every: Natural | None = setting(
-        "Steps between saved states (0: only at the end of each phase). [50; tiny: 10]"
-    )
-    save_dtype: Literal["auto", "bfloat16", "float32"] = setting(
-        "Number type of saved models; auto: bfloat16 where a GPU computes, else float32.", "auto"
-    )
+    save_every: Natural | None = setting("Steps between saved states (0: at a phase's end alone). [50; tiny: 10]")
+    save_dtype: Literal["auto", "bfloat16", "float32"] = setting("Saved models; auto: bfloat16 on a GPU.", "auto")
     eval_every: Natural | None = setting("Steps of Stage 2 between evaluations for the curves (0: none).", preset=True)
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting(
-        "Report every row of metrics.jsonl to a tracker too.", "none"
-    )
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = setting("Report the log to a tracker.", "none")
 
 
 @dataclass
@@ -176,20 +146,14 @@ class Machine:
 
     device: Literal["auto", "cpu", "cuda"] = setting("Where to run.", "auto")
     max_tokens: Count = setting(
-        "Token positions in a micro-batch of the update; under torchrun and --offload of a baseline's too.", 2048
+        "Token positions in a micro-batch of the update; on several GPUs of baselines too.", 2048
     )
-    rollout_prompts: Natural = setting(
-        "Prompts of a step that one process samples side by side (0: all its own); bounds the cache of keys.", 0
-    )
+    rollout_prompts: Natural = setting("Prompts that a process samples at a time (0: all its own): bounds its keys.", 0)
     cuda_graphs: bool = setting("Record decoding steps as CUDA graphs, taken where that proves faster.", False)
     eval_batch_size: Count = setting("Prompts in a batch of the evaluation.", 256)
     gradient_checkpointing: bool = setting("Keep one activation per layer, and compute the rest twice.", False)
-    offload: bool = setting(
-        "Keep float32 weights and moments in the host's memory (FSDP2); the GPU computes with bf16 ones.", False
-    )
-    lora_rank: Natural = setting(
-        "Train adapters of this rank, not all weights, at 10 times the preset rates, in Stage 1 at 3 (0: off).", 0
-    )
+    offload: bool = setting("Float32 weights and moments stay on the host (FSDP2); a GPU computes in bf16.", False)
+    lora_rank: Natural = setting("Train adapters of this rank at 10 times the preset rates, Stage 1 at 3 (0: off).", 0)
     lora_alpha: Above0 | None = setting("Adapters are scaled by α over the rank. Unless given: twice the rank.")
     lora_targets: list[str] = setting("Layers that get adapters, by peft's names.", ["all-linear"])
     dry_run: bool = setting("Print how much memory --model would take, in a table, and stop.", False)
@@ -199,10 +163,7 @@ class Machine:
 class Baselines:
     _argument_group_name = "baselines: Appendix B"
 
-    baseline_lr: Above0 | None = setting(
-        "Learning rate of a baseline and of PURGE. Unless given: on a tiny model the best of results/rates_*.json, "
-        "else 1e-5."
-    )
+    baseline_lr: Above0 | None = setting("Learning rate of baselines and PURGE; else of results/rates_*.json, or 1e-5.")
     baseline_epochs: Above0 | None = setting("Passes over the forget rows.", preset=True)
     baseline_batch_size: Count = setting("Forget rows, and as many retain rows, in a step.", 32)
     beta: Above0 | None = setting("β of DPO, NPO (0.1 unless given) and SimNPO (4.5).")
@@ -214,9 +175,7 @@ class Baselines:
     flat_divergence: Literal["pearson", "kl", "tv"] = setting("FLAT's f-divergence.", "pearson")
     sga_r: Share = setting("SGA's share r of normal answers.", 0.4)
     sga_k: Count = setting("SGA's normal answers to each forget prompt, K.", 3)
-    purge_terms: str = setting(
-        'PURGE\'s forbidden terms, rows {"term": …}. Unless given: from the answers to the forget prompts.', ""
-    )
+    purge_terms: str = setting('PURGE\'s forbidden terms, rows {"term": …}; else from answers to forget prompts.', "")
     max_perplexity: Above0 = setting("A baseline stops once its perplexity on retain rows is above this.", 1000.0)
 
 
@@ -227,17 +186,10 @@ class Tiny:
     tiny_epochs: Above0 | None = setting("Passes over what it is taught.", preset=True)
     tiny_lr: Above0 | None = setting("Learning rate, falling in a cosine.", preset=True)
     tiny_batch_size: Count | None = setting("Rows in a step.", preset=True)
-    tiny_hidden: (
-        Annotated[int, "a multiple of 8, at most 8192: four heads, rotated in pairs", lambda x: x in range(8, 8193, 8)]
-        | None
-    ) = setting("Hidden size.", preset=True)
+    tiny_hidden: Hidden | None = setting("Hidden size.", preset=True)
     tiny_layers: Count | None = setting("Layers.", preset=True)
-    tiny_rows: Natural | None = setting(
-        "Forget queries, and boundary queries, kept for lessons and both stages, drawn by seed (0: all).", preset=True
-    )
-    tiny_refusals: Literal["all", "trained"] = setting(
-        "Refusals to other names that it is taught: in every wording, or only in those that training uses.", "all"
-    )
+    tiny_rows: Natural | None = setting("Forget queries, and boundary ones, that are kept (0: all).", preset=True)
+    tiny_refusals: Literal["all", "trained"] = setting("Wordings in which it refuses others.", "all")
 
 
 @dataclass
