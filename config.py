@@ -56,9 +56,7 @@ def setting(help, default=None, preset=False):
 class Method:
     _argument_group_name = "the method: Sections 3.1 and 3.3, Appendix D"
 
-    method: list[str] = setting(
-        f"Methods, some of: {' '.join(METHODS)} {' '.join(ALIASES)} retained.", ["rule", "rerule"]
-    )
+    method: list[str] = setting(f"Methods: {' '.join(METHODS)} {' '.join(ALIASES)} retained.", ["rule", "rerule"])
     steps: Natural | None = setting("Stage 2 steps, each one batch of rollouts.", preset=True)
     prompts_per_step: Count = setting("Prompts, so groups, in a step.", 32)
     group_size: GroupSize = setting("Rollouts for each prompt, G (num_generations elsewhere).", 8)
@@ -110,7 +108,7 @@ class Choices:
     max_age: Natural = setting("Groups stored more than this many steps ago are not replayed (0: any age).", 0)
     min_share: Share = setting("Replay waits for this share of all sampled groups, not for --min_groups (0: off).", 0.0)
     redraw: Natural = setting("Further batches at most, in a step, to replace groups of equal rewards (DAPO).", 0)
-    replay_step: Literal["separate", "combined"] = setting("Replay steps alone, or on the sum.", "separate")
+    replay_step: Literal["separate", "combined"] = setting("Replay's step: its own, or on both losses.", "separate")
     old_logprobs: Literal["sampler", "training"] = setting(
         "Whose log π_old ratios divide by: the sampler's, or the training forward's at the step of sampling.", "sampler"
     )
