@@ -1,8 +1,7 @@
 """Every setting in groups, its meaning and its bounds. `engine/flags.py` reads them off a command line.
 
 Appendix D's values stand with each benchmark, in `benchmarks/`: a field marked "preset" takes its value from there, and
-a flag overrides it. Where the paper leaves a choice open, the default is the reading that docs/choices.md names.
-"""
+a flag overrides it. Where the paper leaves a choice open, the default is the reading that docs/choices.md names."""
 
 import os
 import sys

@@ -1,8 +1,7 @@
 """Prompts, training queries and evaluation probes; how a prompt becomes tokens; what a benchmark is.
 
 Covers Section 3.1's forget set D_f and boundary set D̃_r as records. The files, prompts and metrics of each benchmark
-are in a module of its own in `benchmarks/`, which ends in one `Benchmark`.
-"""
+are in a module of its own in `benchmarks/`, which ends in one `Benchmark`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

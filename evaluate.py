@@ -1,8 +1,7 @@
 """Scores any checkpoint on any benchmark: greedy answers, losses, table. Also a command: `python evaluate.py --help`.
 
 Covers Section 4's evaluation and Appendix C; a benchmark's queries, limits and formulas are in its own module of
-`benchmarks/`, what they share in `benchmarks/metrics.py`, the judge of naturalness in `benchmarks/judge.py`.
-"""
+`benchmarks/`, what they share in `benchmarks/metrics.py`, the judge of naturalness in `benchmarks/judge.py`."""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal

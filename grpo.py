@@ -12,8 +12,7 @@ Deviations
   written. RULE's code carries the clip, where it never acts.
 - KL is GRPO's k3 estimate, clamped at 10 as in RULE's code. Differentiated through samples held fixed, its expected
   gradient is that of KL(π_ref ‖ π_θ), not of the KL(π_θ ‖ π_ref) that Eq. 2 writes.
-- The policy runs in eval mode throughout: dropout would make the sampler's π_old and the training forward disagree.
-"""
+- The policy runs in eval mode throughout: dropout would make the sampler's π_old and the training forward disagree."""
 
 from dataclasses import dataclass, field
 
@@ -24,7 +23,6 @@ import torch.nn.functional as F
 @dataclass
 class RolloutGroup:
     """One prompt's G responses and all that any update of them needs, now or many steps later.
-
     It travels unchanged from sampling to reward to update to buffer; nothing in it is ever decoded and encoded again.
     """
 
@@ -66,11 +64,9 @@ class Batch:
 
 def group_advantages(rewards, unbiased=True):
     """Â_i = (r_i − mean(r)) / (std(r) + 1e-6) within each group (Section 3.2).
-
     Args: rewards (N, G); unbiased: divide the variance by G − 1, as RULE's code does.
     Returns: (N, G); exactly 0 in a group whose rewards are all equal.
-    Raises: ValueError for groups of one, whose standard deviation does not exist.
-    """
+    Raises: ValueError for groups of one, whose standard deviation does not exist."""
     if rewards.shape[-1] < 2:
         raise ValueError("a group needs at least 2 responses to normalise its rewards")
     mean = rewards.mean(-1, keepdim=True)  # (N, 1)
@@ -87,24 +83,20 @@ def k3(logprobs, ref_logprobs):
 
 def policy_gradient_loss(logprobs, advantages):
     """Per-token loss whose gradient is −Â_i ∇log π_θ(y_i,t | x, y_i,<t), the bracket of Eq. 3.
-
     exp(log π − sg[log π]) has the value 1 and the gradient of log π, so the value is −Â_i: that is why the policy loss
     of a whole group is 0 though its gradient is not.
-    Args: logprobs (B, T), advantages (B, 1). Returns: (B, T).
-    """
+    Args: logprobs (B, T), advantages (B, 1). Returns: (B, T)."""
     return -advantages * torch.exp(logprobs - logprobs.detach())  # Eq. 3
 
 
 def token_weights(mask, loss_norm, n_responses, n_tokens):
     """What each token counts for in the mean over a batch, so that partial sums over micro-batches add up exactly.
-
     Args:
         mask: (B, T) bool, any part of the batch.
         loss_norm: "sequence" (GRPO: 1/G Σ_i 1/|y_i| Σ_t), "token" (one mean over all tokens, RULE's code) or
             "sum" (1/G Σ_i Σ_t, Eq. 3 to the letter).
         n_responses, n_tokens: counts over the whole batch (N·G and Σ|y|), whatever the split.
-    Returns: (B, T), 0 on padding.
-    """
+    Returns: (B, T), 0 on padding."""
     if loss_norm == "token":
         return mask / n_tokens
     lengths = mask.sum(-1, keepdim=True) if loss_norm == "sequence" else 1  # (B, 1)
@@ -113,10 +105,8 @@ def token_weights(mask, loss_norm, n_responses, n_tokens):
 
 def on_policy_gradient(model, batches, kl_coef, logprobs_of):
     """Step 4: add to the gradients those of Eq. 3 and of β KL; fill in `train_logprobs` of the groups.
-
     Args: batches: `Batch`es of fresh groups; logprobs_of(model, batch) → (B, T).
-    Returns, over these batches: the loss; the sum of k3 over tokens.
-    """
+    Returns, over these batches: the loss; the sum of k3 over tokens."""
     kl = []
 
     def token_loss(batch, logprobs):
@@ -134,10 +124,8 @@ def on_policy_gradient(model, batches, kl_coef, logprobs_of):
 
 def accumulate_gradient(model, batches, token_loss, logprobs_of):
     """Add to the gradients that of Σ weights · token_loss over all batches, and return the loss's value.
-
     token_loss(batch, logprobs (B, T)) → (B, T). Weights are those of the whole update, so the result depends neither on
-    the split into batches nor on groups left out because they carry no gradient.
-    """
+    the split into batches nor on groups left out because they carry no gradient."""
     total = 0.0
     for batch in batches:
         loss = (batch.weights * token_loss(batch, logprobs_of(model, batch))).sum()
@@ -165,11 +153,9 @@ def fill(batch, name, logprobs):
 @torch.no_grad()
 def sample(model, prompts, group_size, max_new_tokens, stop_ids, temperature, draw=None):
     """Step 1: y_1 … y_G ∼ π_old(·|x) for each prompt; the most likely tokens where the temperature is 0.
-
     Args: model in eval mode; prompts: N lists of token ids; draw() → numbers in [0, 1), called once a token: one for
         every response (B,) or more, also for those that are over, so no draw depends on another's length.
-    Returns (on the CPU, N × G × T): ids; mask, True up to and with the stop token; the sampler's own log π_old(y_t).
-    """
+    Returns (on the CPU, N × G × T): ids; mask, True up to and with the stop token; the sampler's own log π_old(y_t)."""
     inputs, seen = left_pad([prompt for prompt in prompts for _ in range(group_size)], model.device)  # (B, P)
     stops, cache, steps = torch.tensor(stop_ids, device=model.device), None, []
     is_open = torch.ones(len(inputs), dtype=torch.bool, device=model.device)  # (B,)

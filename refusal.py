@@ -22,8 +22,7 @@ refusals and flagged 2-8 % of the answers at first sight; their families of word
 
 Known limits: English only. Impersonal disclaimers ("No information is publicly available about ...") count as answers,
 because TOFU's reference answers contain many. First-person stories and lyrics without quotation marks can look
-like refusals, and so can an answer behind a disclaimer that `ANSWERS_ANYWAY` does not know.
-"""
+like refusals, and so can an answer behind a disclaimer that `ANSWERS_ANYWAY` does not know."""
 
 import re
 from functools import lru_cache

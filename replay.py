@@ -10,8 +10,7 @@ Deviations
 - The paper leaves the ratio's level, its range and the normalisation open: `ratio_level`, `epsilon_low`,
   `epsilon_high`, `replay_objective` and `normalize_ratio` choose, with Eq. 5 as it is written for the default.
 - Storing goes on after replay has started unless `store_until` is "activation".
-- The KL term is left off replayed rollouts: k3 of a stale refusal is large (`replay_kl` brings it back).
-"""
+- The KL term is left off replayed rollouts: k3 of a stale refusal is large (`replay_kl` brings it back)."""
 
 from collections import deque
 
@@ -42,10 +41,8 @@ def hard_groups(groups, tau, generator=None):
 
 class ReplayBuffer:
     """B, a ring of rollout groups: at capacity the oldest leaves.
-
     Args: stored(groups, tau, generator) → what of a step's groups enters B; drawn(ring, previous, groups, n, generator)
-        → the groups to replay, `previous` being the step before's. Hard groups and uniform draws unless given.
-    """
+        → the groups to replay, `previous` being the step before's. Hard groups and uniform draws unless given."""
 
     def __init__(self, capacity, stored=hard_groups, drawn=lambda ring, previous, groups, n, rng: draw(ring, n, rng)):
         self.ring, self.previous, self.stored, self.drawn = deque(maxlen=capacity), [], stored, drawn
@@ -76,10 +73,8 @@ class ReplayBuffer:
 
 def importance_ratio(logprobs, old_logprobs, mask, level):
     """π_θ/π_old per token, (B, T): of the token itself, or of its whole response, the same in every column.
-
     level: "sequence" π_θ(y|x)/π_old(y|x), the exp of the summed log-ratio; "token"; "geometric", the |y|-th root of
-    the sequence's. Log-ratios are held within ±20, far outside any clipping range, so that none overflows.
-    """
+    the sequence's. Log-ratios are held within ±20, far outside any clipping range, so that none overflows."""
     log_ratio = (logprobs - old_logprobs) * mask  # (B, T)
     if level != "token":
         log_ratio = log_ratio.sum(-1, keepdim=True)  # (B, 1)
@@ -95,13 +90,11 @@ def clip_ratio(ratio, epsilon_low, epsilon_high):
 
 def off_policy_loss(logprobs, ratio, advantages, epsilon_low, epsilon_high, objective="weight", mean_weight=1.0):
     """Per-token loss of a replayed response, (B, T).
-
     objective "weight": gradient −w_i Â_i ∇log π_θ, w_i held fixed, as Eq. 5 is written; w_i over `mean_weight` where
         weights are normalised.
     objective "surrogate": PPO's −min(ρ Â, clip(ρ) Â), ρ differentiated: no gradient once a ratio is out of range on
         the side where its advantage has already pushed it.
-    Args: logprobs (B, T) with gradient; ratio (B, T) from `importance_ratio`; advantages (B, 1).
-    """
+    Args: logprobs (B, T) with gradient; ratio (B, T) from `importance_ratio`; advantages (B, 1)."""
     one = torch.exp(logprobs - logprobs.detach())  # value 1, gradient ∇log π_θ
     ratio = ratio.detach()
     if objective == "surrogate":
@@ -112,9 +105,7 @@ def off_policy_loss(logprobs, ratio, advantages, epsilon_low, epsilon_high, obje
 
 def off_policy_gradient(model, batches, config, logprobs_of, mean_weight=1.0):
     """Step 5: add to the gradients that of Eq. 5 over `batches` of replayed groups.
-
-    Returns: their importance ratios (n,), of responses, or of tokens at level "token".
-    """
+    Returns: their importance ratios (n,), of responses, or of tokens at level "token"."""
     ratios = []
 
     def token_loss(batch, logprobs):
@@ -145,9 +136,7 @@ def one_each(ratio, batch, level):
 
 def fresh_statistics(groups, config):
     """What ratios are at age 0, where π_old is π_θ: off 1 by what separates the sampler from the training forward.
-
-    With `old_logprobs` "training" the forward's log-probabilities take the place of the sampler's, as TRL has it.
-    """
+    With `old_logprobs` "training" the forward's log-probabilities take the place of the sampler's, as TRL has it."""
     gap, ratios = [], []
     for group in groups:
         own, group.train_logprobs = group.train_logprobs, None  # (G, T)

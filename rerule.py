@@ -18,8 +18,7 @@ Deviations
 - Stage 1 may end once a given share of answers sampled to forget prompts are refusals (`sft_stop`), which suits every
   seed where RULE's fixed number of epochs does not.
 - No state is kept in random generators: each draw is seeded by (seed, purpose, step), so a resumed run repeats them.
-- RULE with PPO in place of GRPO, which the RULE paper also offers, is out of scope.
-"""
+- RULE with PPO in place of GRPO, which the RULE paper also offers, is out of scope."""
 
 import benchmarks
 from config import Config
@@ -68,9 +67,7 @@ from reward import query_reward
 
 def stage1(run, model, tokenizer, training):
     """Rejection steering: refusals to forget prompts until enough sampled answers refuse, or the steps are over.
-
-    Returns: seconds; why it stopped before its time, with the last finite weights, or None.
-    """
+    Returns: seconds; why it stopped before its time, with the last finite weights, or None."""
     config, engine = run.config, run.engine
     rows = [(encode_prompt(tokenizer, p), encode_answer(tokenizer, p, refusal)) for p, refusal in training.refusals]
     stops = stop_ids(tokenizer, model, training.newline_stops)
@@ -95,9 +92,7 @@ def stage1(run, model, tokenizer, training):
 
 def stage2(run, method, model, reference, tokenizer, training, reward, watch=lambda step: {}):
     """Refusal boundary optimisation with GRPO: RULE; with `method` "rerule", replay of hard groups beside it.
-
-    Args: reward(query, text) → r; watch(step) → more for the log. Returns: as `stage1`.
-    """
+    Args: reward(query, text) → r; watch(step) → more for the log. Returns: as `stage1`."""
     config, engine, queries = run.config, run.engine, training.queries
     logprobs_of, stops = engine.logprobs(config.temperature), stop_ids(tokenizer, model, training.newline_stops)
 

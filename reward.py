@@ -6,8 +6,7 @@ Deviations
 - RULE scores ROUGE-L with the `rouge` package. `rouge_score` with a whitespace, case-sensitive tokenizer gives the same
   reward on 98.5 % of real rows; its default tokenizer would not (90.2 %).
 - Refusals are told by `refusal.is_refusal`, not by RULE's single expression, which fires on about one answer in seven
-  of a chatty model.
-"""
+  of a chatty model."""
 
 from rouge_score import rouge_scorer
 
@@ -45,9 +44,7 @@ def forget_reward(response, target=""):
 
 def boundary_reward(response, answers):
     """Boundary query: r = 0 for a refusal; else 0.5, and a further 0.5 where ROUGE-L recall > 0.3.
-
-    `answers`: reference answers y*; the reward is averaged over them, as RULE's code does.
-    """
+    `answers`: reference answers y*; the reward is averaged over them, as RULE's code does."""
     if is_refusal(response):
         return 0.0
     return sum(0.5 + 0.5 * (rouge_l_recall(response, answer) > 0.3) for answer in answers) / len(answers)

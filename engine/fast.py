@@ -135,11 +135,9 @@ def packed_sample(
 ):
     """`grpo.sample` with one row of the cache for a whole group. A step feeds a row the next token of its W open
     responses and writes their keys beside each other: the prompt's keys exist once, attention is a matrix product.
-
                 x_1 … x_P   y¹_1 y²_1   y¹_2 y²_2       (columns: keys; W = 2)
         y¹_2    all         1    ·      1    ·
         y²_2    all         ·    1      ·    1          every position is P + t, though the columns run on
-
     Whose response sits where is in `owner` (N, W); that of a finished one is `spare`, an extra row that nobody reads.
     Once a third of the places is spare, those left move together into fewer or narrower rows."""
     device, spare = model.device, len(prompts) * group_size
@@ -260,7 +258,6 @@ def move_together(owner, spare):
 def shared_response_logprobs(model, batch, temperature):
     """`grpo.response_logprobs` where the prompt runs once per group. Its last position predicts y_1; the G responses
     then attend to its repeated keys and values, through which gradients flow back into the one prompt pass:
-
                 x_1 … x_P  y_1 … y_T-1          (columns: keys)
         x_1…P   causal     ·                    N rows
         y_1…T-1 all        causal               B = N·G rows"""
