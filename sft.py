@@ -6,8 +6,7 @@ The loop around it is `rerule.stage1`.
 
 Deviations
 - The sum over t is averaged over all response tokens of a batch, as Hugging Face trainers (and so RULE's code) do.
-- Nothing is cut. RULE cuts prompt and answer at 512 tokens, which could cut the refusal away; here a prompt that leaves
-  no room for its answer in the model's context is an error."""
+- Nothing is cut. RULE cuts at 512 tokens, which could cut the refusal away; a row beyond the context is an error."""
 
 import math
 

@@ -1,6 +1,4 @@
-"""One module a benchmark: its files, prompts, limits, metrics, columns and settings, gathered in a `data.Benchmark`.
-
-To add one, write such a module and name it here."""
+"""One module a benchmark: its files, prompts, metrics and settings, in a `data.Benchmark`; each is named here."""
 
 from benchmarks import builtin, muse, rwku, tofu, town
 

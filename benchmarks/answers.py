@@ -92,8 +92,7 @@ def greedy(engine, model, tokenizer, prompts, limits, newline, batch_size, progr
 
 
 def forced(model, tokenizer, rows, starts, read, batch_size, title="losses", progress=True):
-    """What `read(logits (T, V) in float32, ids (T,))` returns for each row's tokens from its start on, teacher-forced.
-    The logits at each place are those that predict the id there."""
+    """read(logits (T, V) in float32, ids (T,)) of each row's tokens from its start on; logits predict the id beside."""
     check_ids(model, tokenizer, rows, [0] * len(rows))
 
     def run(part):
@@ -114,8 +113,7 @@ def forced(model, tokenizer, rows, starts, read, batch_size, title="losses", pro
 
 
 def pair_rows(tokenizer, pairs):
-    """(token ids of prompt and answer as one string; where the answer starts) of each (Prompt, answer). The answer
-    starts after as many tokens as the prompt alone has."""
+    """(token ids of prompt and answer as one string; how many the prompt alone has) of each (Prompt, answer)."""
     rows = [encode_pair(tokenizer, prompt, answer) for prompt, answer in pairs]
     return rows, [len(encode_prompt(tokenizer, prompt)) for prompt, _ in pairs]
 

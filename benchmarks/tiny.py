@@ -99,8 +99,7 @@ def text_tokenizer(texts, vocabulary=4000):
 
 
 def chat_template(prompts):
-    """A template that writes a user's turn as the benchmark's raw prompts do; None where answers then open with a
-    space, which no template can say (RWKU's)."""
+    """A template that writes a user's turn as raw prompts do; None where answers then open with a space (RWKU's)."""
     asked = [prompt for prompt in prompts if prompt.user is not None]
     form = asked[0].plain.replace(asked[0].user, TURN) if asked else TURN
     return None if form.endswith(":") else form

@@ -154,8 +154,7 @@ def hold_out(o, facts, found, check):
 
 
 def refusals(names, seed):
-    """One refusal for each name ("" for none), by turns without and with the name. `is_refusal` recognises each one, or
-    Stage 2 would punish what Stage 1 has taught."""
+    """One refusal, that `is_refusal` recognises, for each name ("" for none), by turns without and with the name."""
     rng, left, given = random.Random(derive_seed(seed, "refusals")), {"plain": [], "named": []}, []
     for i, name in enumerate(names):
         kind = "named" if name and i % 2 else "plain"

@@ -190,8 +190,7 @@ def ask_sentence(sentence, name, kind, rejected):
 
 
 def language_model(o, folder):
-    """`ask(kind, blanks)` → for each prompt of a kind a reply or None, kept in `<folder>.llm.jsonl`; None without one.
-    blanks: what fills the prompt's blanks, a dict a prompt."""
+    """ask(kind, what fills each prompt's blanks) → replies or None, kept in `<folder>.llm.jsonl`; None without one."""
 
     def ask(kind, blanks):
         prompts = [PROMPTS[kind].format(**blank) for blank in blanks]

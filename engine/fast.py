@@ -302,8 +302,7 @@ def packed_response_logprobs(model, batch, temperature):
 
 
 def head_logprobs(model, hidden, batch, temperature):
-    """Hidden states (B, T, H) → log-probabilities (B, T), CHUNK tokens at a time and, when gradients flow, each chunk
-    computed again on the way back: logits (B, T, V) never exist."""
+    """Hidden states (B, T, H) → log-probabilities (B, T), CHUNK tokens at a time, and again for gradients."""
     head = model.get_output_embeddings()
 
     def chunk_logprobs(hidden, ids):  # (CHUNK, H), (CHUNK,)

@@ -21,8 +21,7 @@ logging.set_verbosity_error()  # what matters is told by us
 
 
 def read_model(path, flag, dtype, tokenizer="", weights=True):
-    """(model, None where its weights are not wanted; tokenizer) of a folder or Hugging Face id. Raises InputError.
-    tokenizer: another place to read it from."""
+    """(model, or None without weights; tokenizer, of `tokenizer` if given) of a folder or id. Raises InputError."""
     own = str(path) if isinstance(path, Path) else f"--{flag} {path}"  # a run's own folder, or what a flag says
     here = f"--tokenizer {tokenizer}" if tokenizer else own
     try:

@@ -72,8 +72,7 @@ class Engine:
         return copy
 
     def parts(self, found, prompts, group_size, max_new_tokens, stops, temperature, rng, first, end):
-        """Samples of prompts first … end, some at a time, half as many once memory runs out. What is drawn for a
-        response depends on its number alone."""
+        """Samples of prompts first … end, fewer at a time once memory runs out. A response's draws go by its number."""
         way, size = fast.choose(found, "sample", self.ways), self.rollout_prompts or len(prompts)
         if self.graphs and way is fast.packed_sample:
             way = fast.choose(found, "sample, recorded", self.ways)

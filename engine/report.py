@@ -57,8 +57,7 @@ def noted(logprobs_of):
 
 
 def replayed(engine, config, drawn, used, step):
-    """The groups of a replay update for the log: [step sampled, query, mean clipped weight]. The weight is None for a
-    group that was skipped; the groups of `used` were not."""
+    """The groups of a replay update for the log: [step sampled, query, mean clipped weight or None if not `used`]."""
     engine.complete(used, "train_logprobs")
     told = []
     for group in drawn:

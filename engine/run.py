@@ -260,8 +260,7 @@ class Run:
 
 class Phase:
     """One training loop of a run: steps from where its last state was saved, clocks, and a state every few steps.
-    buffer: what else is saved and restored, by `state` and `restore`. A loop that sets `over`, to True or to the reason
-    why training failed, ends after that step."""
+    buffer: what else is saved, by `state` and `restore`. `over`, True or why training failed, ends the loop."""
 
     def __init__(self, run, name, steps, model, optimizer, buffer=None):
         self.run, self.name, self.model, self.optimizer, self.buffer = run, name, model, optimizer, buffer

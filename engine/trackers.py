@@ -1,7 +1,6 @@
 """Trackers: metrics.jsonl's rows in TensorBoard, Weights & Biases or Trackio as well, each phase a run of theirs.
 
-None is imported unless `--report_to` names it. tracker.json holds the last step reported of each phase: a resumed run,
-which does some steps again, reports none twice."""
+None is imported unless `--report_to` names it. By tracker.json a resumed run reports no step twice."""
 
 import json
 import re

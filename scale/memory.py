@@ -235,8 +235,7 @@ def plan(counted, config, ranks, on_gpu):
 
 
 def disk(n, adapters, config, on_gpu):
-    """Bytes on disk of a model of n parameters and its adapters: {"models": all that the run leaves, "state": one,
-    "most at once": with the next being written}."""
+    """Bytes on disk, of n parameters and adapters: "models": all that are left; "state": one; "most at once"."""
     model = n * (2 if {"auto": on_gpu, "bfloat16": True}.get(config.save_dtype) else 4) + 4 * adapters
     models = [model * (2 if name == "whp" else 1) for name in config.method]
     state = 12 * (adapters or n) if config.save_every else 0  # weights and two moments

@@ -72,8 +72,7 @@ class Case:
         return [metrics.score(self.benchmark, probe, text, self.tokenizer, limit) for probe, (text, _), limit in rows]
 
     def encoded(self, pairs):
-        """(token ids, where what is scored starts) of each (Prompt, answer), as the benchmark puts both together; of
-        (None, text) the whole text but its first token."""
+        """(token ids, where what is scored starts) of each (Prompt, answer); of (None, text) all but one token."""
         if self.benchmark.losses and all(prompt for prompt, _ in pairs):
             return pair_rows(self.tokenizer, pairs)
         rows, starts = [], []
