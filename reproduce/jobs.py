@@ -20,7 +20,7 @@ from reproduce import read_json
 from reproduce.records import record_of
 
 BAR = "{desc} |{bar}| {percentage:3.0f} %, {elapsed} gone, {remaining} left"
-TEXTS = {"tofu_dir": "forget01.json", "rwku_dir": "forget_level3.json", "data_dir": ""}  # a file that it must hold
+TEXTS = {"tofu_dir": "forget01.json", "rwku_dir": "forget_level3.json"}  # a file that it must hold
 KEPT = ("config.json", "table.json", "metrics.jsonl", "record.json", "samples.jsonl.gz")  # of a finished run
 
 
@@ -97,7 +97,7 @@ def run_all(o, folder, records, jobs_of):
     """Run what is missing of the jobs and put their records into `records`. InputError: also of a failed run."""
     runs, source, folders = folder / "runs", about(), {flag: getattr(o, flag, "") for flag in TEXTS}
     for flag, place in folders.items():
-        if place and TEXTS[flag] and not Path(place, TEXTS[flag]).is_file():
+        if place and not Path(place, TEXTS[flag]).is_file():
             raise InputError(f"--{flag} {place}: holds no {TEXTS[flag]}")
     is_done = lambda job: job.name in records and tuple(records[job.name]["args"]) == job.args  # noqa: E731
     if all(is_done(job) for job in jobs_of(o, records)):
