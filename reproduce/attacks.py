@@ -13,7 +13,7 @@ from engine.files import write_text
 from engine.flags import check_bounds, parse, run_command
 from reproduce import HERE, WORDS, read_json, table
 from reproduce.jobs import read_records, run_all, write_records
-from reproduce.plan import FIRST_SEED, Job
+from reproduce.plan import FIRST_SEED, jobs_of
 from reproduce.records import never_replayed
 from reproduce.statistics import scipy_stats
 
@@ -33,16 +33,10 @@ class Options:
 
 def all_jobs(o, records):
     """Every run, the longest first; a family's `start` names the family whose models it begins with."""
-    jobs = []
-    for seed in range(FIRST_SEED, FIRST_SEED + o.seeds):
-        for family, row in PLAN["families"].items():
-            given = o.tofu_dir or "{tofu_dir}" not in row["flags"] or f"{family}_{seed}" in records
-            if not given or seed >= FIRST_SEED + row.get("seeds", o.seeds):
-                continue
-            flags = row["flags"].replace("ALL", " ".join(METHODS)).split()
-            args = (*flags, "--eval_every", "0", "--attack", *PLAN["attacks"], "--seed", str(seed))
-            start = f"{row['start']}_{seed}" if "start" in row else None
-            jobs.append(Job(f"{family}_{seed}", family, seed, args, start, row["cost"]))
+    jobs, seeds = [], range(FIRST_SEED, FIRST_SEED + o.seeds)
+    for family, row in PLAN["families"].items():
+        flags = row["flags"].replace("ALL", " ".join(METHODS)).split()
+        jobs += jobs_of(o, records, family, row, seeds, (*flags, "--eval_every", "0", "--attack", *PLAN["attacks"]))
     return jobs
 
 

@@ -35,9 +35,9 @@ def made_up():
 def test_every_job_is_a_command_that_the_driver_takes():
     jobs = attacks.all_jobs(OPTIONS, {})
     families = attacks.PLAN["families"]
-    assert len(jobs) == sum(min(5, own.get("seeds", 5)) for own in families.values())
+    assert len(jobs) == sum(min(5, own.get("first", 5)) for own in families.values())
     assert {job.start for job in jobs} <= {None, *(job.name for job in jobs)}
-    for job in jobs[: len(families)]:
+    for job in [job for job in jobs if job.seed == 21]:
         config = configure([arg.format(tofu_dir="DATA") for arg in job.args])
         assert config.seed == 21 and config.attack == attacks.PLAN["attacks"] and not config.eval_every
         if job.family == "base":
