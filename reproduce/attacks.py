@@ -13,7 +13,7 @@ from engine.files import write_text
 from engine.flags import check_bounds, parse, run_command
 from reproduce import HERE, WORDS, read_json, table
 from reproduce.jobs import read_records, run_all, write_records
-from reproduce.plan import FIRST_SEED, jobs_of
+from reproduce.plan import FIRST_SEED, jobs_of_row
 from reproduce.records import never_replayed
 from reproduce.statistics import scipy_stats
 
@@ -36,14 +36,15 @@ def all_jobs(o, records):
     jobs, seeds = [], range(FIRST_SEED, FIRST_SEED + o.seeds)
     for family, row in PLAN["families"].items():
         flags = row["flags"].replace("ALL", " ".join(METHODS)).split()
-        jobs += jobs_of(o, records, family, row, seeds, (*flags, "--eval_every", "0", "--attack", *PLAN["attacks"]))
+        jobs += jobs_of_row(o, records, family, row, seeds, (*flags, "--eval_every", "0", "--attack", *PLAN["attacks"]))
     return jobs
 
 
 def rows_of(records, family):
-    """{title: [columns of each seed]} of a family's runs."""
+    """{title: [columns of each seed]} of a family's runs, in the order of methods."""
     own = [records[name]["rows"] for name in sorted(records) if records[name]["family"] == family]
-    return {title: [rows[title] for rows in own if title in rows] for title in dict.fromkeys(t for r in own for t in r)}
+    found = {title: [rows[title] for rows in own if title in rows] for title in TITLES.values()}
+    return {title: seeds for title, seeds in found.items() if seeds}
 
 
 def cell(values, digits, sign=""):
@@ -72,20 +73,18 @@ def variants(records):
     base = rows_of(records, "base")
     found = {title: base[title] for title in ("RULE", "ReRULE") if title in base}
     for family, row in PLAN["families"].items():
-        if row.get("start") == "base":
-            for seeds in rows_of(records, family).values():
-                runs = [r for r in records.values() if r["family"] == family]
-                never = sum(map(never_replayed, runs))
-                found[row["label"] + f" (no replay on {never} of {len(runs)} seeds)" * bool(never)] = seeds
+        runs = [record for record in records.values() if record["family"] == family]
+        if "start" in row and runs:
+            never = sum(map(never_replayed, runs))
+            label = row["label"] + f" (no replay on {never} of {len(runs)} seeds)" * bool(never)
+            (found[label],) = rows_of(records, family).values()
     return found
 
 
 def write(folder, records):
     """report.md from the records."""
-    order, parts = [*TITLES.values()].index, {}
-    for family in ("base", "trained", "tofu"):
-        rows = rows_of(records, family)
-        parts[family] = compared({title: rows[title] for title in sorted(rows, key=order)}) if rows else "Not run."
+    rows = {family: rows_of(records, family) for family in ("base", "trained", "tofu")}
+    parts = {family: compared(own) if own else "Not run." for family, own in rows.items()}
     commits = ", ".join(sorted({record["commit"] for record in records.values()}))
     seeds = sorted({record["seed"] for record in records.values()})
     hours = sum(record["seconds"] for record in records.values()) / 3600

@@ -46,7 +46,7 @@ class Job:
     cost: float  # seconds of one thread, as measured with nothing else running
 
 
-def jobs_of(o, records, family, row, seeds, args):
+def jobs_of_row(o, records, family, row, seeds, args):
     """The jobs of one of a plan's rows; real text whose folder is not given has those alone that were run before."""
     given = all(getattr(o, name) for name in TEXTS if f"{{{name}}}" in row["flags"])
     seeds = [seed for seed in seeds[: row.get("first")] if given or f"{family}_{seed}" in records]
@@ -74,7 +74,7 @@ def all_jobs(o, records):
             waits = any(f"{{{name}}}" in row["flags"] and value is None for name, value in blanks.items())
             flags = " ".join([QUICK, row["flags"], row.get("quick", "")] if o.quick else [row["flags"]])
             args = None if waits else flags.format(**blanks).split()
-            jobs += jobs_of(o, records, row["family"].format(rate=rate), row, places[row["seeds"]], args)
+            jobs += jobs_of_row(o, records, row["family"].format(rate=rate), row, places[row["seeds"]], args)
     return jobs
 
 

@@ -53,13 +53,12 @@ def holm(ps):
 
 
 def statistic(values):
-    """Mean, sd (n − 1), 95 % interval with its kind, seeds above and below 0, p, of two or more that are not None."""
+    """Mean, 95 % interval with its kind and p of two or more values that are not None; they are in it too."""
     values = [value for value in values if value is not None]
     if len(values) < 2:
         return None
-    (low, high, kind), up, down = interval(values), sum(x > 0 for x in values), sum(x < 0 for x in values)
-    return {"values": values, "n": len(values), "mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)),
-            "low": low, "high": high, "kind": kind, "up": up, "down": down, "p": p_value(values)}  # fmt: skip
+    found = dict(zip(("low", "high", "kind"), interval(values), strict=True))
+    return {"values": values, "mean": float(np.mean(values)), "p": p_value(values)} | found
 
 
 def spread(values, digits=1, scale=1):
