@@ -4,8 +4,8 @@ The runs are those of `attacks.json`. No setting was chosen on their seeds: the 
 11, on Original and Retained alone. The variants with `leaks` were added after a look at seed 21."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import fmean
 
 from baselines import METHODS, TITLES
 from config import Count, setting
@@ -15,7 +15,7 @@ from reproduce import HERE, WORDS, read_json, table
 from reproduce.jobs import read_records, run_all, write_records
 from reproduce.plan import FIRST_SEED, jobs_of_row
 from reproduce.records import never_replayed
-from reproduce.statistics import scipy_stats
+from reproduce.statistics import half_width, spread
 
 PLAN = read_json(HERE / "attacks.json")
 EXAMPLES = WORDS["examples"]["attacks"]
@@ -47,23 +47,15 @@ def rows_of(records, family):
     return {title: seeds for title, seeds in found.items() if seeds}
 
 
-def cell(values, digits, sign=""):
-    """Mean and half the width of its 95 % interval by Student's t."""
-    values = [value for value in values if value is not None]
-    if len(values) < 2:
-        return f"{values[0]:{sign}.{digits}f}" if values else "–"
-    half = scipy_stats().t.ppf(0.975, len(values) - 1) * scipy_stats().sem(values)
-    return f"{fmean(values):{sign}.{digits}f} ± {half:.{digits}f}"
-
-
 def compared(rows, against=None):
     """Markdown of {label: [columns of each seed]}; against: the row from which paired differences are taken."""
     columns, paired, lines = PLAN["columns"], PLAN["paired"] if against else {}, []
+    cell = partial(spread, width=half_width)
     for label, seeds in rows.items():
         cells = [cell([s.get(name) for s in seeds], 2 if name == "membership_auc" else 1) for name in columns]
         for name in paired:
-            pairs = zip(seeds, rows[against], strict=True)
-            cells.append("" if label == against else cell([own[name] - other[name] for own, other in pairs], 1, "+"))
+            change = [own[name] - other[name] for own, other in zip(seeds, rows[against], strict=True)]
+            cells.append("" if label == against else cell(change, sign="+"))
         lines.append([label, *cells])
     return table(lines, f"| | {' | '.join([*columns.values(), *paired.values()])} |")
 

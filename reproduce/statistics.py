@@ -61,11 +61,16 @@ def statistic(values):
     return {"values": values, "mean": float(np.mean(values)), "p": p_value(values)} | found
 
 
-def spread(values, digits=1, scale=1):
-    """mean ± sd of one value a seed, times `scale`; None left out."""
+def half_width(values):
+    """Half of a 95 % interval of the mean by Student's t."""
+    return scipy_stats().t.ppf(0.975, len(values) - 1) * scipy_stats().sem(values)
+
+
+def spread(values, digits=1, scale=1, sign="", width=stdev):
+    """mean ± sd (or another `width`) of one value a seed, times `scale`; None left out."""
     values = [scale * value for value in values if value is not None]
-    sd = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{sd}" if values else "–"
+    wide = f" ± {width(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):{sign}.{digits}f}{wide}" if values else "–"
 
 
 def difference(a, b):
