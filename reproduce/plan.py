@@ -18,7 +18,6 @@ from reproduce.jobs import TEXTS
 from reproduce.records import NAMES, RATES, best_rates, choose, town_rates
 
 SELECTION, FIRST_SEED = (11, 12, 13, 14), 21  # seeds to choose on; first of the report
-REPLAYS = ("random", "recent", "current")  # beside hard groups, in the main figure
 BASELINES = [name for name in METHODS if name not in ("rej_steer", "rule", "rerule")]
 REPLAY, FAMILIES, SECTIONS, ROWS = read_json(HERE / "families.json").values()
 SECTIONS["claims"] = list(dict.fromkeys(family for own in SECTIONS.values() for family in own))
@@ -82,7 +81,7 @@ def wanted(o, jobs):
     """The jobs that `--only` asks for, with those that they start from or are chosen by."""
     families = {family for section in o.only or SECTIONS for family in SECTIONS[section]}
     if "compute" in families or any("at" in FAMILIES.get(family, ()) for family in families):
-        families |= {"select", "grid", *REPLAYS}
+        families |= {"select", "grid", "random", "recent", "current"}
     families |= (
         {"rerule"} if families & {"select", "world0", *(row["family"] for row in VARIANTS)} else set()
     )  # it stands beside them
