@@ -31,7 +31,7 @@ from engine.seeds import batch_at, derive_seed
 from grpo import positions, token_logprobs
 from sft import collate_sft
 
-RATES = Path(__file__).parent.parent / "results"  # as the grid of docs/baselines.md chose them
+RATES = Path(__file__).parent.parent / "results"  # the chosen rates: docs/baselines.md
 CAPITAL = r"[A-Z]\w*(?:[’'-]\w+)*"
 NAME = re.compile(rf"{CAPITAL}(?: (?:(?:of|by|the|for|de|von) ){{0,2}}{CAPITAL})*|\d+")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from config import InputError, setting
 from engine.flags import parse, run_command
-from reproduce import WORDS, plan
+from reproduce import WORDS, plan, report
 from reproduce.jobs import read_records, run_all, write_records
 from reproduce.plan import SECTIONS
 
@@ -49,8 +49,6 @@ def main(argv=None):
         print("\ninterrupted; the same command goes on", file=sys.stderr)
         os._exit(130)  # without waiting for the runs, which end with this process
     write_records(folder, records)
-    from reproduce import report
-
     report.write(folder, o, records, plan.all_jobs(o, records))
     print(f"{folder / 'report.md'}: {len(records)} runs")
 

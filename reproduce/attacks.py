@@ -4,8 +4,8 @@ The runs are those of `attacks.json`. No setting was chosen on their seeds: the 
 11, on Original and Retained alone. The variants with `leaks` were added after a look at seed 21."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import fmean
 
 from baselines import METHODS, TITLES
 from config import Count, setting
@@ -13,9 +13,9 @@ from engine.files import write_text
 from engine.flags import check_bounds, parse, run_command
 from reproduce import HERE, WORDS, read_json, table
 from reproduce.jobs import read_records, run_all, write_records
-from reproduce.plan import FIRST_SEED, Job
+from reproduce.plan import FIRST_SEED, jobs_of_row
 from reproduce.records import never_replayed
-from reproduce.statistics import scipy_stats
+from reproduce.statistics import half_width, spread
 
 PLAN = read_json(HERE / "attacks.json")
 EXAMPLES = WORDS["examples"]["attacks"]
@@ -33,42 +33,29 @@ class Options:
 
 def all_jobs(o, records):
     """Every run, the longest first; a family's `start` names the family whose models it begins with."""
-    jobs = []
-    for seed in range(FIRST_SEED, FIRST_SEED + o.seeds):
-        for family, row in PLAN["families"].items():
-            given = o.tofu_dir or "{tofu_dir}" not in row["flags"] or f"{family}_{seed}" in records
-            if not given or seed >= FIRST_SEED + row.get("seeds", o.seeds):
-                continue
-            flags = row["flags"].replace("ALL", " ".join(METHODS)).split()
-            args = (*flags, "--eval_every", "0", "--attack", *PLAN["attacks"], "--seed", str(seed))
-            start = f"{row['start']}_{seed}" if "start" in row else None
-            jobs.append(Job(f"{family}_{seed}", family, seed, args, start, row["cost"]))
+    jobs, seeds = [], range(FIRST_SEED, FIRST_SEED + o.seeds)
+    for family, row in PLAN["families"].items():
+        flags = row["flags"].replace("ALL", " ".join(METHODS)).split()
+        jobs += jobs_of_row(o, records, family, row, seeds, (*flags, "--eval_every", "0", "--attack", *PLAN["attacks"]))
     return jobs
 
 
 def rows_of(records, family):
-    """{title: [columns of each seed]} of a family's runs."""
+    """{title: [columns of each seed]} of a family's runs, in the order of methods."""
     own = [records[name]["rows"] for name in sorted(records) if records[name]["family"] == family]
-    return {title: [rows[title] for rows in own if title in rows] for title in dict.fromkeys(t for r in own for t in r)}
-
-
-def cell(values, digits, sign=""):
-    """Mean and half the width of its 95 % interval by Student's t."""
-    values = [value for value in values if value is not None]
-    if len(values) < 2:
-        return f"{values[0]:{sign}.{digits}f}" if values else "–"
-    half = scipy_stats().t.ppf(0.975, len(values) - 1) * scipy_stats().sem(values)
-    return f"{fmean(values):{sign}.{digits}f} ± {half:.{digits}f}"
+    found = {title: [rows[title] for rows in own if title in rows] for title in TITLES.values()}
+    return {title: seeds for title, seeds in found.items() if seeds}
 
 
 def compared(rows, against=None):
     """Markdown of {label: [columns of each seed]}; against: the row from which paired differences are taken."""
     columns, paired, lines = PLAN["columns"], PLAN["paired"] if against else {}, []
+    cell = partial(spread, width=half_width)
     for label, seeds in rows.items():
         cells = [cell([s.get(name) for s in seeds], 2 if name == "membership_auc" else 1) for name in columns]
         for name in paired:
-            pairs = zip(seeds, rows[against], strict=True)
-            cells.append("" if label == against else cell([own[name] - other[name] for own, other in pairs], 1, "+"))
+            change = [own[name] - other[name] for own, other in zip(seeds, rows[against], strict=True)]
+            cells.append("" if label == against else cell(change, sign="+"))
         lines.append([label, *cells])
     return table(lines, f"| | {' | '.join([*columns.values(), *paired.values()])} |")
 
@@ -78,20 +65,18 @@ def variants(records):
     base = rows_of(records, "base")
     found = {title: base[title] for title in ("RULE", "ReRULE") if title in base}
     for family, row in PLAN["families"].items():
-        if row.get("start") == "base":
-            for seeds in rows_of(records, family).values():
-                runs = [r for r in records.values() if r["family"] == family]
-                never = sum(map(never_replayed, runs))
-                found[row["label"] + f" (no replay on {never} of {len(runs)} seeds)" * bool(never)] = seeds
+        runs = [record for record in records.values() if record["family"] == family]
+        if "start" in row and runs:
+            never = sum(map(never_replayed, runs))
+            label = row["label"] + f" (no replay on {never} of {len(runs)} seeds)" * bool(never)
+            (found[label],) = rows_of(records, family).values()
     return found
 
 
 def write(folder, records):
     """report.md from the records."""
-    order, parts = [*TITLES.values()].index, {}
-    for family in ("base", "trained", "tofu"):
-        rows = rows_of(records, family)
-        parts[family] = compared({title: rows[title] for title in sorted(rows, key=order)}) if rows else "Not run."
+    rows = {family: rows_of(records, family) for family in ("base", "trained", "tofu")}
+    parts = {family: compared(own) if own else "Not run." for family, own in rows.items()}
     commits = ", ".join(sorted({record["commit"] for record in records.values()}))
     seeds = sorted({record["seed"] for record in records.values()})
     hours = sum(record["seconds"] for record in records.values()) / 3600

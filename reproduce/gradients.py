@@ -55,6 +55,5 @@ def regions_of(engine, model, tokenizer, training, place, config):
             "queries": len(numbers), "norm": squares**0.5, "weighted": len(numbers) / len(place) * squares**0.5,
             "equal": sum(group.all_equal() for group in groups) / len(groups),
             "missed": difference(1, mean(refused["forget"])), "false": mean(refused["boundary"]),
-            "n_forget": len(refused["forget"]), "n_boundary": len(refused["boundary"]),
         })  # fmt: skip
     return found

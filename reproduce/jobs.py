@@ -1,6 +1,5 @@
 """The workers: each job of the plan in a process of its own, some at a time, and the records that they leave."""
 
-import gzip
 import json
 import multiprocessing
 import os
@@ -20,8 +19,8 @@ from reproduce import read_json
 from reproduce.records import record_of
 
 BAR = "{desc} |{bar}| {percentage:3.0f} %, {elapsed} gone, {remaining} left"
-TEXTS = {"tofu_dir": "forget01.json", "rwku_dir": "forget_level3.json", "data_dir": ""}  # a file that it must hold
-KEPT = ("config.json", "table.json", "metrics.jsonl", "record.json", "samples.jsonl.gz")  # of a finished run
+TEXTS = {"tofu_dir": "forget01.json", "rwku_dir": "forget_level3.json"}  # a file that it must hold
+KEPT = "config.json table.json metrics.jsonl record.json samples.jsonl samples.jsonl.gz".split()  # gz: once packed
 
 
 def start_worker():
@@ -63,15 +62,6 @@ def work(job, runs, folders, about):
         write_json(folder / "record.json", record | {"seconds": round(time.perf_counter() - started, 1)})
 
 
-def trim(folder):
-    """Keep of a finished run what can be read: settings, table, metrics, record, and samples packed."""
-    for path in folder.iterdir():
-        if path.name == "samples.jsonl":
-            (folder / "samples.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
-        if path.name not in KEPT:
-            remove(path)
-
-
 def read_records(folder):
     """{name: record}: those of records.json, then those of finished runs that are not in it yet."""
     path = folder / "records.json"
@@ -97,7 +87,7 @@ def run_all(o, folder, records, jobs_of):
     """Run what is missing of the jobs and put their records into `records`. InputError: also of a failed run."""
     runs, source, folders = folder / "runs", about(), {flag: getattr(o, flag, "") for flag in TEXTS}
     for flag, place in folders.items():
-        if place and TEXTS[flag] and not Path(place, TEXTS[flag]).is_file():
+        if place and not Path(place, TEXTS[flag]).is_file():
             raise InputError(f"--{flag} {place}: holds no {TEXTS[flag]}")
     is_done = lambda job: job.name in records and tuple(records[job.name]["args"]) == job.args  # noqa: E731
     if all(is_done(job) for job in jobs_of(o, records)):
@@ -111,9 +101,10 @@ def run_all(o, folder, records, jobs_of):
         needed, busy = {job.start for job in missing}, {job.name for job in running.values()}
         again = [job for job in jobs if job.name in needed and is_done(job) and not has_models(runs / job.name)]
         bar = bar or tqdm(total=round(sum(job.cost for job in missing + again)), dynamic_ncols=True, bar_format=BAR)
-        for path in runs.iterdir():
-            if path.name in records and path.name not in needed | busy:
-                trim(path)
+        for name in records.keys() - needed - busy:
+            for path in sorted((runs / name).glob("*")):
+                if path.name not in KEPT:
+                    remove(path)
         ready = [job for job in again + missing if job.name not in busy and job.args is not None]
         ready = [job for job in ready if not job.start or (job.start not in busy and has_models(runs / job.start))]
         for job in ready[: o.workers - len(running)]:
@@ -141,5 +132,5 @@ def run_all(o, folder, records, jobs_of):
 
 
 def has_models(folder):
-    """Whether a finished run still has its models: `trim` takes its table.md with them."""
+    """Whether a finished run still has its models: its table.md goes with them."""
     return (folder / "record.json").exists() and (folder / "table.md").exists()

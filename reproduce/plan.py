@@ -1,7 +1,7 @@
 """The plan of the report: every run, in the order to start them, and what each part of the report needs.
 
 `families.json` has a row for each family of runs that differs from its base run by flags alone, with its names in
-tables and figures; the runs on real text; and each part's families. A family of the main figure is named with its rate.
+tables and figures; each part's families; and all other runs. A family of the main figure is named with its rate.
 
 Deviations
 - Settings are chosen on seeds 11 to 14; the report's seeds are 21 and up, on which nothing was chosen.
@@ -14,19 +14,23 @@ from dataclasses import dataclass
 
 from baselines import METHODS
 from reproduce import HERE, read_json
+from reproduce.jobs import TEXTS
 from reproduce.records import NAMES, RATES, best_rates, choose, town_rates
 
 SELECTION, FIRST_SEED = (11, 12, 13, 14), 21  # seeds to choose on; first of the report
-REPLAYS = ("random", "recent", "current")  # beside hard groups, in the main figure
 BASELINES = [name for name in METHODS if name not in ("rej_steer", "rule", "rerule")]
-REPLAY, FAMILIES, TEXT, SECTIONS, ROWS = read_json(HERE / "families.json").values()
+REPLAY, FAMILIES, SECTIONS, ROWS = read_json(HERE / "families.json").values()
 SECTIONS["claims"] = list(dict.fromkeys(family for own in SECTIONS.values() for family in own))
-VARIANTS = [family for family, row in FAMILIES.items() if "flags" in row]  # the base run's models, other flags
-DECIDING = [f"{name}{at}" for at in ("", "_best") for name in ("fresh", "easy", "medium", "priority", "dynamic")]
 LEAKED = {*SECTIONS["controls"], *SECTIONS["controls_best"]}  # the variants whose leakage is told
 OPTIMISER_STEPS = 54  # of a run that replays: 32 on-policy and, from step 11 on, 22 off-policy ones
 LEAK = " --attack leak"
 QUICK = "--steps 8 --warmup_steps 5 --min_groups 10"
+VARIANTS = [  # rows of the families that take over the base run's models, with other flags
+    {"family": family, "seeds": "few", "start": "base", "cost": 14,
+     "flags": f"--eval_every 0 --method {row.get('method', 'rerule')} {row['flags']} {REPLAY}"
+              + LEAK * (family in LEAKED) + " --lr {rule_chosen}" * ("at" in row)}
+    for family, row in FAMILIES.items() if "flags" in row
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,51 +45,35 @@ class Job:
     cost: float  # seconds of one thread, as measured with nothing else running
 
 
+def jobs_of_row(o, records, family, row, seeds, args):
+    """The jobs of one of a plan's rows; real text whose folder is not given has those alone that were run before."""
+    given = all(getattr(o, name) for name in TEXTS if f"{{{name}}}" in row["flags"])
+    seeds = [seed for seed in seeds[: row.get("first")] if given or f"{family}_{seed}" in records]
+    starts = {seed: f"{row['start']}_{seed}" if "start" in row else None for seed in seeds}
+    own = {seed: None if args is None else (*args, "--seed", str(seed)) for seed in seeds}
+    return [Job(f"{family}_{seed}", family, seed, own[seed], starts[seed], row["cost"]) for seed in seeds]
+
+
 def all_jobs(o, records):
     """Every job in the order to start them; what was chosen on the selection seeds is read off `records`.
     o: the report's options: seeds, quick, tofu_dir, rwku_dir."""
     selection, rates = (SELECTION[:1], RATES[:2]) if o.quick else (SELECTION, RATES)
     seeds = range(FIRST_SEED, FIRST_SEED + o.seeds)
-    few = seeds[:1] if o.quick else seeds  # of all but the main figure
+    places = {"selection": selection, "report": seeds, "few": seeds[:1] if o.quick else seeds}
+    some = {"all": rates, "later": rates[1:], "town": [rate for rate in town_rates(rates) if rate != RATES[0]]}
     chosen, jobs = choose(records, selection, rates), []
     best = best_rates(records, selection, town_rates(rates), NAMES, "town") or dict.fromkeys(NAMES)
-    known = {f"{name}_in_town": rate for name, rate in best.items()} | {"replay": REPLAY, "leak": LEAK}
-    known |= {"baselines": " ".join(BASELINES), "steps": 11 if o.quick else OPTIMISER_STEPS}
-    places = {"selection": selection, "report": seeds, "few": few}
-
-    def add(seeds, family, flags, start, cost):
-        for seed in seeds:
-            args = None if flags is None else (*(QUICK.split() if o.quick else ()), *flags.split(), "--seed", str(seed))
-            names = f"{family}_{seed}", family, seed, args, f"{start}_{seed}" if start else None
-            jobs.append(Job(*names, cost * 0.45 if o.quick else cost))
-
-    def rows(part):
-        """Jobs of the plan's rows, at each of the main figure's rates or of the town's where a row asks for them."""
-        some = {"all": rates, "later": rates[1:], "town": [rate for rate in town_rates(rates) if rate != RATES[0]]}
-        for row in ROWS[part]:
-            for rate in some.get(row.get("rates"), [""]):
-                blanks = known | {"rate": rate, "compute": chosen and chosen["n_steps"].get(rate)}
-                waits = any(f"{{{name}}}" in row["flags"] and value is None for name, value in blanks.items())
-                names = row["family"].format(rate=rate), None if waits else row["flags"].format(**blanks)
-                add(places[row["seeds"]], *names, row.get("start"), row["cost"])
-
-    def variants(families):
-        for family in families:
-            row, flags = FAMILIES[family], f"--eval_every 0 --method {FAMILIES[family].get('method', 'rerule')}"
-            flags += f" {row['flags']} {REPLAY}" + LEAK * (family in LEAKED)
-            at = "" if "at" not in row else chosen and f" --lr {chosen[row['at']]}"
-            add(few, family, None if at is None else flags + at, "base", 14)
-
-    rows("main")
-    variants(DECIDING)
-    rows("town")
-    variants([family for family in VARIANTS if family not in DECIDING])
-    for family, row in TEXT.items():
-        given = getattr(o, f"{family}_dir", "made on the spot")
-        own = [seed for seed in few[: row["seeds"]] if given or f"{family}_{seed}" in records]
-        flags = f"{row['flags']} --model tiny --eval_every 0 {REPLAY} {row['quick'] * o.quick}"
-        add(own, family, flags, None, row["cost"])
-    rows("last")
+    known = {f"{name}_in_town": rate for name, rate in best.items()} | {"rule_chosen": chosen and chosen["rule"]}
+    known |= {"replay": REPLAY, "leak": LEAK, "baselines": " ".join(BASELINES)}
+    known |= {name: f"{{{name}}}" for name in ("tofu_dir", "rwku_dir", "book_dir")}  # the worker's to fill in
+    known["steps"] = 11 if o.quick else OPTIMISER_STEPS
+    for row in ROWS + VARIANTS:
+        for rate in some.get(row.get("rates"), [""]):
+            blanks = known | {"rate": rate, "compute": chosen and chosen["n_steps"].get(rate)}
+            waits = any(f"{{{name}}}" in row["flags"] and value is None for name, value in blanks.items())
+            flags = " ".join([QUICK, row["flags"], row.get("quick", "")] if o.quick else [row["flags"]])
+            args = None if waits else flags.format(**blanks).split()
+            jobs += jobs_of_row(o, records, row["family"].format(rate=rate), row, places[row["seeds"]], args)
     return jobs
 
 
@@ -93,8 +81,10 @@ def wanted(o, jobs):
     """The jobs that `--only` asks for, with those that they start from or are chosen by."""
     families = {family for section in o.only or SECTIONS for family in SECTIONS[section]}
     if "compute" in families or any("at" in FAMILIES.get(family, ()) for family in families):
-        families |= {"select", "grid", *REPLAYS}
-    families |= {"rerule"} if families & {"select", "world0", *VARIANTS} else set()  # it stands beside them
+        families |= {"select", "grid", "random", "recent", "current"}
+    families |= (
+        {"rerule"} if families & {"select", "world0", *(row["family"] for row in VARIANTS)} else set()
+    )  # it stands beside them
     keep = {job.name for job in jobs if job.family.split("@")[0] in families}
     keep |= {job.start for job in jobs if job.name in keep}
     return [job for job in jobs if job.name in keep]

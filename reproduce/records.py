@@ -197,8 +197,7 @@ class Results:
 
     def at(self, name, rate):
         """{seed: outcome} of a curve of the main figure at a learning rate; rate: "chosen" for its own."""
-        rate = self.chosen[name] if rate == "chosen" else rate
-        return self.of(*place_of(name, rate))
+        return self.of(*place_of(name, self.chosen[name] if rate == "chosen" else rate))
 
 
 def hard_share(base, tau, kinds="fbhe"):
@@ -228,23 +227,22 @@ def town_rates(rates):
 
 
 def rate_scores(records, seeds, rates=RATES, names=CURVES, first="select"):
-    """{curve: {rate: [`score`, a seed each]}} of the selection runs that replayed, as for the baselines."""
+    """{curve: {rate: [`score`, a seed each]}} of the selection runs, as for the baselines; None if replay never ran."""
 
     def score_of(family, method):
         runs = [records[f"{family}_{seed}"] for seed in seeds if f"{family}_{seed}" in records]
-        return [outcome(run, method, None)["balance"] for run in runs if not never_replayed(run, method)]
+        return [None if never_replayed(run, method) else outcome(run, method, None)["balance"] for run in runs]
 
     return {name: {rate: score_of(*place_of(name, rate, first)) for rate in rates} for name in names}
 
 
 def best_rates(records, seeds, rates=RATES, names=CURVES, first="select"):
     """{curve: its best rate on the selection seeds, of those at which it replayed on all}. None where one lacks it."""
-    asked = {f"{place_of(name, rate, first)[0]}_{seed}" for name in names for rate in rates for seed in seeds}
-    if not asked or not asked <= set(records):
+    scores, best = rate_scores(records, seeds, rates, names, first), {}
+    if not seeds or any(len(own) < len(seeds) for by_rate in scores.values() for own in by_rate.values()):
         return None
-    best = {}
-    for name, by_rate in rate_scores(records, seeds, rates, names, first).items():
-        whole = {rate: sum(own) for rate, own in by_rate.items() if len(own) == len(seeds)}
+    for name, by_rate in scores.items():
+        whole = {rate: sum(own) for rate, own in by_rate.items() if None not in own}
         best[name] = max(whole, key=whole.get, default=None)
     return best if all(best.values()) else None
 

@@ -16,7 +16,7 @@ from reproduce.statistics import paired, spread, statistic
 PAPER = read_json(HERE / "paper.json")
 MODELS = {name: name for name in ("Original", "Retained", "Rej. Steer")} | {"RULE": "rule", "ReRULE": "rerule"}
 LABELS = NAMES | {name: words.format(n=OPTIMISER_STEPS) for name, words in WORDS["rows"].items()}
-seeds_up = lambda stat: "{up} of {n}".format(**stat) if stat else "–"  # noqa: E731
+seeds_up = lambda stat: f"{sum(x > 0 for x in stat['values'])} of {len(stat['values'])}" if stat else "–"  # noqa: E731
 
 
 def write(folder, o, runs, jobs):
@@ -187,10 +187,10 @@ def rates(r, folder):
 def controls(r, folder):
     """What the gain is made of: at the shared rate, and at the one chosen for RULE."""
     panels = {}
-    for section, rate in (("controls", RATES[0]), ("controls_best", r.chosen and r.chosen["rule"])):
-        rule = r.at("rule", rate) if rate else {}
-        lines = {"ReRULE: hard groups": ("rerule", r.at("rerule", rate))} if rule else {}
-        lines |= {words: (name, r.at(name, rate)) for name, words in WORDS["controls"].items()} if rule else {}
+    chosen = r.chosen and r.chosen["rule"]
+    for section, rate in (("controls", RATES[0]), ("controls_best", chosen)):
+        rule, lines = r.at("rule", rate), {"ReRULE: hard groups": ("rerule", r.at("rerule", rate))}
+        lines |= {words: (name, r.at(name, rate)) for name, words in WORDS["controls"].items()}
         for family in SECTIONS[section]:
             method = FAMILIES[family].get("method", "rerule")
             lines[FAMILIES[family]["plain"]] = ("RULE, changed" if method == "rule" else family, r.of(family, method))
@@ -198,8 +198,8 @@ def controls(r, folder):
         whose = "the shared one" if section == "controls" else "the one chosen for RULE"
         panels[f"At learning rate {rate}, {whose}"] = [row for row in stats if row[2]]
     figures.gains({title: rows for title, rows in panels.items() if rows}, folder / "gains.png")
-    best = difference_table(r, "controls_best", r.chosen["rule"]) if r.chosen else "Not run yet."
-    return {"table": difference_table(r, "controls"), "best": best, "rate": r.chosen["rule"] if r.chosen else "–"}
+    best = difference_table(r, "controls_best", chosen) if chosen else "Not run yet."
+    return {"table": difference_table(r, "controls"), "best": best, "rate": chosen or "–"}
 
 
 def town(r, folder):
@@ -214,15 +214,15 @@ def town(r, folder):
 
 
 def worlds(r, folder):
-    rows = []
+    rows, drawn = [], []
     for family in SECTIONS["worlds"]:
         theirs, ours = r.of(family, "rule"), r.at("rerule", RATES[0]) if family == "base" else r.of(family)
         shares = [records.hard_share(run, run["tau"]) for run in r.runs(family).values()]
-        stat = paired(ours, theirs, "retain_recall")
+        stat, world = paired(ours, theirs, "retain_recall"), FAMILIES[family]["world"]
         recall, refusal = ([column(o, key) for o in (theirs, ours)] for key in ("retain_recall", "forget_refusal"))
-        world = FAMILIES[family]["world"], spread(shares, scale=100)
-        rows.append([*world, *recall, interval(stat), seeds_up(stat), *refusal])
-    figures.conditions(r, folder / "conditions.png")
+        rows.append([world, spread(shares, scale=100), *recall, interval(stat), seeds_up(stat), *refusal])
+        drawn.append((f"{world}: {100 * mean(shares):.0f} % hard", "rerule", stat))
+    figures.conditions(r, drawn, folder / "conditions.png")
     return {"table": table(rows)}
 
 

@@ -53,20 +53,24 @@ def holm(ps):
 
 
 def statistic(values):
-    """Mean, sd (n − 1), 95 % interval with its kind, seeds above and below 0, p, of two or more that are not None."""
+    """Mean, 95 % interval with its kind and p of two or more values that are not None; they are in it too."""
     values = [value for value in values if value is not None]
     if len(values) < 2:
         return None
-    (low, high, kind), up, down = interval(values), sum(x > 0 for x in values), sum(x < 0 for x in values)
-    return {"values": values, "n": len(values), "mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)),
-            "low": low, "high": high, "kind": kind, "up": up, "down": down, "p": p_value(values)}  # fmt: skip
+    found = dict(zip(("low", "high", "kind"), interval(values), strict=True))
+    return {"values": values, "mean": float(np.mean(values)), "p": p_value(values)} | found
 
 
-def spread(values, digits=1, scale=1):
-    """mean ± sd of one value a seed, times `scale`; None left out."""
+def half_width(values):
+    """Half of a 95 % interval of the mean by Student's t."""
+    return scipy_stats().t.ppf(0.975, len(values) - 1) * scipy_stats().sem(values)
+
+
+def spread(values, digits=1, scale=1, sign="", width=stdev):
+    """mean ± sd (or another `width`) of one value a seed, times `scale`; None left out."""
     values = [scale * value for value in values if value is not None]
-    sd = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{sd}" if values else "–"
+    wide = f" ± {width(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):{sign}.{digits}f}{wide}" if values else "–"
 
 
 def difference(a, b):

@@ -24,7 +24,6 @@ COMMANDS = {
     "build_data": "build_data.__main__.Options",
     "reproduce": "reproduce.__main__.Options",
     "reproduce.attacks": "reproduce.attacks.Options",
-    "reproduce.grid": "reproduce.grid.Options",
     "scale.speed": "scale.speed.Options",
     "scale.check": "scale.check.Options",
     "tests/scale/peer.py": "peer.Options",

@@ -27,7 +27,6 @@ COMMANDS = {  # as it is written → (module, what holds its flags)
     "python -m build_data": ("build_data.__main__", "Options"),
     "python -m reproduce": ("reproduce.__main__", "Options"),
     "python -m reproduce.attacks": ("reproduce.attacks", "Options"),
-    "python -m reproduce.grid": ("reproduce.grid", "Options"),
     "python -m scale.speed": ("scale.speed", "Options"),
     "python -m scale.check": ("scale.check", "Options"),
 }

@@ -46,7 +46,7 @@ def made_up(job):
              "versions": {"python": "3", "torch": "2"}}  # fmt: skip
     if job.family == "probe":
         figures = {"queries": 4, "norm": 1.0, "weighted": float(rng.random()), "equal": 0.5, "missed": 0.1,
-                   "false": 0.2, "n_forget": 8, "n_boundary": 8}  # fmt: skip
+                   "false": 0.2}  # fmt: skip
         return about | {"models": {m: {"easy": figures, "hard": figures} for m in ("Rej. Steer", "RULE", "ReRULE")}}
     names = ["Rej. Steer", "Original", "Retained", "RULE", "ReRULE"]
     names = ["GA", "PO", "PURGE"] if job.family == "baselines" else names

@@ -39,4 +39,3 @@ def test_gradients_and_mis_refusals_by_a_naive_computation():
     assert found["hard"]["weighted"] == pytest.approx(0.75 * norm, rel=1e-3)
     forget = [is_refusal(text) for group in groups if queries[group.query].kind == "forget" for text in group.texts]
     assert found["hard"]["missed"] == pytest.approx(1 - sum(forget) / len(forget), abs=1e-4)
-    assert found["hard"]["n_forget"] == len(forget)

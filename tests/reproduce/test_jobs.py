@@ -93,7 +93,7 @@ def test_killed_and_started_again_it_goes_on(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     reproduce_small(whole, tmp_path / "child.py")
     assert sorted(p.name for p in (whole / "runs" / "base_21").iterdir()) == [
-        "config.json", "metrics.jsonl", "record.json", "samples.jsonl.gz", "table.json"]  # fmt: skip
+        "config.json", "metrics.jsonl", "record.json", "samples.jsonl", "table.json"]  # fmt: skip
 
     reproduce_small(parts, tmp_path / "child.py", until=lambda: (parts / "runs" / "base_21" / "rule").exists())
     assert not (parts / "records.json").exists()

@@ -66,8 +66,8 @@ def test_holm_by_hand():
 
 def test_statistic_by_hand():
     stat = st.statistic([1.0, 2.0, None, 3.0, -1.0, 0.0])
-    assert (stat["n"], stat["up"], stat["down"], stat["mean"], stat["kind"]) == (5, 3, 1, 1.0, "t")
-    assert stat["sd"] == pytest.approx(math.sqrt(10 / 4)) and stat["p"] == st.p_value(stat["values"])
+    assert (len(stat["values"]), stat["mean"], stat["kind"]) == (5, 1.0, "t")
+    assert stat["p"] == st.p_value(stat["values"])
     assert stat["low"] == pytest.approx(1 - 2.7764 * math.sqrt(0.5), abs=1e-3)
 
 

@@ -293,7 +293,7 @@ def test_records_of_the_report(tmp_path, marker, file, monkeypatch):
     with mock.patch.object(report, "run_all"), mock.patch.object(report, "write_records"):
         done = ended(reproduce, "--output_dir", tmp_path, "--only", "nothing")
         assert done.line() and not marker.exists()
-        monkeypatch.setitem(sys.modules, "reproduce.report", mock.Mock())
+        monkeypatch.setattr(report, "report", mock.Mock())
         safe(ended(reproduce, "--output_dir", tmp_path), marker)
 
 
