@@ -72,8 +72,7 @@ def evaluate(
         benchmark: data.Benchmark; max_new_tokens: None for the benchmark's own limit.
         retained: TOFU: truth ratios of the retained model on the forget rows.
         check_batching: outside float32 on the CPU, decode some rows again one by one and count different answers.
-    Returns: {"benchmark", "summary": {column: value or None}, "per_target", "notes", "per_example": one dict a probe}.
-    Raises: InputError."""
+    Returns: {"benchmark", "summary": {column: value}, "per_target", "notes", "per_example"}. Raises: InputError."""
     prompts = [encode_prompt(tokenizer, probe.prompt) for probe in probes]
     limits = limits_of(benchmark, probes, prompts, max_new_tokens)
     check_ids(model, tokenizer, prompts, limits)

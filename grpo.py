@@ -23,8 +23,7 @@ import torch.nn.functional as F
 @dataclass
 class RolloutGroup:
     """One prompt's G responses and all that any update of them needs, now or many steps later.
-    It travels unchanged from sampling to reward to update to buffer; nothing in it is ever decoded and encoded again.
-    """
+    It travels unchanged from sampling to update to buffer; nothing in it is ever decoded and encoded again."""
 
     query: int  # index of x among the training queries
     step: int  # when it was sampled

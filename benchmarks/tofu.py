@@ -53,8 +53,7 @@ def inst(question):
 
 
 def train(o):
-    """TOFU forget01: the files of `build_data` where the folder holds them, else refusals of our own wording and
-    boundary queries from the retain set less every evaluation row."""
+    """TOFU forget01: `build_data`'s files if there, else refusals of our own and retain rows that are no probe's."""
     folder = folder_of(o, "tofu")
     forget = read_rows(folder / "forget01.json", {"question": str, "answer": str})
     stage1, stage2 = folder / "reject_target.json", folder / "rl_rejection_with_fb_neighbor.json"

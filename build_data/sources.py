@@ -1,7 +1,6 @@
 """What a build starts from: the facts to forget, the permitted neighbours, the queries that evaluation asks.
 
-Covers the sources of Appendix A: RWKU's questions, MUSE's passages, TOFU's rows with their authors' names, and a user's
-own questions or text."""
+Covers Appendix A's: RWKU's questions, MUSE's passages, TOFU's rows with their authors' names; a user's own besides."""
 
 import json
 import random
@@ -47,8 +46,7 @@ def evaluation_queries(o):
 
 
 def read_facts(o, ask, rejected):
-    """The facts to forget. Their completions are made later, but for MUSE, where they are the passages' halves.
-    rejected: list that is told of passages of which the language model made nothing."""
+    """The facts to forget; of MUSE with their completions, the passages' halves. `rejected` is told what gave none."""
     place = Path(o.input)
     if o.source == "tofu":
         rows = read_rows(place / "forget01.json", PAIR)

@@ -31,8 +31,7 @@ CHOSEN = WeakKeyDictionary()  # model → {what: way}, as `choose` has found it
 
 
 def choose(model, what, told):
-    """The fast way for `what`, "sample" or "logprobs", if it gives this model's own numbers, else the plain one.
-    told: {what and architecture: way and reason}; what is new there is printed."""
+    """The fast way for `what` if it gives this model's own numbers, else the plain one. `told`, if new, is printed."""
     if what == "logprobs" and is_recomputed(model):
         what = "logprobs, layers computed twice"  # they keep no cache
     chosen = CHOSEN.setdefault(model, {})

@@ -34,8 +34,7 @@ class Help(RawDescriptionHelpFormatter):
 
 def parse(kind, argv=None, presets=None, examples=()):
     """Command line → dataclass of `kind`. A first word that ends in .json is a config.json, over which flags win.
-    Args: presets: {benchmark: (its values, those that --model tiny changes)} for --help; examples: its last lines.
-    Raises: InputError for anything that a flag does not take."""
+    presets: {benchmark: (its values, those that --model tiny changes)} for --help. Raises: InputError."""
     argv = list(sys.argv[1:] if argv is None else argv)
     groups = [base for base in kind.__bases__ if base is not object][::-1] or [kind]
     parser = HfArgumentParser(

@@ -41,8 +41,7 @@ def reach(url, flag, wait=5.0):
 
 @contextmanager
 def bounded(flag, seconds, most=10**7):
-    """While the block runs, a server may neither send us elsewhere nor take longer over an answer, nor send more bytes.
-    huggingface_hub's own limit is for the time between two bytes."""
+    """In the block a server may not redirect, be slower over an answer (hub's limit is for two bytes) or send more."""
     session = get_session()
     httpx = sys.modules[type(session).__module__.split(".")[0]]  # or httpx2, of later ones
 

@@ -155,8 +155,7 @@ class Engine:
         """For the other processes."""
 
     def plain(self, found, dtype):
-        """(a model to save in `dtype`, its weights where they are not its own). `found` is of no use afterwards: it is
-        cast in place, one weight after another, so that no second copy is needed."""
+        """(a model to save in `dtype`, its weights where they are not its own). `found`, cast in place, is spent."""
         if isinstance(found, Pair):
             pair, weights = zip(*(self.plain(part, dtype) for part in found.pair), strict=True)
             return Pair(*pair, found.alpha), weights

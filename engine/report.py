@@ -95,8 +95,7 @@ def show_samples(phase, groups, queries):
 
 
 def write(folder, columns, results, figures=True):
-    """table.json, table.md and pictures from the phases' results, {phase: {column: value}} in the order run.
-    columns: {column: heading}, of which those without any value are left out."""
+    """Tables and pictures of {phase: {column: value}}; columns: {column: heading}, left out where all are empty."""
     if RANK:
         return
     columns = columns | {"forget_tokens": "Forget data, % of tokens", "retain_tokens": "Retain data, % of tokens"}
@@ -127,8 +126,7 @@ def write(folder, columns, results, figures=True):
 
 
 def replay_of(run, method):
-    """Of a ReRULE that has trained: `first_replay`, the step at which replay first ran; what to say if it never did. {}
-    of other methods, and in all processes but the first, which keeps the log."""
+    """Of a trained ReRULE, by the log's process: `first_replay`, its first step; what to say if it never ran."""
     if method != "rerule" or RANK:
         return {}
     run.metrics.size()  # puts every row on the disk

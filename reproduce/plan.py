@@ -55,8 +55,7 @@ def jobs_of_row(o, records, family, row, seeds, args):
 
 
 def all_jobs(o, records):
-    """Every job in the order to start them; what was chosen on the selection seeds is read off `records`.
-    o: the report's options: seeds, quick, tofu_dir, rwku_dir."""
+    """Every job, by the report's options, in the order to start them; rates chosen are read off `records`."""
     selection, rates = (SELECTION[:1], RATES[:2]) if o.quick else (SELECTION, RATES)
     seeds = range(FIRST_SEED, FIRST_SEED + o.seeds)
     places = {"selection": selection, "report": seeds, "few": seeds[:1] if o.quick else seeds}

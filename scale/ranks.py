@@ -308,8 +308,7 @@ def drop(found):
 
 
 def lock(model):
-    """Lock the host's memory of a model's weights where it is, so that a GPU reads it without a copy; what cannot be
-    locked is only slower, and told. torch's own locked memory comes in powers of 2."""
+    """Lock a model's weights in the host's memory, which torch's own would round up; where it fails, that is told."""
     cudart, failed = torch.cuda.cudart(), 0
     for p in model.parameters():
         memory = p.to_local().untyped_storage()
@@ -344,8 +343,7 @@ def flat(parts):
 
 
 def restore_shards(payload, folder, model, optimizer):
-    """Put a state of several ranks back, on any number of them or none: each rank's rows stand in a file of its own,
-    in order. Only tensors are read, from that folder alone. Raises: InputError."""
+    """Put a state of several ranks back, on any number; only tensors of that folder are read. Raises: InputError."""
     here = folder / str(payload["shards"])
     try:
         if not re.fullmatch(r"shards_\w+_\d+", here.name) or here.parent != folder or here.is_symlink():

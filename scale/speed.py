@@ -111,8 +111,7 @@ def place(engine, config, build):
 
 
 def time_stage2(run, method, models, tokenizer, prompts, reward, each):
-    """The driver's own loop on (model, reference); `each` is handed the log's row of a step, with the seconds of PARTS.
-    run: what the loop asks of an `engine.run.Run`; its logs are replaced."""
+    """The driver's own loop on (model, reference); `each` gets a step's row with seconds of PARTS; no logs."""
 
     def write(row):
         row |= {name: row.get(f"seconds_{phase}", 0.0) for name, phase in PARTS.items()}
@@ -142,8 +141,7 @@ def operations(model, prompt_tokens, responses, tokens):
     """The arithmetic that so many responses of `tokens` tokens in all cannot do without: (of a forward pass, of an
     update), a product and a sum for each weight of a matrix and each position that meets it. Layers meet prompts once a
     group, and all tokens but each response's last; the head, tied or not, meets a position a token. Gradients take a
-    forward pass's for positions, and as much again for trained weights. Left out: attention's products, norms, softmax.
-    """
+    forward pass's for positions, and as much again for trained weights. Attention's products, norms, … are left out."""
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     body = [p for p in model.parameters() if p.dim() > 1 and p is not head and p is not embedding]
     met = [(p, prompt_tokens + tokens - responses) for p in body] + [(head, tokens)]

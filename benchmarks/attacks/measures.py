@@ -102,15 +102,13 @@ def privleak(auc, auc_retained):
 
 
 def exact_memorisation(hits):
-    """Share of answer tokens that are the model's argmax after the true tokens before (open-unlearning, 2506.12618).
-    hits: a bool for each token of the answer, without EOS. 0–1; higher is worse."""
+    """Share of an answer's tokens that the model's argmax hits, each after true ones (2506.12618). Higher is worse."""
     return math.fsum(map(bool, floats(hits))) / len(hits)
 
 
 def extraction_strength(hits):
     """How little of the answer must be given before greedy decoding says the rest (open-unlearning, 2506.12618).
-    1 − k / T, k the smallest prefix after which every token is the argmax. 0–1: 0 when even the last is missed; higher
-    is worse. hits: a bool for each token of the answer, without EOS."""
+    1 − k / T, k the smallest prefix after which every token is hit; 0 when even the last is missed. Higher is worse."""
     hits = floats(hits)
     return 1 - max((i for i, hit in enumerate(hits, 1) if not hit), default=0) / len(hits)
 
@@ -124,8 +122,7 @@ def rank(loss, others):
 
 def relearning(before, after, retained_before, retained_after):
     """R: how fast answers come back in training, against a model that never knew them (open-unlearning, 2506.12618).
-    min(δ_retained / δ_unlearned, 1), δ = forget recall after − before, at least 0. 0–1; 1 is best: it comes back no
-    faster than the retained model learns it, or not at all."""
+    min(δ_retained / δ_unlearned, 1), δ = forget recall after − before, at least 0. 1 is best: no faster, or never."""
     if after <= before:
         return 1.0
     return min(max(retained_after - retained_before, 0.0) / (after - before), 1.0)
@@ -139,8 +136,7 @@ def quantisation(before, after):
 
 def rounded(weight, bits, block=64):
     """A weight, shape and dtype kept, as it stands after rounding to 2 bits or more; the attack of arXiv 2410.16454.
-    Each block of consecutive weights, the last may be shorter, is divided by max|w| / (2^(bits − 1) − 1), rounded to
-    the nearest whole number and multiplied back, in float32."""
+    Each block of consecutive weights is divided by max|w| / (2^(bits − 1) − 1), rounded and multiplied back."""
     flat = weight.detach().reshape(-1).float()
     if not flat.isfinite().all():
         raise ValueError("expected finite weights")
