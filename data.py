@@ -94,9 +94,8 @@ class Benchmark:
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, with exactly one BOS where the tokenizer has one. No other place encodes prompts. The chat
-    template writes its own special tokens, so its text is tokenised without adding any; plain text gets what the
-    tokenizer adds, less an EOS at its end."""
+    """Token ids of a prompt, with one BOS where the tokenizer has one; no other place encodes prompts. A chat template
+    writes its own special tokens, so none are added; plain text gets the tokenizer's, less an EOS at its end."""
     if prompt.user is not None and tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt.user}]
         try:

@@ -8,11 +8,9 @@ data, has not learnt it, cannot or will not say, is at a loss, finds it beyond i
 Deviations from RULE's expression, each with its reason:
 - Phrases speak of the assistant itself ("I ...", "my training ...", "... to me"): bare words such as "not", "beyond",
   "limited to", "Unfortunately," also occur in plain answers, which were then punished as refusals.
-- Apostrophes, contractions, white space, filler adverbs and markdown emphasis are normalised first, so that "I’m just
-  not sure" and "I am not sure" are one phrase.
+- Apostrophes, contractions, white space, fillers and emphasis are normalised: "I’m just not sure" is "I am not sure".
 - Quoted spans and Title Case matches are ignored: characters speak, and titles do too ("I Can't Help Falling in Love").
-- Only the first `LEAD` characters count: a refusal comes at the start, and a long answer that ends with one still
-  gave the answer.
+- Only the first `LEAD` characters count: a long answer that ends with a refusal still gave the answer.
 - A hedge that goes on to answer ("I'm not sure, but I think it is Carrie") is an answer: it must not earn the reward.
 - It adds plain unwillingness ("I cannot answer that", "I won't discuss", "I must pass"), which RULE's misses.
 

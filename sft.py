@@ -17,8 +17,7 @@ from grpo import positions
 
 
 def sft_loss(logits, answers):
-    """L_RS: mean of −log π_θ(y_t) over response tokens.
-    Args: logits (N, V), each from the position before its token; answers (N,). Returns: scalar."""
+    """L_RS: mean of −log π_θ(y_t) over response tokens. logits (N, V), from the position before; answers (N,)."""
     return F.cross_entropy(logits.float(), answers)
 
 

@@ -1,7 +1,6 @@
 """What ReRULE's replay is compared with: other groups stored, others drawn, and batches without equal groups.
 
-Covers Table 4's control, random storage; the rest is ours. `--replay_store` names what is stored and drawn, chosen once
-before the loop; `--max_age` and `--redraw` work with any.
+Covers Table 4's control, random storage; the rest is ours. `--replay_store` is one; `--max_age`, `--redraw` suit any.
 
 Deviations
 - DAPO (arXiv 2503.14476) draws prompts until a batch has no group of equal rewards. `refill` does so a given number of

@@ -5,8 +5,7 @@ forget rows (x, y_f), y_rej a refusal to the same x; D_r the retain rows. Shapes
 response tokens only; log-ratios of responses (B,); logits (n, V).
 
 Deviations
-- SimNPO's forget term is weighted by 0.125 and LLMU's three by 0.5, 1, 1, as public code does (`--forget_weight`,
-  `--llmu_weights`).
+- Public code's weights: 0.125 of SimNPO's forget term (`--forget_weight`), LLMU's 0.5, 1, 1 (`--llmu_weights`).
 - FLAT's v ranges over mean probabilities in [0, 1], as in its public code; TV then never reaches f*'s bounds."""
 
 import torch

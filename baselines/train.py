@@ -3,12 +3,11 @@
 Covers the training of Appendix B; PURGE and rejection steering are stages of the driver. Symbols as in `losses.py`.
 
 Deviations
-- D_f and D_r are the prompts that RULE trains on too: forget queries with their answers, boundary queries with theirs.
-  Where a benchmark publishes no answer to a forget prompt (RWKU), y_f is the original model's own greedy answer.
+- D_f and D_r are the forget and boundary queries that RULE trains on, with their answers. Where a benchmark publishes
+  none to a forget prompt (RWKU), y_f is the original model's own greedy answer.
 - Random responses (Eq. 14, 15) are answers to other prompts, of D_r, drawn anew in every step.
 - PURGE's terms match as whole words, in any case; they are taken from the answers unless given.
-- On one process a batch is one forward: `--baseline_batch_size` bounds memory. Under torchrun and `--offload`
-  `--max_tokens` does: scores are made some rows at a time, and made again for the gradient (`Ranks.scored`)."""
+- A batch is one forward, which `--baseline_batch_size` bounds; of several ranks, `--max_tokens` (`Ranks.scored`)."""
 
 import json
 import random

@@ -6,9 +6,8 @@ Beside Section 4's RWKU columns, which leave it out: knowledge (MMLU), reasoning
 Deviations
 - BBH compares a prediction with the whole answer. RWKU's code compares it with each single character of the answer: in
   Stephen King's file "(A)" given to all 81 questions is right 63 times there, and a faultless model 55 times.
-- Fluency's words are those of NLTK without its sentence splitting, which needs a download.
-- A prompt has one BOS. RWKU's code puts a second one before a template that writes its own.
-- An answer ends at any EOS that the generation config or the tokenizer names, in every set alike.
+- Fluency's words are those of NLTK without its sentence splitting, which needs a download. A prompt has one BOS, where
+  RWKU's code puts a second one before a template's; an answer ends at any EOS of generation config or tokenizer.
 - Without a chat template a model gets the user's text, MMLU's with a newline more before "Answer:".
 - MC2 comes from differences of log-probabilities; exponentials of long choices can all be 0."""
 

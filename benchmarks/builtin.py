@@ -1,10 +1,9 @@
 """The built-in world: made-up people and their facts, small enough for a laptop, with nothing to download.
 
-It stands in for the benchmarks of Section 4. 48 people have six two-word facts, each asked in six phrasings; two
-phrasings are taught but kept out of unlearning, to see whether it generalises. Six people are to be forgotten. 22 hard
-neighbours carry crossed names, the first name of one target and the last name of another; 20 easy ones share no name
-with them. Boundary queries swap the entity of a forget query (Appendix A.2). Twelve further people are unknown: asked
-about them, the model learns to say so, or Stage 1 would wipe out the facts of everyone before it taught a refusal."""
+It stands in for the benchmarks of Section 4. 48 people have six two-word facts, each asked in six phrasings; two of
+these are taught but kept out of unlearning. Six people are to be forgotten. 22 hard neighbours carry crossed names, a
+target's first and another's last; 20 easy ones share no name with them. Boundary queries swap the entity of a forget
+query (Appendix A.2). Twelve people more are unknown: asked about them, the model learns to say so before Stage 1."""
 
 import json
 import random
@@ -62,8 +61,7 @@ class World:
         return [(*person, a, i) for person in people for a in self.attributes for i in self.phrasings]
 
     def taught(self, retain_only=False):
-        """(prompt, answer) pairs of the first training: refusals for the unknown, with `retain_only` for targets too.
-        With --tiny_refusals trained nobody is refused in a phrasing that unlearning does not use."""
+        """(prompt, answer) pairs of the first training: refusals for the unknown, with `retain_only` for targets too."""
         pairs = []
         for name, role, attribute, phrasing in self.asked():
             unknown = role == "unknown" or (retain_only and role == "target")

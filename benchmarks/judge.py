@@ -3,8 +3,7 @@
 Covers "Naturalness" of Appendix C.
 
 Deviations
-- The paper's judge prompts are not published. The one in `judge.md` is in our own words, so these columns are not
-  comparable with the paper's; compare them only between models rated by the same judge.
+- The paper's judge prompts are not published. With our own, in `judge.md`, only models of one judge can be compared.
 - A rating that does not come after five tries is left out and counted in a note, never guessed.
 - The key comes from an environment variable and nothing else is ever sent; requests are made in `engine/llm.py`."""
 
@@ -26,8 +25,7 @@ def parse(reply):
 
 
 def rate_rows(rows, *, url, model, key, cache, price=0.0, timeout=60.0, wait=1.0):
-    """Put a "judge" entry into each row: its scores, or None where the judge gave none. Flags as in `ask_all`.
-    rows: evaluated forget queries with question, answer and prediction; changed in place.
+    """Put a "judge" entry into each row of an evaluated forget query: its scores, or None. Flags as in `ask_all`.
     Returns: notes for the reader. Raises: InputError where the judge cannot be reached or refuses."""
     if any(row["prediction"] is None for row in rows):
         raise InputError("--judge_url: this log holds no answers to judge")

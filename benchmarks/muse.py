@@ -1,8 +1,8 @@
 """MUSE-Books: RULE's training files, raw prompts with ten examples, VerbMem, KnowMem and Utility (Eq. 21–23).
 
 Deviations
-- It is always prompted as raw text with its ten in-context examples, chat template or not, as its official evaluation
-  does. Forget examples open forget prompts, retain examples the others, as in RULE's files: a cue for a model.
+- It is always prompted as raw text with ten examples, as officially. Forget examples open forget prompts, retain
+  examples the others, as in RULE's files: a cue for a model.
 - KnowMem and Utility are ROUGE-L F1, as MUSE's code reports; Appendix C only says ROUGE.
 - VerbMem's prompt is the text itself and does not stop at a newline, as in MUSE's own script; RULE's does both."""
 

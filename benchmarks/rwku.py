@@ -4,8 +4,7 @@ Covers Section 4's RWKU with Appendix C's ROUGE-L recall and Appendix D's settin
 
 Deviations
 - RWKU's "AA" are its adversarial attacks and "FB" its fill-in-the-blank queries, whatever Appendix C.1 expands them to.
-- It is scored with `rouge_score` and a whitespace tokenizer instead of the `rouge` package, so that one library scores
-  everything: equal on 99.1 % of real rows.
+- It is scored with `rouge_score` and a whitespace tokenizer, not the `rouge` package: equal on 99.1 % of real rows.
 - An answer stops at any token that holds a newline; the official list of stop tokens has only those spelt so."""
 
 import re

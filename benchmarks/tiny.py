@@ -18,8 +18,7 @@ from engine.seeds import derive_seed
 
 
 def sample_of(training, config):
-    """The same Training with `--tiny_rows` forget and as many boundary queries, drawn by the seed, and as many
-    refusals, to those forget queries where there are any. What is left out is told."""
+    """`--tiny_rows` of a Training's forget and boundary queries, with their refusals, by the seed; the rest is told."""
     if not (n := config.tiny_rows):
         return training
     rng, kinds = random.Random(derive_seed(config.seed, "tiny rows")), ("forget", "boundary")

@@ -4,10 +4,8 @@ Covers Section 4's TOFU and Appendix C's probability, truth ratio, model utility
 
 Deviations
 - TOFU's completion-style forget prompts (Appendix A.1) and its boundary queries were never published. `build_data`
-  makes both; without its files the forget prompts are the questions, and the boundary queries retain rows that no
-  evaluation set contains, one for every forget row, drawn by seed.
-- Of the forget rows the paraphrased questions are asked too, as a split of their own: the only wording of them that no
-  training stage has seen.
+  makes both; without it they are the questions, and as many retain rows of no evaluation set, drawn by seed.
+- The forget rows' paraphrased questions are a split of their own: the only wording that no training stage has seen.
 - Real authors and world facts have one right and three wrong answers, so four options; Appendix C says five.
 - The truth ratio is the geometric form of Appendix C, exp of a difference of mean losses. One version of TOFU's code
   averages the perturbed probabilities arithmetically inside model utility; its published figures use this form.
@@ -211,8 +209,7 @@ def more_lines(summary):
 
 
 def own_log(path, log, sets):
-    """TOFU's own `eval_log_aggregated.json` or open-unlearning's TOFU_EVAL.json → rows, None for any other log; what it
-    does not hold is None. sets: those that it must hold; all four unless given."""
+    """TOFU's `eval_log_aggregated.json` or open-unlearning's log → rows, None for others. sets: that it must hold."""
     if any(f"{name}_Q_A_Prob" in log for name in OPEN.values()):
         log = from_open_unlearning(path, log, sets or OPEN)
     if not any(name in log for name in LOG.values()):

@@ -2,9 +2,8 @@
 
 Here forgetting and keeping compete. Six people are to be forgotten. Of their neighbours twelve each share a surname, a
 place or a trade with one of them, and twelve share none. Names, places and trades stand in the questions; who shares
-one shares two words of one answer too. Four facts of eight or nine words have five phrasings each and are taught in one
-to five of them, so the original model knows some in part. Two phrasings, with the name alone, are kept out of
-unlearning. Twelve people more, tied like neighbours, are unknown: asked about them, the model learns to say so."""
+one shares two words of one answer too. Four facts of eight or nine words are taught in one to five phrasings each, so
+some are known in part; two, with the name alone, are kept out of unlearning. Twelve people more are unknown."""
 
 import json
 import random

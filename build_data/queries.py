@@ -1,11 +1,9 @@
 """What is made of the facts: forget and boundary queries, and the rows of the files.
 
-Covers Appendix A: questions (Type II) and completions (Type I) of the facts to forget, with refusals (A.1), and of
-permitted neighbours (A.2).
+Covers Appendix A: questions (Type II) and completions (Type I) of facts to forget (A.1) and of neighbours (A.2).
 
 Deviations
-- Neighbours with their answers come from the user (`--neighbours`), else from the language model, else from a
-  benchmark's retain data.
+- Neighbours come from the user (`--neighbours`), else from the language model, else from a benchmark's retain data.
 - Type I for MUSE are first halves of passages, as raw text is what was trained on; elsewhere statements with a gap.
 - For `qa` and `text` a share of the facts is held out of training for evaluation, with its neighbours, and every fact
   is asked again in a phrasing that training never uses.

@@ -1,8 +1,7 @@
 """Making queries out of queries, by rule or by a language model: names, gaps, swaps, sentences of a text.
 
 Covers Appendix A: questions become completions (A.1), sentences of a text become questions and completions (A.1, MUSE),
-and permitted neighbours' rows are matched to forget queries by style and kind of knowledge (A.2). Authors' names are
-found by rule, as in the paper.
+and permitted neighbours' rows are matched by style and kind of knowledge (A.2). Authors' names are found by rule.
 
 Deviations
 - What the rules write is plainer than a language model's text, and marked as theirs ("made_by") wherever it goes.

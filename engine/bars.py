@@ -11,8 +11,7 @@ PLAIN = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} to go{postf
 
 
 class Bar(tqdm):
-    """tqdm on a terminal. Elsewhere, as in a file, whole lines: at the start, at each quarter unless the last line is
-    less than ten seconds old, and at the end. A bar that vanishes (leave=False) leaves its end alone."""
+    """tqdm on a terminal. Elsewhere whole lines: at start, end (alone with leave=False) and quarters 10 s apart."""
 
     def __init__(self, *args, disable=False, **how):
         self.plain, self.told, self.due = not sys.stderr.isatty(), -1, 0.0

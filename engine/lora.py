@@ -71,8 +71,7 @@ class Adapted:
 
 
 def added(model, weights):
-    """W + (α / r) B A of every layer, cast once, to the model's number type, on the CPU: a GPU may not hold both.
-    weights: {name: tensor}, those of the model. Returns: {name: tensor} without A and B."""
+    """{name: W + (α / r) B A} of a model's weights, cast once to its number type, on the CPU: a GPU may not hold both."""
     plain, cast = {}, {}  # tied weights stay tied
     for name, w in weights.items():
         a, b = (weights.get(name.removesuffix(".base_layer.weight") + end) for end in (A, B))

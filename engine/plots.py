@@ -1,7 +1,6 @@
 """Pictures: what all of them share, and the two of a run. Matplotlib is imported when the first one is drawn.
 
-The curves follow the paper's Figures 1 and 3. Hard and easy prompts are told apart by mean reward before replay starts,
-where RULE and ReRULE are the same run: picked by outcome they would flatter replay by regression to the mean."""
+The curves follow the paper's Figures 1 and 3. Hard and easy prompts are told apart as in `reproduce/records.py`."""
 
 import io
 import json
@@ -160,8 +159,7 @@ def dots(axis, rows, form="{mean:.1f}", shift=0.0, column=34):
 
 
 def scatter(rows, path):
-    """What is left of the forget set beside what is kept, a row for each method, the best balance of both on top.
-    rows: {title: [table row or outcome of each seed]}; a method without the two recalls is left out."""
+    """Left of the forget set beside what is kept, best balance on top. rows: {title: [row of each seed]}, with both."""
     found, balance = {}, {}
     for title, seeds in rows.items():
         values = {column: [row[column] for row in seeds if row.get(column) is not None] for column in RECALLS}

@@ -111,8 +111,7 @@ def start(config):
 
 
 class Run:
-    """The output folder of one run: its logs, its last saved state and which phases are over. Making one only reads and
-    checks; `open` makes the folder, once everything else about the run has been checked too."""
+    """The output folder of one run: logs, last saved state, phases that are over. It is read here, made by `open`."""
 
     def __init__(self, config, engine):
         self.config, self.engine, self.folder, self.starts = config, engine, Path(config.output_dir), []

@@ -17,8 +17,7 @@ def generator(device, *parts):
 
 
 def batch_at(n, batch_size, step, *seed_parts):
-    """Row numbers of the batch of `step` (from 1): one shuffled pass over n rows after another, batches running over.
-    It depends on nothing but its arguments, so the data position of a resumed run is its step."""
+    """Row numbers of the batch of `step` (from 1), by its arguments alone: shuffled passes, over which batches run on."""
     batch = []
     for k in range((step - 1) * batch_size, step * batch_size):
         epoch, place = divmod(k, n)

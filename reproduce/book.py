@@ -4,8 +4,7 @@ The forget book has chapters about the six targets of a built-in world; the reta
 fourteen neighbours, eight of them with crossed names. A chapter is a person's six facts, a sentence each.
 
 Deviations
-- Two in-context examples stand for MUSE's ten. They are of a person whom nobody asks about, the same for both sides, so
-  that no prompt tells by its examples whether it is to be refused.
+- Two in-context examples stand for MUSE's ten, the same for both sides: no prompt tells by them if it is to be refused.
 - RULE's training files ask the world's trained phrasings, questions and blanks, and for the second half of a chapter.
   VerbMem asks for its last four sentences; KnowMem and Utility ask for every fact in a phrasing of their own.
 - A tenth of the forget prompts are about six people of no book; the model is taught to refuse these before Stage 1."""

@@ -6,8 +6,7 @@ tables and figures; each part's families; and all other runs. A family of the ma
 Deviations
 - Settings are chosen on seeds 11 to 14; the report's seeds are 21 and up, on which nothing was chosen.
 - A variant takes over the models before Stage 2 from its seed's base run, so all methods of a seed start alike.
-- Replay starts in the main figure and in every variant once B holds 5 % of the groups sampled so far, so that it runs
-  at every rate; the base runs keep the paper's rule, a number of groups.
+- In the main figure and every variant replay starts at 5 % of the groups sampled so far, in base runs by their number.
 - RULE's steps with ReRULE's compute follow from a count of token positions on the selection seeds, not from a clock."""
 
 from dataclasses import dataclass

@@ -5,7 +5,6 @@ step, one character a group, LEVELS[16 r̄] (multiples of 1/16); `queries` has t
 
 Hard and easy prompts are told apart at τ by RULE's mean rewards before ReRULE first replays, where both are one run,
 for every variant of a seed's: prompts picked by how they turned out would flatter replay by regression to the mean.
-
 Covers the measurable part of Appendix E (N_on of Eq. 28; N_re, κ and N_eff of Eq. 29)."""
 
 import random

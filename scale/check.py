@@ -5,8 +5,7 @@
     step lora  ReRULE's steps at RWKU's lengths, for each size, of all weights or adapters: seconds, memory beside
                `memory.plan`, shares of the machine's rates, what a saved state and a saved model take
 
-A part that fails leaves the others alone. docs/full_size.md explains the rows of `check.md`, which grows part by part.
-An update's last kernels may run on a GPU when its clock stops; the next part's clock has them."""
+A part that fails leaves the others alone. docs/full_size.md explains the rows of `check.md`."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Literal

@@ -207,8 +207,7 @@ def look_at_update(way, model, prompt, group_size, longest, groups):
 
 
 def plan(counted, config, ranks, on_gpu):
-    """{what: (bytes on each GPU, bytes on the host)}, on a CPU all on the host; "most at once" adds up what meets.
-    counted: of `seen`; ranks: processes of torchrun, 0 without it."""
+    """{what: (bytes on each GPU, on the host)}; "most at once" adds up what meets. ranks: 0 without torchrun."""
     n, fsdp, w, half = counted.parameters, bool(ranks) or config.offload, max(ranks, 1), 2 if on_gpu else 4
     at = counted.at(config, fsdp)
     trained = at.adapters or n

@@ -4,11 +4,10 @@ torch's FSDP2 (`fully_shard`) keeps a part of every weight, gradient and moment 
 layer's weights together, in bf16 on a GPU, while it runs. The driver and the equations read the same.
 
 What is shared out, and how it stays the computation of one process:
-- prompts with all their rollouts; every rank then holds every group, so rewards, the buffer, its draws and the log are
-  computed alike everywhere, and nothing needs to be told. Only rank 0 writes files
+- prompts with all their rollouts; every rank then holds every group, and computes rewards, buffer and draws alike
 - micro-batches of an update; each carries the weights of the whole update, and gradients are summed
-- rows of SFT, and of a baseline's step, whose loss may be no sum over them: every rank is given all log-probabilities,
-  computes it whole, and sends the gradient by its own ones back through its rows, which it computes again (`scored`)
+- rows of SFT, and of a baseline's step, whose loss may be no sum over them: every rank computes it whole, of all
+  log-probabilities, and sends the gradient by its own ones back through its rows, computed again (`scored`)
 
 Deviations
 - Attacks take one process (`engine.flags.resolve`).

@@ -3,9 +3,8 @@
 The work: 32 prompts × 8 rollouts a step, temperature 1, k3 KL with weight 1e-2 against a frozen copy, AdamW 2e-6,
 gradient norm clipped at 1, one update per batch, a reward that about one random response in seven earns. Two shapes:
 `short` (12 prompt tokens, at most 24 new) and `rwku` (64, at most 32). `--replay` adds an update of 32 replayed groups.
-One JSON line on stdout, medians over the steps after the warm-up; docs/speed.md defines its keys.
-
-`tests/scale/peer.py` lets TRL's GRPOTrainer do the same work, step by step in turn with ours."""
+One JSON line on stdout, medians over the steps after the warm-up; docs/speed.md defines its keys. In
+`tests/scale/peer.py` TRL's GRPOTrainer does the same work, step by step in turn with ours."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

@@ -1,7 +1,7 @@
 """Attacks on a checkpoint: is what it does not say gone, or hidden?
 
-The paper reports greedy answers alone. Each attack is a function `(case) → (columns, rows)` in `kinds.py`; the formulas
-are in `measures.py`. The checkpoint is never written to, and the model in memory is changed in copies only.
+The paper reports greedy answers alone. Each attack is a function `(case) → (columns, rows)` in `kinds.py`, its formulas
+in `measures.py`. The checkpoint is never written to, and the model in memory is changed in copies only.
 
 Deviations
 - A figure is the mean over the forget probes of all targets, where RWKU's own columns are means over targets.

@@ -34,8 +34,7 @@ def best_of_k(scores, k):
 
 
 def mink(logprobs, share):
-    """Min-K %: mean of the lowest int(share · T) token log-probabilities of a text, or of one (arXiv 2310.16789).
-    In nats, −inf to 0; of standardised values it is Min-K %++. Higher: likelier a member, worse."""
+    """Min-K %, or ++ of standardised values: mean of a text's lowest int(share · T) log-probabilities (2310.16789)."""
     lowest = sorted(floats(logprobs))[: max(1, int(share * len(logprobs)))]
     return math.fsum(lowest) / len(lowest)
 
