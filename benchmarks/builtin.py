@@ -61,7 +61,7 @@ class World:
         return [(*person, a, i) for person in people for a in self.attributes for i in self.phrasings]
 
     def taught(self, retain_only=False):
-        """(prompt, answer) pairs of the first training: refusals for the unknown, with `retain_only` for targets too."""
+        """(prompt, answer) pairs of the first training: refusals for the unknown, with `retain_only` for targets."""
         pairs = []
         for name, role, attribute, phrasing in self.asked():
             unknown = role == "unknown" or (retain_only and role == "target")

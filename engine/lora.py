@@ -71,7 +71,7 @@ class Adapted:
 
 
 def added(model, weights):
-    """{name: W + (α / r) B A} of a model's weights, cast once to its number type, on the CPU: a GPU may not hold both."""
+    """{name: W + (α / r) B A} of a model's weights, cast once to its dtype, on the CPU: a GPU may not hold both."""
     plain, cast = {}, {}  # tied weights stay tied
     for name, w in weights.items():
         a, b = (weights.get(name.removesuffix(".base_layer.weight") + end) for end in (A, B))

@@ -17,7 +17,7 @@ def generator(device, *parts):
 
 
 def batch_at(n, batch_size, step, *seed_parts):
-    """Row numbers of the batch of `step` (from 1), by its arguments alone: shuffled passes, over which batches run on."""
+    """Row numbers of the batch of `step` (from 1), by its arguments alone, of shuffled passes one after another."""
     batch = []
     for k in range((step - 1) * batch_size, step * batch_size):
         epoch, place = divmod(k, n)
