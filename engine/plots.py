@@ -112,7 +112,7 @@ def curves(folder):
                     draw_line(axis, *zip(*points, strict=True), dash, method, name)
     for axis, (title, label, _) in zip(axes, panels, strict=False):
         mark_start(axis, starts[:1], "replay starts" if axis is axes[0] else "")
-        axis.set(title=title, xlabel="Stage 2 step. Below: values at the end", ylabel=label)
+        axis.set(title=title, xlabel="Stage 2 step. Thick: mean of five; below: its end", ylabel=label)
         axis.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
     save(figure, folder / "curves.png")
 

@@ -102,7 +102,7 @@ def attacks(r, path):
     rows = {kind: rows[kind] for kind in sorted(rows, key=level.get, reverse=True)}
     figure, axis = pyplot().subplots(figsize=(10, 1 + 0.5 * len(rows)), layout="constrained")
     matrix(axis, rows)
-    axis.set_xlabel("Recall of what was to be forgotten, under attack, % (← better). Small: seeds")
+    axis.set_xlabel("Recall of what was to be forgotten, under attack, % (← better)")
     save(figure, path)
 
 

@@ -41,7 +41,7 @@ def head(r, o, jobs):
     versions = "; ".join(sorted({", ".join(f"{k} {v}" for k, v in run["versions"].items()) for run in runs}))
     missing, hours = sum(job.name not in r.records for job in jobs), sum(run["seconds"] for run in runs) / 3600
     command = "python -m reproduce" + (" --quick" if o.quick else f" --seeds {o.seeds}")
-    command += " --tofu_dir DATA/tofu" * r.has("tofu") + " --rwku_dir DATA/rwku" * r.has("rwku")
+    command += " --tofu_dir DATA/tofu" * r.has("tofu") + " --rwku_dir DATA/rwku/12_Genghis_Khan" * r.has("rwku")
     told = f"{len(runs)} runs, {hours:.1f} hours of one CPU thread; commit {commits}; {versions}"
     made_by = f"Command `{command}`; {told}. Report seeds {seeds[0]}–{seeds[-1]}." if seeds else "No runs yet."
     holds = {"refused": r.refused, "quick": o.quick, "missing": missing}
