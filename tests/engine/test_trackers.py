@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -46,6 +47,7 @@ def test_tensorboard_holds_the_log_once_though_the_run_was_killed(tmp_path):
     argv = ["--output_dir", tmp_path / "run", "--method", "rule", "--eval_every", 3, "--report_to", "tensorboard"]
     assert miniature.start(argv, ("rule", 6)) == -9  # step 5 was reported, and is done again
     assert json.loads((tmp_path / "run" / "tracker.json").read_text())["last"]["rule"] == 5
+    time.sleep(1.1)  # the names of files, by which readers order them, tell the second
     miniature.main(*argv, "--resume")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     table = json.loads((tmp_path / "run" / "table.json").read_text())
