@@ -38,13 +38,8 @@ class Options:
     judge_price: From0 = setting("Dollars per million tokens of the judge, to show the cost beforehand.", 0.0)
 
 
-EXAMPLES = [
-    "python evaluate.py --benchmark tofu --data_dir DATA/tofu --model runs/tofu/rerule --output out.json",
-    "python evaluate.py --benchmark rwku --data_dir DATA/rwku --model ID_OR_FOLDER --output out.json",
-    "python evaluate.py --benchmark tofu --from_log A.json --retain_log B.json --output out.json",
-]
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    OPTIONS = run_command(lambda: parse(Options, examples=EXAMPLES), leave=False)
+    OPTIONS = run_command(lambda: parse(Options), leave=False)
 
 import os
 from itertools import islice

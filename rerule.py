@@ -24,17 +24,11 @@ import benchmarks
 from config import Config
 from engine.flags import parse, resolve, run_command
 
-EXAMPLES = [
-    "python rerule.py                                                    # a world made on the spot: one minute",
-    "python rerule.py --benchmark tofu --data_dir DATA/tofu --model tiny --method rule rerule po",
-    "python rerule.py runs/builtin/config.json --seed 1 --output_dir runs/seed1     # an earlier run's settings",
-]
-
 
 def configure(argv=None):
     """Command line → Config with every preset filled in and every value checked. Raises: InputError."""
     presets = {name: (benchmark.preset, benchmark.tiny) for name, benchmark in benchmarks.ALL.items()}
-    return resolve(parse(Config, argv, presets, EXAMPLES), benchmarks.ALL)
+    return resolve(parse(Config, argv, presets), benchmarks.ALL)
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once

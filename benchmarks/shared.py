@@ -1,6 +1,7 @@
 """What benchmarks share: settings, RULE's training files (Appendix A), refusals where none are published, and whether
 a model, its tokenizer and a benchmark's texts fit each other."""
 
+import sys
 from pathlib import Path
 
 from config import InputError
@@ -63,8 +64,13 @@ def rule_training(stage1, stage2, prompt, target="", newline_stops=False):
         else:
             queries.append(Query(prompt(text, row), text, "boundary", tuple(rest)))
     asked = {kind: {query.prompt for query in queries if query.kind == kind} for kind in ("forget", "boundary")}
-    for query in (query for query in queries if query.prompt in asked["forget"] & asked["boundary"]):
-        raise InputError(f"{stage2}: holds {query.question[:60]!r} as a forget prompt and as a boundary prompt")
+    for number, query in enumerate(queries, 1):
+        if query.kind == "boundary" and query.prompt in asked["forget"]:
+            told = f"{stage2}: row {number}, field 'prompt' is a forget and a boundary prompt, {query.question!r:.60}"
+            if 100 * len(asked["forget"] & asked["boundary"]) > len(asked["boundary"]):
+                raise InputError(told)
+            print(f"{told}; left out of the boundary prompts", file=sys.stderr)
+    queries = [query for query in queries if query.kind == "forget" or query.prompt not in asked["forget"]]
     if not all(asked.values()):
         raise InputError(f"{stage2}: holds only {queries[0].kind} rows, expected both <reject> and <normal> ones")
     return Training(refusals, queries, newline_stops=newline_stops)

@@ -24,8 +24,6 @@ from engine.flags import check_bounds, parse, run_command
 from engine.llm import reach
 from engine.seeds import derive_seed
 
-EXAMPLES = Path(__file__).with_name("examples.txt").read_text(encoding="utf-8").splitlines()
-
 
 @dataclass
 class Options:
@@ -145,7 +143,7 @@ def show(report):
 
 
 def main(argv=None):
-    o = parse(Options, argv, examples=EXAMPLES)
+    o = parse(Options, argv)
     folder = Path(os.path.abspath(o.output_dir))  # so that even "." has a name
     benchmark = {"qa": "rwku", "text": "rwku"}.get(o.source, o.source)  # the form written
     check_options(o)

@@ -32,10 +32,11 @@ class Help(RawDescriptionHelpFormatter):
         return f"{action.option_strings[0]} {takes}".strip() if action.dest != "help" else "-h, --help"
 
 
-def parse(kind, argv=None, presets=None, examples=()):
+def parse(kind, argv=None, presets=None):
     """Command line → dataclass of `kind`. A first word that ends in .json is a config.json, over which flags win.
     presets: {benchmark: (its values, those that --model tiny changes)} for --help. Raises: InputError."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    examples = json.loads(Path(__file__).with_name("examples.json").read_text(encoding="utf-8")).get(program(), [])
     groups = [base for base in kind.__bases__ if base is not object][::-1] or [kind]
     parser = HfArgumentParser(
         groups, description=fill(f"{kind.__doc__} Defaults in brackets.", 118), allow_abbrev=False,

@@ -22,10 +22,9 @@ class Options:
     run: str = field(metadata={"help": "The folder. As the first word it needs no flag."})
 
 
-EXAMPLES = ["python -m engine.page runs/builtin", "python -m engine.page --run runs/builtin"]
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
     WORDS = ["--run"] * (not "".join(sys.argv[1:2] or "-").startswith("-")) + sys.argv[1:]
-    OPTIONS = run_command(lambda: parse(Options, WORDS, examples=EXAMPLES), leave=False)
+    OPTIONS = run_command(lambda: parse(Options, WORDS), leave=False)
 
 import torch
 

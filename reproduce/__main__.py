@@ -11,11 +11,9 @@ from pathlib import Path
 
 from config import InputError, setting
 from engine.flags import parse, run_command
-from reproduce import WORDS, plan, report
+from reproduce import plan, report
 from reproduce.jobs import read_records, run_all, write_records
 from reproduce.plan import SECTIONS
-
-EXAMPLES = WORDS["examples"]["report"]
 
 
 @dataclass
@@ -32,7 +30,7 @@ class Options:
 
 
 def main(argv=None):
-    o = parse(Options, argv, examples=EXAMPLES)
+    o = parse(Options, argv)
     for name in o.only:
         if name not in SECTIONS:
             raise InputError(f"--only {name}: expected some of {', '.join(SECTIONS)}")

@@ -11,14 +11,13 @@ from baselines import METHODS, TITLES
 from config import Count, setting
 from engine.files import write_text
 from engine.flags import check_bounds, parse, run_command
-from reproduce import HERE, WORDS, read_json, table
+from reproduce import HERE, read_json, table
 from reproduce.jobs import read_records, run_all, write_records
 from reproduce.plan import FIRST_SEED, jobs_of_row
 from reproduce.records import never_replayed
 from reproduce.statistics import half_width, spread
 
 PLAN = read_json(HERE / "attacks.json")
-EXAMPLES = WORDS["examples"]["attacks"]
 
 
 @dataclass
@@ -86,7 +85,7 @@ def write(folder, records):
 
 
 def main(argv=None):
-    o = parse(Options, argv, examples=EXAMPLES)
+    o = parse(Options, argv)
     check_bounds(o)
     folder = Path(o.output_dir)
     records = read_records(folder)

@@ -31,13 +31,8 @@ class Options:
     output_dir: str = setting("Folder for check.json and check.md.", "runs/check")
 
 
-EXAMPLES = [
-    "python -m scale.check                                # nine minutes on a GPU, some seconds on a CPU",
-    "python -m scale.check --sizes 8b --parts step --prompts_per_step 32",
-    "python -m scale.check --sizes tiny --device cpu --parts disk step",
-]
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    OPTIONS = run_command(lambda: parse(Options, examples=EXAMPLES), leave=False)
+    OPTIONS = run_command(lambda: parse(Options), leave=False)
 
 import contextlib
 import gc

@@ -36,13 +36,8 @@ class Options:
     max_tokens: int = setting("Token positions in a micro-batch of the update.", Config.max_tokens)
 
 
-EXAMPLES = [
-    "python -m scale.speed --shape rwku --hidden 384 --layers 6 --steps 5 --replay",
-    "python -m scale.speed --shape short --steps 25 --threads 2",
-    "python -m scale.speed --device cuda --hidden 768 --layers 12 --vocab 32000 --max_tokens 32768",
-]
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    OPTIONS = run_command(lambda: parse(Options, examples=EXAMPLES), leave=False)
+    OPTIONS = run_command(lambda: parse(Options), leave=False)
 
 import contextlib
 import json

@@ -1,5 +1,6 @@
 """RWKU: training files, prompts character by character, where answers end, columns."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -8,6 +9,7 @@ from made import DATA, Scripted, byte_tokenizer, make_model, make_rwku, probes_o
 import evaluate as ev
 from benchmarks import metrics
 from benchmarks.rwku import BENCHMARK, chat
+from config import InputError
 from data import Prompt, encode_prompt
 
 LLAMA3 = (
@@ -29,6 +31,21 @@ def test_rwku_takes_reject_json_where_there_is_no_reject_target(tmp_path):
     folder = train_rwku(tmp_path)
     (folder / "reject_target.json").rename(folder / "reject.json")
     assert len(training_of("rwku", folder, 0).refusals) == 2
+
+
+def test_one_published_boundary_row_in_a_hundred_may_be_a_forget_prompt_too(tmp_path, capsys):
+    """RWKU's Henry Kissinger has one: it is told and left out of the boundary prompts. More is a mistake."""
+    folder = train_rwku(tmp_path)
+    rows = [{"prompt": f"Q{i}?", "solution": ["<normal>", "a"]} for i in range(99)]
+    rows += [{"prompt": "Who?", "solution": [tag, "No."]} for tag in ("<reject>", "<normal>")]
+    (folder / "rl_rejection_with_fb_neighbor.json").write_text(json.dumps(rows))
+    read = training_of("rwku", folder, 0)
+    assert Counter(query.kind for query in read.queries) == {"boundary": 99, "forget": 1}
+    told = capsys.readouterr().err
+    assert "row 101, field 'prompt'" in told and "'Who?'; left out of the boundary prompts" in told
+    (folder / "rl_rejection_with_fb_neighbor.json").write_text(json.dumps(rows[1:]))
+    with pytest.raises(InputError, match="row 100, field 'prompt' is a forget and a boundary prompt, 'Who.'$"):
+        training_of("rwku", folder, 0)
 
 
 def test_rwku_prompts_character_by_character(tmp_path):

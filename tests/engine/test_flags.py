@@ -21,6 +21,7 @@ from engine import flags
 from engine.flags import check_bounds, parse
 
 ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = json.loads((ROOT / "engine" / "examples.json").read_text(encoding="utf-8"))
 COMMANDS = {  # as it is written → (module, what holds its flags)
     "python rerule.py": ("rerule", "Config"),
     "python evaluate.py": ("evaluate", "Options"),
@@ -95,7 +96,7 @@ def entries(text):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_answers_without_torch_with_every_flag_its_default_and_three_examples(helps, command):
-    shown, (module, kind) = entries(helps[command]), held(command)
+    shown, (_, kind) = entries(helps[command]), held(command)
     assert helps[command].startswith(f"usage: {called(command)} ")
     names = {f"--{field.name}" for field in dataclasses.fields(kind)}
     assert names == {flag for flag in shown if not flag.startswith("--no_")}
@@ -108,17 +109,19 @@ def test_help_answers_without_torch_with_every_flag_its_default_and_three_exampl
         if default not in (None, "", dataclasses.MISSING):
             assert text.endswith(f"[{default}]"), field.name
     examples = helps[command].split("\nexamples:\n")[1].strip().splitlines()
-    assert len(examples) == len(module.EXAMPLES) == 3 and all(line.strip().startswith(command) for line in examples)
+    assert len(examples) == len(EXAMPLES[called(command)]) == 3 and all(
+        line.strip().startswith(command) for line in examples
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_examples_are_taken(command, tmp_path, monkeypatch):
-    module, kind = held(command)
+    _, kind = held(command)
     (tmp_path / "runs" / "builtin").mkdir(parents=True)
     stored = dataclasses.asdict(rerule.configure([]))
     (tmp_path / "runs" / "builtin" / "config.json").write_text(json.dumps(stored))
     monkeypatch.chdir(tmp_path)
-    for line in module.EXAMPLES:
+    for line in EXAMPLES[called(command)]:
         argv = shlex.split(line.removeprefix(command), comments=True)
         assert isinstance(rerule.configure(argv) if kind is Config else parse(kind, argv), kind), line
 

@@ -50,20 +50,6 @@ def test_bad_records(tmp_path):
         main(["--output_dir", str(tmp_path)])
 
 
-def test_help_answers_before_anything_heavy_is_imported():
-    code = """
-import sys
-from reproduce.__main__ import main
-try:
-    main(["--help"])
-except SystemExit:
-    assert not {"torch", "scipy", "matplotlib"} & set(sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split("examples:")[1].count("python -m reproduce") == 3
-
-
 def reproduce_small(folder, script, until=None):
     """Run the small plan in a process of its own; with `until`, kill it outright once that holds."""
     script.write_text(CHILD)

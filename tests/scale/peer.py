@@ -136,7 +136,7 @@ def both(o, rows, model):
 
 
 def main(argv=None):
-    o = parse(Options, argv, examples=["python tests/scale/peer.py --shape rwku --steps 15"])
+    o = parse(Options, argv)
     if importlib.util.find_spec("trl") is None:
         raise InputError("trl is not installed; pip install trl datasets accelerate")
     if o.dtype == "bfloat16" or (o.device != "cpu" and torch.cuda.is_available()):
