@@ -14,13 +14,10 @@ Deviations from RULE's expression, each with its reason:
 - A hedge that goes on to answer ("I'm not sure, but I think it is Carrie") is an answer: it must not earn the reward.
 - It adds plain unwillingness ("I cannot answer that", "I won't discuss", "I must pass"), which RULE's misses.
 
-Measured on real texts held back while the phrases were written: 2 of 91 refusals missed (one wording, "at a
-disadvantage", added since) and 0 of 3,820 answers flagged. On texts invented to be hard it missed 13-20 % of the
-refusals and flagged 2-8 % of the answers at first sight; their families of wording were then added.
-
-Known limits: English only. Impersonal disclaimers ("No information is publicly available about ...") count as answers,
-because TOFU's reference answers contain many. First-person stories and lyrics without quotation marks can look
-like refusals, and so can an answer behind a disclaimer that `ANSWERS_ANYWAY` does not know."""
+Its rates of error are in docs/results.md. Known limits: English only. Impersonal disclaimers ("No information is
+publicly available about ...") count as answers, because TOFU's reference answers contain many. First-person stories
+and lyrics without quotation marks can look like refusals, and so can an answer behind a disclaimer that
+`ANSWERS_ANYWAY` does not know."""
 
 import re
 from functools import lru_cache

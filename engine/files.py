@@ -19,8 +19,6 @@ from pathlib import Path
 from config import InputError
 
 RANK = int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0  # of torchrun's processes only 0 writes
-
-
 NO_JSON = (ValueError, RecursionError)  # or an integer of thousands of digits; brackets in brackets
 
 

@@ -7,6 +7,7 @@ import json
 from functools import cache
 from statistics import harmonic_mean
 
+from benchmarks.metrics import mean
 from engine.files import read_lines, replacing
 
 NAMES = {"rule": "RULE", "rerule": "ReRULE"}
@@ -66,12 +67,6 @@ def mark_start(axis, starts, text="replay starts"):
 def smooth(values, width=5):
     """Centred mean over `width` steps, narrower at both ends; None is left out."""
     return [mean(values[max(0, i - width // 2) : i + width // 2 + 1]) for i in range(len(values))]
-
-
-def mean(values):
-    """The mean of what is not None; None where nothing is."""
-    values = [value for value in values if value is not None]
-    return sum(values) / len(values) if values else None
 
 
 def hard_prompts(samples, first_replay, tau):

@@ -1,18 +1,17 @@
 """The report's figures, drawn from records. Every panel says what is better, shows seeds, and can do without colour.
 
-Covers the paper's Figures 1, 2 and 3; `rates` is the main one. A title is neutral or has the figures that it tells."""
+Covers the paper's Figures 1 and 3; `rates` is the main one. A title is neutral or has the figures that it tells."""
 
 import textwrap
 
 import numpy as np
 
 from engine.plots import GREY, NAMES, dots, look, mark_start, mean, pyplot, save, smooth
-from reproduce import HERE, WORDS, claims, read_json, records
+from reproduce import WORDS, claims, records
 from reproduce.plan import FAMILIES
 from reproduce.statistics import paired, statistic
 
 LINES = NAMES | WORDS["replays"]
-BOXES, ARROWS, BESIDE = read_json(HERE / "pipeline.json").values()
 ABOVE = {"loc": "outside upper center", "ncols": 5, "frameon": False}
 BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "frameon": False, "fontsize": 9.5}
 PROBED = ("Rej. Steer", "RULE", "ReRULE")
@@ -171,29 +170,6 @@ def lines(axis, steps, values, name, **drawn):
     middle = np.array([mean(v for v in column if v == v) for column in values.T], float)
     ends = " → ".join(f"{middle[at]:.{1 if np.nanmax(values) > 1 else 2}f}" for at in (0, -1))
     axis.plot(steps, middle, linewidth=2.4, label=f"{name}: {ends}", **drawn)
-
-
-def pipeline(path):
-    """Figure 2: the steps of Stage 2, each box a function of ours. `pipeline.json`: boxes, {function: [column, row,
-    what it does]}, ReRULE's below; arrows, [from, to, corners, words, their place, dash]; and a text beside them."""
-    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-    from matplotlib.path import Path as Corners
-
-    figure, axis = pyplot().subplots(figsize=(10, 4.1), layout="constrained")
-    axis.axis("off")
-    for name, (x, y, text) in BOXES.items():
-        face, method, dash = ("#DDEBF5", "rule", "--") if y else ("#FBE6DA", "rerule", "-")
-        drawn = dict(facecolor=face, edgecolor=look(method)["color"], linewidth=1.8, linestyle=dash)
-        axis.add_patch(FancyBboxPatch((x - 0.45, y - 0.3), 0.9, 0.6, "round,pad=0,rounding_size=0.05", **drawn))
-        axis.text(x, y + 0.06, text, ha="center", va="center", fontsize=10, linespacing=1.25)
-        axis.text(x, y - 0.23, name, ha="center", va="center", fontsize=7.5, family="monospace")
-    for _, _, corners, words, place, dash in ARROWS:
-        arrow = dict(arrowstyle="-|>", mutation_scale=14, linewidth=1.4, color="black", linestyle=dash, shrinkB=0)
-        axis.add_patch(FancyArrowPatch(path=Corners(corners), **arrow))
-        axis.text(*place, words, ha="center", va="center", fontsize=9.5)
-    axis.text(-0.44, 0, BESIDE, fontsize=9.5, va="center")
-    axis.set(xlim=(-0.47, 4.47), ylim=(-0.58, 2.05))
-    save(figure, path)
 
 
 def over_steps(r, path):

@@ -80,9 +80,8 @@ def wanted(o, jobs):
     families = {family for section in o.only or SECTIONS for family in SECTIONS[section]}
     if "compute" in families or any("at" in FAMILIES.get(family, ()) for family in families):
         families |= {"select", "grid", "random", "recent", "current"}
-    families |= (
-        {"rerule"} if families & {"select", "world0", *(row["family"] for row in VARIANTS)} else set()
-    )  # it stands beside them
+    if families & {"select", "world0", *(row["family"] for row in VARIANTS)}:
+        families |= {"rerule"}  # it stands beside them
     keep = {job.name for job in jobs if job.family.split("@")[0] in families}
     keep |= {job.start for job in jobs if job.name in keep}
     return [job for job in jobs if job.name in keep]

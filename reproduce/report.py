@@ -13,7 +13,7 @@ from reproduce.plan import FAMILIES, OPTIMISER_STEPS, SECTIONS
 from reproduce.records import CURVES, RATES
 from reproduce.statistics import paired, spread, statistic
 
-PAPER = read_json(HERE / "paper.json")
+PAPER, PIPELINE = read_json(HERE / "paper.json"), HERE / "pipeline.svg"
 MODELS = {name: name for name in ("Original", "Retained", "Rej. Steer")} | {"RULE": "rule", "ReRULE": "rerule"}
 LABELS = NAMES | {name: words.format(n=OPTIMISER_STEPS) for name, words in WORDS["rows"].items()}
 seeds_up = lambda stat: f"{sum(x > 0 for x in stat['values'])} of {len(stat['values'])}" if stat else "–"  # noqa: E731
@@ -296,7 +296,7 @@ PARTS = {  # what fills each section's blanks, in the template's order
     "table1": table1, "table3": table3, "table4": table4, "table5": table5, "table6": table6,
     "table7": table7, "table8": lambda r, _: {"table": difference_table(r, "table8")},
     "figure1": lambda r, folder: figures.trajectories(r, folder / "trajectories.png") or {},
-    "figure2": lambda r, folder: figures.pipeline(folder / "pipeline.png") or {},
+    "figure2": lambda r, folder: write_text(folder / PIPELINE.name, PIPELINE.read_text(encoding="utf-8")) or {},
     "figure3": figure3, "worlds": worlds, "book": book,
     "rwku": lambda r, folder: figures.attacks(r, folder / "attacks.png") or attacks_by_type(r, folder),
     "weights": lambda r, _: {"table": difference_table(r, "weights")}, "appendix_e": appendix_e,

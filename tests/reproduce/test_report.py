@@ -21,7 +21,7 @@ def records():
 def test_the_report_has_every_part_and_is_the_same_again(records, tmp_path):
     runs, jobs = records
     report.write(tmp_path, options(seeds=3), runs, jobs)
-    text, pictures = (tmp_path / "report.md").read_text(), {p.name: p.read_bytes() for p in tmp_path.glob("*.png")}
+    text, pictures = (tmp_path / "report.md").read_text(), {p.name: p.read_bytes() for p in tmp_path.glob("*.*g")}
     assert "Not run" not in text.replace("*Not run*", "") and "missing" not in text
     assert "3 seeds of the 8 asked for" in text and "**holds**" not in text  # too few for any verdict
     for number in (1, 3, 4, 5, 6, 7, 8):
@@ -33,7 +33,7 @@ def test_the_report_has_every_part_and_is_the_same_again(records, tmp_path):
     assert "nan" not in text
     report.write(tmp_path, options(seeds=3), runs, jobs)
     assert (tmp_path / "report.md").read_text() == text
-    assert {p.name: p.read_bytes() for p in tmp_path.glob("*.png")} == pictures
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*.*g")} == pictures
 
 
 def test_the_report_says_what_is_missing(records, tmp_path):
