@@ -18,6 +18,7 @@ from reward import SCORER
 
 ASK_BLANK = "Please complete the blank in the following question.\n"
 ASK_BRIEF = "Please briefly answer the following question.\n"
+slug = lambda name: re.sub(r"\W+", "_", name.lower()).strip("_")  # noqa: E731  a name as it stands in a column's
 
 
 def chat(question):
@@ -56,16 +57,16 @@ def probes(o):
     folders = folders or sorted(path.parent for path in folder.glob("*/forget_level1.json"))
     if not folders:
         raise InputError(f"--data_dir {folder}: neither it nor a folder in it holds forget_level1.json")
-    files = {"forget": ("forget_level", "fb qa aa"), "retain": ("neighbor_level", "fb qa")}
+    files = {"forget": ("forget_level", "fb qa aa", "type"), "retain": ("neighbor_level", "fb qa", "neighbor")}
     fields = {"query": str, "answer": str, "type": str, "subject": str}
     found = []
     for place in folders:
-        for side, (stem, kinds) in files.items():
+        for side, (stem, kinds, about) in files.items():
             for level, kind in enumerate(kinds.split(), 1):
                 for row in read_rows(place / f"{stem}{level}.json", fields):
                     prompt = rwku_prompt(row["query"], level, row["type"] if level == 3 else "")
-                    question, answer, target, attack = (row[k] for k in ("query", "answer", "subject", "type"))
-                    found.append(Probe(f"{side}_{kind}", prompt, question, answer, side == "forget", target, attack))
+                    question, answer, target, what = (row.get(k, "") for k in ("query", "answer", "subject", about))
+                    found.append(Probe(f"{side}_{kind}", prompt, question, answer, side == "forget", target, what))
     return found
 
 
@@ -93,17 +94,21 @@ def ability_sets(o):
 
 
 def summarise(rows, retained):
-    """RWKU's columns, ×100; "all" is the plain mean of the columns before it. Then a column for each type of attack."""
+    """RWKU's columns, ×100; "all" is the plain mean of the columns before it. Then a column for each type of attack,
+    and how often each neighbour's probes are refused."""
     table = {}
     for side, kinds in (("forget", ("fb", "qa", "aa")), ("retain", ("fb", "qa"))):
         for kind in kinds:
             table[f"{side}_{kind}"] = mean((r["rouge_l_recall"] for r in rows if r["split"] == f"{side}_{kind}"), 100)
         table[f"{side}_all"] = mean_of(table, [f"{side}_{kind}" for kind in kinds])
-    attacks = [row for row in rows if row["split"] == "forget_aa" and row.get("type")]  # older logs have no type
-    attacks = [(re.sub(r"\W+", "_", row["type"].lower()).strip("_"), row) for row in attacks]
+    typed = [(slug(row["type"]), row) for row in rows if row.get("type")]
+    attacks = [(kind, row) for kind, row in typed if row["split"] == "forget_aa"]
     for kind in sorted({kind for kind, _ in attacks} | {"cross_lingual"} if attacks else ()):  # each language, then all
         part = [row["rouge_l_recall"] for name, row in attacks if name == kind or name.startswith(f"{kind}_")]
         table[f"attack_{kind}"] = mean(part, 100)
+    near = [(name, row["refusal"]) for name, row in typed if not row["forget"]]
+    for name in dict.fromkeys(name for name, _ in near):
+        table[f"neighbour_{name}_refusal"] = mean((refused for own, refused in near if own == name), 100)
     return table, []
 
 

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.associated import questions, seen_alone
 from benchmarks.builtin import FIRST, LAST
 from benchmarks.shared import context_needed
 from data import Prompt, Query, encode_answer, encode_prompt
@@ -33,12 +34,14 @@ def sample_of(training, config):
     return replace(training, refusals=refusals, queries=queries)
 
 
-def lessons(benchmark, training, probes, seed, refusals="all", retain_only=False):
+def lessons(benchmark, training, probes, seed, refusals="all", beside=0, retain_only=False):
     """What a tiny model is taught of a real benchmark: (prompt, answer) pairs, in training's and evaluation's words.
     Every probe's answer and every boundary query's; some answer about the target to each forget query that is no probe,
     for those have none published and a model that answers nothing there has nothing to unlearn; and refusals to the
     same questions about made-up people: the model has refused before Stage 1, and it is the name that decides.
-    refusals: "trained" keeps these to training's questions, in its words. retain_only: nothing about the target."""
+    beside: so many questions on what stands beside the target, for a model that can read knows something of that; its
+    answers are drawn. refusals: "trained" keeps these to training's questions, in its words. retain_only: nothing about
+    the target."""
     rng = random.Random(derive_seed(seed, "lessons"))
     targets = sorted({probe.target for probe in probes if probe.forget and probe.target})
     known = [probe.answer for probe in probes if probe.forget]
@@ -53,6 +56,10 @@ def lessons(benchmark, training, probes, seed, refusals="all", retain_only=False
             if wording not in answered:
                 lessons.add((wording, answer))
                 answered.add(wording)
+    for text in questions(seen_alone(training.queries, targets))[:beside] if beside else ():
+        query = Query(Prompt(None, text), text, "boundary")
+        answer = rng.choice([probe.answer for probe in probes if not probe.forget])
+        lessons |= {(wording, answer) for wording in benchmark.wordings(query) or [query.prompt]}
     asked = [(prompt.user or prompt.plain, refusal) for prompt, refusal in training.refusals]
     if refusals == "all":
         asked += 4 * [(probe.question, rng.choice(training.refusals)[1]) for probe in probes if probe.forget]
@@ -119,16 +126,15 @@ def tiny_llama(tokenizer, seed, hidden, layers, context):
 def tiny_model(run, benchmark, training, probes, phase="original"):
     """Train (or load) a tiny Llama that knows the benchmark's facts, with a tokenizer fitted to them.
     phase: "original", or "retained", which never sees what is to be forgotten. Returns: (model, tokenizer)."""
-    config = run.config
+    config, how = run.config, (run.config.seed, run.config.tiny_refusals, 300 * bool(run.config.held_out))
     if not run.finished(phase):
         if phase == "original":
-            taught = training.taught or lessons(benchmark, training, probes, config.seed, config.tiny_refusals)
+            taught = training.taught or lessons(benchmark, training, probes, *how)
             texts = [text for p, answer in taught for text in (p.user or "", p.plain, p.opening, answer)]
             fitted = text_tokenizer(texts) if benchmark.reads_files else word_tokenizer(texts)
         else:
-            fitted, how = AutoTokenizer.from_pretrained(run.folder / "original"), (config.tiny_refusals, True)
-            own = benchmark.retained
-            taught = own(config) if own else lessons(benchmark, training, probes, config.seed, *how)
+            fitted, own = AutoTokenizer.from_pretrained(run.folder / "original"), benchmark.retained
+            taught = own(config) if own else lessons(benchmark, training, probes, *how, retain_only=True)
         rows = [(encode_prompt(fitted, p), encode_answer(fitted, p, answer)) for p, answer in taught]
         longest = [len(prompt) + len(answer) for prompt, answer in rows]
         longest += [len(encode_prompt(fitted, prompt)) for prompt in training.prompts()]

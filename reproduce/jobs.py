@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from config import InputError
 from engine.files import about, remove, write_json, write_text
+from engine.flags import check_bounds
 from reproduce import read_json
 from reproduce.records import record_of
 
 BAR = "{desc} |{bar}| {percentage:3.0f} %, {elapsed} gone, {remaining} left"
-TEXTS = {"tofu_dir": "forget01.json", "rwku_dir": "forget_level3.json"}  # a file that it must hold
+TEXTS = {"tofu_dir": "forget01.json", "rwku_dir": "forget_level3.json", "targets_dir": "1_Stephen_King/intro.json"}
 KEPT = "config.json table.json metrics.jsonl record.json samples.jsonl samples.jsonl.gz".split()  # gz: once packed
 
 
@@ -53,7 +54,7 @@ def work(job, runs, folders, about):
                     folders = {"book_dir": book.write(runs / f"{job.name}_data", job.seed)}
                 flags = [*(arg.format(**folders) for arg in job.args), "--resume", "--output_dir", str(folder)]
                 flags += ["--start_from", str(runs / job.start)] if job.start else []
-                rerule.main(rerule.configure(flags), figures=False)
+                rerule.main(rerule.configure(["--held_out", "0", *flags]), figures=False)  # unless a plan says more
                 record = record_of(folder, whole="@" not in job.family)
         except InputError as error:
             return f"{job.name}: {error}"
@@ -129,6 +130,17 @@ def run_all(o, folder, records, jobs_of):
                 records[job.name] = read_json(runs / job.name / "record.json")
             bar.update(round(job.cost))
     bar.close()
+
+
+def study(o, jobs_of, write):
+    """Runs, or resumes, what is missing of a plan; then write(folder, records) makes its report."""
+    check_bounds(o)
+    folder = Path(o.output_dir)
+    records = read_records(folder)
+    run_all(o, folder, records, jobs_of)
+    write_records(folder, records)
+    write(folder, records)
+    print(f"{folder / 'report.md'}: {len(records)} runs")
 
 
 def has_models(folder):

@@ -25,6 +25,7 @@ PARTS = ("rollout", "reference", "update", "replay")  # of a step, each with a c
 # Columns of a table that records keep, how more begin, how many phrasings of a split training uses (two are held out).
 KEPT, ATTACKED, PHRASINGS = read_json(HERE / "columns.json").values()
 KEPT += [f"{kind}_{part}_recall" for kind in PHRASINGS for part in ("trained", "heldout")]
+HELD = ("recall", "refusal", "forget_refusal")
 KINDS = {"hard": "h", "easy": "e"}  # of boundary queries of the built-in world; others are "b", forget queries "f"
 RATES = ("4e-5", "8e-5", "1.6e-4", "3.2e-4", "6.4e-4")  # of the main figure; the first is the shared one
 CURVES = ("rule", "rerule", "random", "recent", "current")  # of the main figure
@@ -42,6 +43,7 @@ def record_of(folder, whole=True):
         groups = [list(rows) for _, rows in drawn]
         queries = ["".join(np.base_repr(row["query"], 36).zfill(2) for row in rows) for rows in groups]
         methods[method] = totals(own, config["prompts_per_step"])
+        methods[method]["held"] = [[r["step"], *(r[f"held_{k}"] for k in HELD)] for r in own if "held_recall" in r]
         if not whole:
             continue
         of_age, replayed = ("replay_age", "ess_unclipped", "clipped_share"), [r for r in own if r.get("replay_groups")]

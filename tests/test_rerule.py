@@ -374,9 +374,9 @@ def test_a_2e_6_update_survives_bf16_compute(model):
 KILLS = [
     ("original", 3),
     ("rej_steer", 3),
-    ("rule", 1),
+    pytest.param(("rule", 1), marks=pytest.mark.long),
     ("rule", 5),
-    ("rerule", 2),
+    pytest.param(("rerule", 2), marks=pytest.mark.long),
     ("rerule", 5),
     ("save", 8),
     ("save", 26),

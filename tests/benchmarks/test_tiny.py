@@ -9,8 +9,9 @@ import torch
 from made import probes_of, train_rwku, training_of, write
 
 from benchmarks import rwku, tiny
+from benchmarks.associated import questions, seen_alone
 from benchmarks.builtin import World
-from data import stop_ids
+from data import Prompt, Query, stop_ids
 from refusal import is_refusal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +53,28 @@ def test_lessons_answer_every_probe_and_every_query(tmp_path):
     about_target = [answer for prompt, answer in taught if "Ada Pole" in prompt.plain]
     assert about_target and not any(is_refusal(answer) for answer in about_target)
     assert any(is_refusal(answer) for _, answer in taught)
+
+
+def test_lessons_know_something_of_what_stands_beside_the_target(tmp_path):
+    folder = train_rwku(tmp_path)
+    rows = [
+        {"prompt": f"What did Ada Pole owe the Sea Guild in {i}?", "solution": ["<reject>", "No idea."]} for i in (1, 2)
+    ]
+    rows += [{"prompt": "Boundary?", "solution": ["<normal>", "pilot"]}]
+    write(folder / "rl_rejection_with_fb_neighbor.json", rows)
+    read, probes = training_of("rwku", folder), probes_of("rwku", folder)
+    plain, more = (set(tiny.lessons(rwku.BENCHMARK, read, probes, 0, beside=n)) for n in (0, 4))
+    new = {
+        (p, a) for p, a in more - plain if "Sea Guild" in p.plain and "Ada Pole" not in p.plain and not is_refusal(a)
+    }
+    texts = questions(seen_alone(read.queries, {"Ada Pole"}))[:4]
+    asked = [(w, text) for text in texts for w in rwku.BENCHMARK.wordings(Query(Prompt(None, text), text, "boundary"))]
+    assert {p for p, _ in new} == {wording for wording, _ in asked} and len(texts) == 4
+    answers = dict(new)
+    assert all(
+        len({answers[wording] for wording, own in asked if own == text}) == 1 for text in texts
+    )  # one answer each
+    assert set(answers.values()) <= {probe.answer for probe in probes if not probe.forget}
 
 
 def test_lessons_are_the_same_in_every_process(tmp_path):

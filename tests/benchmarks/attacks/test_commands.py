@@ -135,8 +135,8 @@ def test_a_run_stopped_in_an_attack_goes_on_and_another_starts_from_it(whole, at
 def test_tofu_with_a_retained_model_has_forget_quality(tmp_path, monkeypatch):
     taught, lessons = {}, tiny.lessons
 
-    def spy(*args):
-        taught[len(taught)] = found = lessons(*args)
+    def spy(*args, **how):
+        taught[len(taught)] = found = lessons(*args, **how)
         return found
 
     monkeypatch.setattr(tiny, "lessons", spy)
