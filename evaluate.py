@@ -159,12 +159,6 @@ def check_options(o):
     return benchmark
 
 
-def watched(judge, every, step):
-    """{eval_<column>: number} of every so many steps for the curves, else {}. judge() → the evaluation."""
-    summary = {} if not every or step % every else judge()["summary"]
-    return {f"eval_{name}": value for name, value in summary.items() if isinstance(value, (int, float))}
-
-
 def check_vocabularies(o):
     """Raise InputError where a model to compare with has another vocabulary: its losses are of other tokens."""
     _, tokenizer = Engine.read(o.model, "model", None, o.tokenizer, weights=False)

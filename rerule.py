@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 from baselines import losses, train
 from baselines.controls import buffer_for, least_stored, refill, zero_gradient
+from benchmarks import associated
 from benchmarks.attacks import attacked, prepare, run_columns
 from benchmarks.logs import read_retained
 from benchmarks.shared import check_model
@@ -52,7 +53,7 @@ from engine import report
 from engine.model import optimizer_for
 from engine.run import Phase, Run, fit, start
 from engine.seeds import batch_at, generator
-from evaluate import evaluate, watched
+from evaluate import evaluate
 from grpo import RolloutGroup, add_reference, counts, group_advantages, on_policy_gradient
 from refusal import is_refusal
 from replay import clip_ratio, fresh_statistics, is_active, off_policy_gradient, ratio_statistics, ratios_of
@@ -204,12 +205,13 @@ def unlearn_all(run, benchmark, training, probes, retained, texts):
         if not run.finished(f"{phase} scored"):
             result = attacked(run, phase, model, tokenizer, benchmark, probes, texts, judge(model, tokenizer))
             report.save_examples(run.folder, phase, result["per_example"])
-            row = {"notes": result["notes"], **result["summary"]}
+            row = {**result["summary"], **associated.measure(engine, model, tokenizer, held, config)}
+            row["notes"] = result["notes"] + associated.warning(phase, row, run.rows().get("rej_steer", {}))
             if phase in config.method:
                 row |= {**run.state["done"][phase], **train.data_used(phase, training, tokenizer)}
             run.finish(f"{phase} scored", row)
 
-    original = run.folder / "original" if config.model == "tiny" else config.model
+    original, held = run.folder / "original" if config.model == "tiny" else config.model, []
     if config.model == "tiny":
         run.open()
         model, tokenizer = tiny_model(run, benchmark, training, probes)
@@ -221,11 +223,12 @@ def unlearn_all(run, benchmark, training, probes, retained, texts):
         score_phase("retained", *tiny_model(run, benchmark, training, probes, "retained"))
         if benchmark.forget_rows and not retained:
             judge = partial(judge, retained=read_retained(run.folder / "predictions/retained.jsonl", benchmark, probes))
+    training, held = associated.split(training, benchmark, probes, engine, model, tokenizer, config)
     score_phase("original", model, tokenizer)
     del model
     for method in [name for name in config.method if name != "retained"]:
         if not run.finished(method):
-            model, seconds, stopped = unlearn(run, method, original, tokenizer, training, judge)
+            model, seconds, stopped = unlearn(run, method, original, tokenizer, training, judge, held)
             if stopped:
                 tqdm.write(f"{method}: stopped, {stopped}; its row shows the last finite weights", file=sys.stderr)
             run.save_model(method, model, tokenizer)
@@ -235,7 +238,7 @@ def unlearn_all(run, benchmark, training, probes, retained, texts):
     run.finish("run", {})
 
 
-def unlearn(run, method, original, tokenizer, training, judge):
+def unlearn(run, method, original, tokenizer, training, judge, held):
     """Train one method from where it starts. Returns: (model, seconds, why it stopped before its time or None)."""
     config, engine = run.config, run.engine
     source = run.folder / "rej_steer" if method in ("rule", "rerule") else original  # both from the same checkpoint
@@ -248,7 +251,8 @@ def unlearn(run, method, original, tokenizer, training, judge):
     reward = partial(query_reward, name_target=config.forget_reward == "target")
     if method == "purge":
         training, reward = train.purge_task(training, engine, model, tokenizer, config)
-    watch = partial(watched, partial(judge, model, tokenizer, progress=False), config.eval_every)
+    evaluated = partial(judge, model, tokenizer, progress=False)
+    watch = partial(associated.watched, run, method, model, tokenizer, evaluated, held)
     return model, *stage2(run, method, model, reference, tokenizer, training, reward, watch)
 
 

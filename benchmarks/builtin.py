@@ -130,7 +130,8 @@ def reads(world):
 BENCHMARK = Benchmark(
     name="builtin",
     preset=PRESET | TINY | dict(steps=32, lr=4e-5, tau=0.4, min_groups=60, warmup_steps=10, max_new_tokens=12,
-                                tiny_epochs=6.0, tiny_lr=3e-3, tiny_batch_size=96, tiny_layers=2, eval_every=4),
+                                tiny_epochs=6.0, tiny_lr=3e-3, tiny_batch_size=96, tiny_layers=2, eval_every=4,
+                                held_out=0),
     columns={"forget_recall": "Forget recall ↓", "retain_recall": "Retain recall ↑"},
     row_columns={"forget_trained_refusal": "Forget refusal, trained ↑", "forget_heldout_refusal": "held out ↑",
                  "forget_trained_recall": "Forget recall, trained ↓", "forget_heldout_recall": "held out ↓",

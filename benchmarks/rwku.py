@@ -65,7 +65,8 @@ def probes(o):
                 for row in read_rows(place / f"{stem}{level}.json", fields):
                     prompt = rwku_prompt(row["query"], level, row["type"] if level == 3 else "")
                     question, answer, target, attack = (row[k] for k in ("query", "answer", "subject", "type"))
-                    found.append(Probe(f"{side}_{kind}", prompt, question, answer, side == "forget", target, attack))
+                    about = attack if side == "forget" else row.get("neighbor", "")
+                    found.append(Probe(f"{side}_{kind}", prompt, question, answer, side == "forget", target, about))
     return found
 
 
@@ -93,17 +94,21 @@ def ability_sets(o):
 
 
 def summarise(rows, retained):
-    """RWKU's columns, ×100; "all" is the plain mean of the columns before it. Then a column for each type of attack."""
+    """RWKU's columns, ×100; "all" is the plain mean of the columns before it. Then a column for each type of attack,
+    and how often each neighbour's probes are refused."""
     table = {}
     for side, kinds in (("forget", ("fb", "qa", "aa")), ("retain", ("fb", "qa"))):
         for kind in kinds:
             table[f"{side}_{kind}"] = mean((r["rouge_l_recall"] for r in rows if r["split"] == f"{side}_{kind}"), 100)
         table[f"{side}_all"] = mean_of(table, [f"{side}_{kind}" for kind in kinds])
-    attacks = [row for row in rows if row["split"] == "forget_aa" and row.get("type")]  # older logs have no type
-    attacks = [(re.sub(r"\W+", "_", row["type"].lower()).strip("_"), row) for row in attacks]
+    typed = [(re.sub(r"\W+", "_", row["type"].lower()).strip("_"), row) for row in rows if row.get("type")]
+    attacks = [(kind, row) for kind, row in typed if row["split"] == "forget_aa"]
     for kind in sorted({kind for kind, _ in attacks} | {"cross_lingual"} if attacks else ()):  # each language, then all
         part = [row["rouge_l_recall"] for name, row in attacks if name == kind or name.startswith(f"{kind}_")]
         table[f"attack_{kind}"] = mean(part, 100)
+    near = [(name, row["refusal"]) for name, row in typed if not row["forget"]]
+    for name in dict.fromkeys(name for name, _ in near):
+        table[f"neighbour_{name}_refusal"] = mean((refused for own, refused in near if own == name), 100)
     return table, []
 
 

@@ -18,8 +18,9 @@ REFUSALS = [
 PRESET = dict(
     lr=2e-6, buffer_size=1200, max_new_tokens=1024, sft_lr=4e-7, sft_batch_size=8, sft_epochs=3.0, sft_stop=0.0,
     tiny_lr=2e-3, tiny_batch_size=32, tiny_hidden=128, tiny_layers=3, eval_every=0, baseline_epochs=5.0, tiny_rows=0,
+    held_out=0,
 )  # fmt: skip
-TINY = dict(sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, min_groups=16)
+TINY = dict(sft_lr=2e-4, sft_batch_size=32, sft_epochs=20.0, sft_stop=0.97, min_groups=16, held_out=32)
 MODES = {"qa": "Question", "completion": "Completion"}  # of a MUSE row: how its prompt opens the last line
 
 

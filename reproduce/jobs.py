@@ -19,7 +19,8 @@ from reproduce import read_json
 from reproduce.records import record_of
 
 BAR = "{desc} |{bar}| {percentage:3.0f} %, {elapsed} gone, {remaining} left"
-TEXTS = {"tofu_dir": "forget01.json", "rwku_dir": "forget_level3.json"}  # a file that it must hold
+# Flags of folders, and a file that each must hold
+TEXTS = {"tofu_dir": "forget01.json", "rwku_dir": "forget_level3.json", "targets_dir": "1_Stephen_King/intro.json"}
 KEPT = "config.json table.json metrics.jsonl record.json samples.jsonl samples.jsonl.gz".split()  # gz: once packed
 
 
@@ -51,7 +52,8 @@ def work(job, runs, folders, about):
                     from reproduce import book
 
                     folders = {"book_dir": book.write(runs / f"{job.name}_data", job.seed)}
-                flags = [*(arg.format(**folders) for arg in job.args), "--resume", "--output_dir", str(folder)]
+                flags = ["--held_out", "0", *(arg.format(**folders) for arg in job.args)]  # 0 unless a plan says more
+                flags += ["--resume", "--output_dir", str(folder)]
                 flags += ["--start_from", str(runs / job.start)] if job.start else []
                 rerule.main(rerule.configure(flags), figures=False)
                 record = record_of(folder, whole="@" not in job.family)

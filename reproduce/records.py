@@ -42,6 +42,9 @@ def record_of(folder, whole=True):
         groups = [list(rows) for _, rows in drawn]
         queries = ["".join(np.base_repr(row["query"], 36).zfill(2) for row in rows) for rows in groups]
         methods[method] = totals(own, config["prompts_per_step"])
+        if held := [row for row in own if "held_recall" in row]:
+            columns = ("held_recall", "held_refusal", "held_forget_refusal")
+            methods[method]["held"] = [[row["step"], *(row[name] for name in columns)] for row in held]
         if not whole:
             continue
         of_age, replayed = ("replay_age", "ess_unclipped", "clipped_share"), [r for r in own if r.get("replay_groups")]
