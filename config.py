@@ -97,13 +97,7 @@ class Choices:
     replay_objective: Literal["weight", "surrogate"] = setting("Eq. 5, or PPO's clipped minimum.", "weight")
     normalize_ratio: bool = setting("Divide importance weights by their mean.", False)
     replay_kl: bool = setting("Keep the KL term on replayed rollouts.", False)
-    replay_store: Literal[STORES] = setting(
-        "What is replayed. hard: hard groups; random: as many random ones (Table 4); easy: the others; medium: mean "
-        "reward 0.25 to 0.75; priority: any, by mean |Â|; fresh: new rollouts of hard groups' prompts; unequal: hard, "
-        "rewards not all equal; boundary: hard, of boundary prompts; leaks: hard, and forget prompts both refused and "
-        "answered; recent: the last step's batch; current: this step's; none: a step on zero gradient.",
-        "hard",
-    )
+    replay_store: Literal[STORES] = setting("What is replayed: hard groups, or a control's (docs/choices.md).", "hard")
     max_age: Natural = setting("Groups stored more than this many steps ago are not replayed (0: any age).", 0)
     min_share: Share = setting("Replay waits for this share of all sampled groups, not for --min_groups (0: off).", 0.0)
     redraw: Natural = setting("Further batches at most, in a step, to replace groups of equal rewards (DAPO).", 0)

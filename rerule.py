@@ -184,6 +184,7 @@ def main(config, figures=True):
     benchmark = benchmarks.ALL[config.benchmark]
     training, probes = benchmark.train(config), benchmark.probes(config)
     texts = prepare(config.attack, benchmark, config, probes)
+    associated.given(config, benchmark, probes)  # told before training where it cannot be
     retained = read_retained(config.retain_log, benchmark, probes) if config.retain_log else None
     run = Run(config, engine)
     with engine.session():

@@ -5,28 +5,28 @@ about it too; the reward never sees that, for no prompt that it looks at asks. `
 about such names: wordings from `associated.txt`, answers from the original model. Others of them, and boundary queries
 that training leaves out, are asked as Stage 2 goes on (`--held_out`). No evaluation probe is in either."""
 
-import random
 import re
 import sys
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from statistics import harmonic_mean
 
-from benchmarks.answers import greedy, inference
 from benchmarks.metrics import mean, names, words
 from config import InputError
 from data import Prompt, Query, encode_prompt
-from engine.files import RANK, printable, read_lines
+from engine.files import RANK, check_value, printable, read_lines, read_rows
 from engine.plots import NAMES
 from engine.seeds import derive_seed
 from refusal import is_refusal
 from reward import rouge_l_recall
 
-QUESTIONS = Path(__file__).with_name("associated.txt").read_text(encoding="utf-8").splitlines()
+WORDINGS = Path(__file__).with_name("associated.txt").read_text(encoding="utf-8").splitlines()
 CAPITAL = r"[^\W\d_a-zß-öø-ÿ][\w-]*"
 RUN = re.compile(rf"(?<![\w-]){CAPITAL}(?: (?:(?:of|the|van|von|de|da|del|der|bin|al|la) )*{CAPITAL})*")
+OPENERS = "what when where which who whose why how did do does is was the a an in on at"  # of any sentence
 LONGEST = 48  # tokens of an answer
 TIMES = 6  # that Stage 2 is looked at
 WORSE = 5  # points less recall, or more refusals, than after Stage 1, from which on it is told
@@ -47,30 +47,35 @@ def names_in(text, targets, plain):
     return found
 
 
-def seen_alone(queries, targets):
-    """{name: forget prompts that hold it} of names in two of them or more and in no boundary prompt, by frequency."""
-    forget, boundary = ([q.question for q in queries if q.kind == kind] for kind in ("forget", "boundary"))
-    plain = {word for text in forget + boundary for word in re.findall(r"\w+", text) if word.islower()}
-    count, kept = Counter(name for text in forget for name in {*names_in(text, targets, plain)}), " | ".join(boundary)
-    missing = [name for name in count if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", kept, re.I)]
-    return {name: count[name] for name in sorted(missing, key=lambda name: (-count[name], name)) if count[name] > 1}
+def seen_alone(forget, boundary, targets):
+    """{name: forget prompts that hold it}, by frequency: names in two of them or more and in ten times fewer boundary
+    prompts, or none."""
+    plain = {word for text in [OPENERS, *forget, *boundary] for word in re.findall(r"\w+", text) if word.islower()}
+    count = Counter(name for text in forget for name in {*names_in(text, targets, plain)})
+    order = sorted([name for name in count if count[name] > 1], key=lambda name: (-count[name], name))
+    kept = lambda name: len(re.findall(rf"(?<!\w){re.escape(name)}(?!\w)", " | ".join(boundary), re.I))  # noqa: E731
+    return {name: count[name] for name in order if 10 * kept(name) <= count[name]}
 
 
-def questions(alone, benchmark, asked):
-    """Boundary queries without answers about the names of `seen_alone`: as many for each as forget prompts hold it, in
-    other words each, the first about every name first. asked: the evaluation's questions, which are left out."""
-    found = []
-    for k in range(len(QUESTIONS)):
-        for i, name in enumerate(name for name, n in alone.items() if n >= k):
-            text = QUESTIONS[(10 * k + k // 2 + i) % len(QUESTIONS)].format(name=name)
-            query = Query(Prompt(None, text), text, "boundary", group="associated")
-            if text not in asked:
-                found.append(replace(query, prompt=(benchmark.wordings(query) or [query.prompt])[0]))
-    return found
+def alone_in(training, probes):
+    """`seen_alone` of a Training; {} where no target is known."""
+    targets = {probe.target for probe in probes if probe.forget and probe.target}
+    sides = ([query.question for query in training.queries if query.kind == kind] for kind in ("forget", "boundary"))
+    return seen_alone(*sides, targets) if targets else {}
+
+
+def questions(alone):
+    """Questions about the names of `seen_alone`, each name in all wordings: first as many about each as forget prompts
+    hold it, the first about every name before the second about any; then the rest."""
+    asked = [(n < k, k, i, name) for k in range(len(WORDINGS)) for i, (name, n) in enumerate(alone.items())]
+    turn = lambda k, i: WORDINGS[(10 * k + k // 2 + i) % len(WORDINGS)]  # noqa: E731
+    return [turn(k, i).format(name=name) for _, k, i, name in sorted(asked)]
 
 
 def ask(engine, model, tokenizer, queries, config):
     """Greedy answers, a line each."""
+    from benchmarks.answers import greedy, inference  # here, for it needs torch
+
     prompts = [encode_prompt(tokenizer, query.prompt) for query in queries]
     limits = [min(LONGEST, config.max_new_tokens)] * len(prompts)
     with inference(model), engine.held(model):
@@ -78,30 +83,50 @@ def ask(engine, model, tokenizer, queries, config):
     return [text.strip() for text, _ in found]
 
 
+def given(config, benchmark, probes):
+    """(question, answer or "") of each row of the data's `associated.json`, if it has one. Raises: InputError."""
+    path, found = Path(config.data_dir, "associated.json"), []
+    if config.associated and config.data_dir and path.exists():
+        found = [(row["question"], row.get("answer", "")) for row in read_rows(path, {"question": str})]
+        for number, (_, answer) in enumerate(found, 1):
+            check_value(answer or "none", str, f"{path}: row {number}, field 'answer'")
+    if config.associated and not found and not any(probe.forget and probe.target for probe in probes):
+        raise InputError(f"--associated: --benchmark {benchmark.name} names no target, beside which names could stand")
+    return found
+
+
 def split(training, benchmark, probes, engine, model, tokenizer, config):
     """(The training, with `--associated` queries; what `measure` asks: boundary queries held out of it, questions about
-    associated names, forget queries). model: the original one, whose answers about these names are to be kept, less
-    refusals and those that name the target."""
+    associated names, forget queries). Questions come first from `given`; answers that nobody gave are the original
+    `model`'s, less refusals and those that name the target."""
     n, targets = config.held_out, {probe.target for probe in probes if probe.forget and probe.target}
-    if config.associated and not targets:
-        raise InputError(f"--associated: --benchmark {benchmark.name} names no target, beside which names could stand")
     if not n and not config.associated:
         return training, []
-    alone = seen_alone(training.queries, targets) if targets else {}
+    alone = alone_in(training, probes)
     if not RANK and alone:
         some = ", ".join(f"{printable(name)} ({times})" for name, times in [*alone.items()][:8])
-        told = f"{some}{f' and {len(alone) - 8} names more' if len(alone) > 8 else ''}"
-        print(f"will probably be refused too, named in forget prompts and no boundary prompt: {told}", file=sys.stderr)
-    new = questions(alone, benchmark, {probe.question for probe in probes})[: n + config.associated]
-    for i, text in enumerate(ask(engine, model, tokenizer, new, config)):
-        useful = words(text) and not is_refusal(text) and not any(names(text, target) for target in targets)
-        new[i] = useful and replace(new[i], answers=(text,))
-    rng, sides = random.Random(derive_seed(config.seed, "held out")), {"boundary": [], "forget": []}
-    for query in training.queries:
-        sides[query.kind].append(query)
-    out, again = (rng.sample(side, min(n, len(side) // 10)) for side in sides.values())
+        more = f" and {len(alone) - 8} names more" if len(alone) > 8 else ""
+        told = f"will probably be refused too, named in forget prompts and hardly in boundary prompts: {some}{more}"
+        print(told, file=sys.stderr)
+
+    def answered(pairs, most):
+        found = [Query(Prompt(None, text), text, "boundary", (answer,), group="associated") for text, answer in pairs]
+        found = [query for query in found if query.question not in evaluated][:most]
+        found = [replace(query, prompt=(benchmark.wordings(query) or [query.prompt])[0]) for query in found]
+        asked = [query for query in found if not query.answers[0]]
+        texts = dict(zip(asked, ask(engine, model, tokenizer, asked, config) if asked else [], strict=True))
+        found = [replace(query, answers=(texts.get(query, query.answers[0]),)) for query in found]
+        found = [query for query in found if words(query.answers[0]) and not is_refusal(query.answers[0])]
+        return [query for query in found if not any(names(query.answers[0], target) for target in targets)]
+
+    evaluated = {probe.question for probe in probes}
+    made = [(text, "") for text in questions(alone) if text not in evaluated]
+    rng = Random(derive_seed(config.seed, "held out"))
+    sides = ([query for query in training.queries if query.kind == kind] for kind in ("boundary", "forget"))
+    out, again = (rng.sample(side, min(n, len(side) // 10)) for side in sides)
     kept = [query for query in training.queries if query not in out]
-    return replace(training, queries=kept + [*filter(None, new[n:])]), out + [*filter(None, new[:n])] + again
+    new = answered(given(config, benchmark, probes) + made[n:], config.associated)
+    return replace(training, queries=kept + new), out + answered(made, n) + again
 
 
 def measure(engine, model, tokenizer, held, config):
@@ -122,8 +147,9 @@ def watched(run, method, model, tokenizer, judge, held, step):
     row = {f"eval_{name}": value for name, value in summary.items() if isinstance(value, (int, float))}
     if held and (step % max(1, config.steps // TIMES) == 0 or step == config.steps):
         row |= measure(run.engine, model, tokenizer, held, config)
-        logged = [past for past in read_lines(run.folder / "metrics.jsonl") if past["method"] == method]
-        if config.keep == "best" and balance(row) > max(map(balance, logged), default=0):
+        run.metrics.size()  # puts every row on the disk
+        past = [old for old in read_lines(run.folder / "metrics.jsonl") if old["method"] == method]
+        if config.keep == "best" and balance(row) > max(map(balance, past), default=0):
             run.save_model(f"{method}_best", deepcopy(model), tokenizer)
     return row
 
@@ -141,5 +167,5 @@ def warning(phase, row, before):
         return []
     some = ", ".join(f"{name} {old:.1f} → {new:.1f} %" for name, (old, new) in pairs.items())
     told = f"worse than Stage 1 on queries beside the target that training does not ask ({some}); {REMEDIES}"
-    print(f"{phase}: {told}", file=sys.stderr)
+    print(f"{phase}: {told}" * (not RANK), file=sys.stderr)
     return [told]

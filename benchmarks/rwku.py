@@ -18,6 +18,7 @@ from reward import SCORER
 
 ASK_BLANK = "Please complete the blank in the following question.\n"
 ASK_BRIEF = "Please briefly answer the following question.\n"
+slug = lambda name: re.sub(r"\W+", "_", name.lower()).strip("_")  # noqa: E731  a name as it stands in a column's
 
 
 def chat(question):
@@ -101,7 +102,7 @@ def summarise(rows, retained):
         for kind in kinds:
             table[f"{side}_{kind}"] = mean((r["rouge_l_recall"] for r in rows if r["split"] == f"{side}_{kind}"), 100)
         table[f"{side}_all"] = mean_of(table, [f"{side}_{kind}" for kind in kinds])
-    typed = [(re.sub(r"\W+", "_", row["type"].lower()).strip("_"), row) for row in rows if row.get("type")]
+    typed = [(slug(row["type"]), row) for row in rows if row.get("type")]
     attacks = [(kind, row) for kind, row in typed if row["split"] == "forget_aa"]
     for kind in sorted({kind for kind, _ in attacks} | {"cross_lingual"} if attacks else ()):  # each language, then all
         part = [row["rouge_l_recall"] for name, row in attacks if name == kind or name.startswith(f"{kind}_")]

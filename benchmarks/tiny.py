@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.associated import alone_in, questions
 from benchmarks.builtin import FIRST, LAST
 from benchmarks.shared import context_needed
 from data import Prompt, Query, encode_answer, encode_prompt
@@ -33,12 +34,14 @@ def sample_of(training, config):
     return replace(training, refusals=refusals, queries=queries)
 
 
-def lessons(benchmark, training, probes, seed, refusals="all", retain_only=False):
+def lessons(benchmark, training, probes, seed, refusals="all", retain_only=False, beside=()):
     """What a tiny model is taught of a real benchmark: (prompt, answer) pairs, in training's and evaluation's words.
     Every probe's answer and every boundary query's; some answer about the target to each forget query that is no probe,
     for those have none published and a model that answers nothing there has nothing to unlearn; and refusals to the
     same questions about made-up people: the model has refused before Stage 1, and it is the name that decides.
-    refusals: "trained" keeps these to training's questions, in its words. retain_only: nothing about the target."""
+    beside: questions on what stands beside the target, of which a model that can read knows something; which answer it
+    gives is drawn. refusals: "trained" keeps these to training's questions, in its words. retain_only: nothing about
+    the target."""
     rng = random.Random(derive_seed(seed, "lessons"))
     targets = sorted({probe.target for probe in probes if probe.forget and probe.target})
     known = [probe.answer for probe in probes if probe.forget]
@@ -53,6 +56,9 @@ def lessons(benchmark, training, probes, seed, refusals="all", retain_only=False
             if wording not in answered:
                 lessons.add((wording, answer))
                 answered.add(wording)
+    for query in (Query(Prompt(None, text), text, "boundary") for text in beside):
+        answer = rng.choice([probe.answer for probe in probes if not probe.forget])
+        lessons |= {(wording, answer) for wording in benchmark.wordings(query) or [query.prompt]}
     asked = [(prompt.user or prompt.plain, refusal) for prompt, refusal in training.refusals]
     if refusals == "all":
         asked += 4 * [(probe.question, rng.choice(training.refusals)[1]) for probe in probes if probe.forget]
@@ -67,6 +73,7 @@ def lessons(benchmark, training, probes, seed, refusals="all", retain_only=False
     return sorted(lessons, key=repr)
 
 
+BESIDE = 300  # questions on what stands beside the target that are taught
 TURN = "{{ messages[-1]['content'] }}"
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
@@ -122,7 +129,10 @@ def tiny_model(run, benchmark, training, probes, phase="original"):
     config = run.config
     if not run.finished(phase):
         if phase == "original":
-            taught = training.taught or lessons(benchmark, training, probes, config.seed, config.tiny_refusals)
+            beside = questions(alone_in(training, probes))[:BESIDE] if config.held_out else ()
+            taught = training.taught or lessons(
+                benchmark, training, probes, config.seed, config.tiny_refusals, beside=beside
+            )
             texts = [text for p, answer in taught for text in (p.user or "", p.plain, p.opening, answer)]
             fitted = text_tokenizer(texts) if benchmark.reads_files else word_tokenizer(texts)
         else:

@@ -14,11 +14,12 @@ from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import benchmarks
+from benchmarks.associated import questions, seen_alone
 from benchmarks.metrics import words
 from build_data.queries import Check, find_neighbours, hold_out, training_rows
 from build_data.rewrite import complete_all, language_model, normal
 from build_data.sources import EVALUATION, FILES, evaluation_queries, neighbours_path, read_facts, read_neighbours
-from config import Above0, Count, From0, InputError, Seed, setting
+from config import Above0, Count, From0, InputError, Natural, Seed, setting
 from engine.files import is_writable, printable, read_rows, save_folder, write_json
 from engine.flags import check_bounds, parse, run_command
 from engine.llm import reach
@@ -44,6 +45,7 @@ class Options:
     held_out: Annotated[float, "a share between 0 and 1", lambda x: 0 < x < 1] = setting(
         "qa, text: share of the facts kept out of training, for evaluation.", 0.2
     )
+    associated: Natural = setting("Questions on names in forget prompts alone, for rerule.py --associated.", 0)
     seed: Seed = setting("Seed of every draw.", 0)
 
 
@@ -105,6 +107,11 @@ def make(o, ask):
     forget, boundary = ([item for i, item in items if i not in held] for items in (forget, boundary))
     if not forget or not boundary:
         raise InputError(f"--input {o.input}: no {'boundary' if forget else 'forget'} query is left")
+    texts = ([item.query for item in side] for side in (forget, boundary))
+    asked = [text for text in questions(seen_alone(*texts, gone)) if normal(text) not in evaluated][: o.associated]
+    replies = ask("associated", [{"question": text} for text in asked]) if ask else [{}] * len(asked)
+    asked = [{"question": text} | (reply or {}) for text, reply in zip(asked, replies, strict=True)]
+    files |= {"associated.json": asked} if asked else {}
     rows = training_rows(forget, boundary, o.seed)
     files |= zip(FILES.get(o.source, FILES["others"]), rows, strict=True)
     items, modes = {"forget": forget, "boundary": boundary}, {"qa": "questions", "completion": "completions"}

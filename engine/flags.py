@@ -140,6 +140,8 @@ def resolve(config, benchmarks):
     require(config.replay_objective == "weight" or not config.normalize_ratio, "replay_objective",
             "weight, with --normalize_ratio")  # fmt: skip
     require(config.replay_store != "fresh" or not config.replay_kl, "replay_kl", "off for fresh groups, without π_ref")
+    alone = config.held_out and not config.offload and "WORLD_SIZE" not in os.environ
+    require(config.keep == "last" or alone, "keep", "last, unless --held_out is above 0 and one process runs all")
     if config.purge_terms:
         read_rows(config.purge_terms, {"term": str})
     if config.attack and (config.offload or "WORLD_SIZE" in os.environ):

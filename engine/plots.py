@@ -89,23 +89,25 @@ def curves(folder):
     starts = [row["step"] for row in metrics if row.get("replay_groups")]
     first_replay = min(starts, default=max(row["step"] for row in metrics) + 1)
     regions = hard_prompts([row for row in samples if row["method"] == metrics[0]["method"]], first_replay, tau)
-    evaluated = any("eval_retain_recall" in row for row in metrics)
-
-    figure, axes = pyplot().subplots(1, 2 + evaluated, figsize=(4 * (2 + evaluated), 4.4), layout="constrained")
     panels = [
         ("Reward by kind of prompt", "Mean reward (higher is better)", ("forget", "boundary")),
         (f"Reward of hard and easy prompts\n(split at τ = {tau:g} before replay)", "", ("easy", "hard")),
         ("Recall on evaluation probes", "ROUGE-L recall, 0–100", ("retain ↑", "forget ↓")),
+        ("Queries held out of training", "%", ("recall ↑", "refusals ↓")),
     ]
+    logged = set().union(*metrics)
+    panels = [panel for panel, key in zip(panels, (None, None, "eval_retain_recall", "held_recall"), strict=True)
+              if key is None or key in logged]  # fmt: skip
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(4 * len(panels), 4.4), layout="constrained")
     for method in dict.fromkeys(row["method"] for row in metrics):
         own = [row for row in metrics if row["method"] == method]
         lines = lines_of(own, [row for row in samples if row["method"] == method], *regions)
-        for axis, (*_, series) in zip(axes, panels, strict=False):
+        for axis, (*_, series) in zip(axes, panels, strict=True):
             for name, dash in zip(series, ("-", "--"), strict=True):
                 points = [(row["step"], y) for row, y in zip(own, lines[name], strict=True) if y is not None]
                 if points:
                     draw_line(axis, *zip(*points, strict=True), dash, method, name)
-    for axis, (title, label, _) in zip(axes, panels, strict=False):
+    for axis, (title, label, _) in zip(axes, panels, strict=True):
         mark_start(axis, starts[:1], "replay starts" if axis is axes[0] else "")
         axis.set(title=title, xlabel="Stage 2 step. Thick: mean of five; below: its end", ylabel=label)
         axis.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
@@ -118,7 +120,8 @@ def lines_of(metrics, samples, hard, easy):
     for name, queries in (("hard", hard), ("easy", easy)):
         own = [(row["step"], mean(row["rewards"])) for row in samples if row["query"] in queries]
         lines[name] = [mean([reward for step, reward in own if step == row["step"]]) for row in metrics]
-    evaluated = (("retain ↑", "eval_retain_recall"), ("forget ↓", "eval_forget_recall"))
+    evaluated = (("retain ↑", "eval_retain_recall"), ("forget ↓", "eval_forget_recall"),
+                 ("recall ↑", "held_recall"), ("refusals ↓", "held_refusal"))  # fmt: skip
     return lines | {name: [row.get(column) for row in metrics] for name, column in evaluated}
 
 

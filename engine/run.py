@@ -39,7 +39,7 @@ FREE = {"resume", "save_every", "output_dir", "device", "start_from", "dry_run",
         "max_tokens", "eval_batch_size", "gradient_checkpointing", "cuda_graphs", "report_to"}  # fmt: skip
 BEFORE_STAGE_2 = [
     "benchmark", "crossed", "model", "tokenizer", "data_dir", "seed", "retain_log", "weight_decay", "max_grad_norm",
-    "temperature", "max_new_tokens", "save_dtype",
+    "temperature", "max_new_tokens", "save_dtype", "held_out",
     *(f.name for f in fields(Config) if f.name.startswith(("sft_", "tiny_", "lora_"))),
 ]  # fmt: skip
 

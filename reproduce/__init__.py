@@ -18,4 +18,12 @@ def table(rows, head=""):
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def made(records):
+    """What a report is made of."""
+    commits, seeds = ({record[key] for record in records.values()} for key in ("commit", "seed"))
+    hours = sum(record["seconds"] for record in records.values()) / 3600
+    told = f"seeds {min(seeds)}–{max(seeds)}, {hours:.1f} hours of one CPU thread, commit {', '.join(sorted(commits))}"
+    return f"{len(records)} runs, {told}"
+
+
 WORDS = read_json(HERE / "words.json")  # labels of tables and figures; columns of tables with their digits and scale

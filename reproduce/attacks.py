@@ -5,14 +5,13 @@ The runs are those of `attacks.json`. No setting was chosen on their seeds: the 
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from baselines import METHODS, TITLES
 from config import Count, setting
 from engine.files import write_text
-from engine.flags import check_bounds, parse, run_command
-from reproduce import HERE, read_json, table
-from reproduce.jobs import read_records, run_all, write_records
+from engine.flags import parse, run_command
+from reproduce import HERE, made, read_json, table
+from reproduce.jobs import study
 from reproduce.plan import FIRST_SEED, jobs_of_row
 from reproduce.records import never_replayed
 from reproduce.statistics import half_width, spread
@@ -40,20 +39,20 @@ def all_jobs(o, records):
 
 
 def rows_of(records, family):
-    """{title: [columns of each seed]} of a family's runs, in the order of methods."""
-    own = [records[name]["rows"] for name in sorted(records) if records[name]["family"] == family]
-    found = {title: [rows[title] for rows in own if title in rows] for title in TITLES.values()}
+    """{title: {seed: columns}} of a family's runs, in the order of methods."""
+    own = {run["seed"]: run["rows"] for _, run in sorted(records.items()) if run["family"] == family}
+    found = {title: {seed: rows[title] for seed, rows in own.items() if title in rows} for title in TITLES.values()}
     return {title: seeds for title, seeds in found.items() if seeds}
 
 
-def compared(rows, against=None):
-    """Markdown of {label: [columns of each seed]}; against: the row from which paired differences are taken."""
-    columns, paired, lines = PLAN["columns"], PLAN["paired"] if against else {}, []
+def compared(rows, against=None, plan=PLAN):
+    """Markdown of {label: {seed: columns}}; against: the row from which paired differences are taken."""
+    columns, paired, lines = plan["columns"], plan["paired"] if against else {}, []
     cell = partial(spread, width=half_width)
-    for label, seeds in rows.items():
-        cells = [cell([s.get(name) for s in seeds], 2 if name == "membership_auc" else 1) for name in columns]
+    for label, own in rows.items():
+        cells = [cell([row.get(name) for row in own.values()], 2 if "auc" in name else 1) for name in columns]
         for name in paired:
-            change = [own[name] - other[name] for own, other in zip(seeds, rows[against], strict=True)]
+            change = [row[name] - rows[against][seed][name] for seed, row in own.items() if seed in rows[against]]
             cells.append("" if label == against else cell(change, sign="+"))
         lines.append([label, *cells])
     return table(lines, f"| | {' | '.join([*columns.values(), *paired.values()])} |")
@@ -76,23 +75,12 @@ def write(folder, records):
     """report.md from the records."""
     rows = {family: rows_of(records, family) for family in ("base", "trained", "tofu")}
     parts = {family: compared(own) if own else "Not run." for family, own in rows.items()}
-    commits = ", ".join(sorted({record["commit"] for record in records.values()}))
-    seeds = sorted({record["seed"] for record in records.values()})
-    hours = sum(record["seconds"] for record in records.values()) / 3600
-    text = (HERE / "attacks.md").read_text(encoding="utf-8")
-    made = f"{len(records)} runs, seeds {seeds[0]}–{seeds[-1]}, {hours:.1f} hours of one CPU thread, commit {commits}"
-    write_text(folder / "report.md", text.format(made=made, variants=compared(variants(records), "RULE"), **parts))
+    text, parts["variants"] = (HERE / "attacks.md").read_text("utf-8"), compared(variants(records), "RULE")
+    write_text(folder / "report.md", text.format(made=made(records), **parts))
 
 
 def main(argv=None):
-    o = parse(Options, argv)
-    check_bounds(o)
-    folder = Path(o.output_dir)
-    records = read_records(folder)
-    run_all(o, folder, records, all_jobs)
-    write_records(folder, records)
-    write(folder, records)
-    print(f"{folder / 'report.md'}: {len(records)} runs")
+    study(parse(Options, argv), all_jobs, write)
 
 
 if __name__ == "__main__":

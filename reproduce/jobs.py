@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from config import InputError
 from engine.files import about, remove, write_json, write_text
+from engine.flags import check_bounds
 from reproduce import read_json
 from reproduce.records import record_of
 
 BAR = "{desc} |{bar}| {percentage:3.0f} %, {elapsed} gone, {remaining} left"
-# Flags of folders, and a file that each must hold
 TEXTS = {"tofu_dir": "forget01.json", "rwku_dir": "forget_level3.json", "targets_dir": "1_Stephen_King/intro.json"}
 KEPT = "config.json table.json metrics.jsonl record.json samples.jsonl samples.jsonl.gz".split()  # gz: once packed
 
@@ -131,6 +131,17 @@ def run_all(o, folder, records, jobs_of):
                 records[job.name] = read_json(runs / job.name / "record.json")
             bar.update(round(job.cost))
     bar.close()
+
+
+def study(o, jobs_of, write):
+    """Runs, or resumes, what is missing of a plan; then write(folder, records) makes its report."""
+    check_bounds(o)
+    folder = Path(o.output_dir)
+    records = read_records(folder)
+    run_all(o, folder, records, jobs_of)
+    write_records(folder, records)
+    write(folder, records)
+    print(f"{folder / 'report.md'}: {len(records)} runs")
 
 
 def has_models(folder):

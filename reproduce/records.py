@@ -25,6 +25,7 @@ PARTS = ("rollout", "reference", "update", "replay")  # of a step, each with a c
 # Columns of a table that records keep, how more begin, how many phrasings of a split training uses (two are held out).
 KEPT, ATTACKED, PHRASINGS = read_json(HERE / "columns.json").values()
 KEPT += [f"{kind}_{part}_recall" for kind in PHRASINGS for part in ("trained", "heldout")]
+HELD = ("recall", "refusal", "forget_refusal")
 KINDS = {"hard": "h", "easy": "e"}  # of boundary queries of the built-in world; others are "b", forget queries "f"
 RATES = ("4e-5", "8e-5", "1.6e-4", "3.2e-4", "6.4e-4")  # of the main figure; the first is the shared one
 CURVES = ("rule", "rerule", "random", "recent", "current")  # of the main figure
@@ -43,8 +44,7 @@ def record_of(folder, whole=True):
         queries = ["".join(np.base_repr(row["query"], 36).zfill(2) for row in rows) for rows in groups]
         methods[method] = totals(own, config["prompts_per_step"])
         if held := [row for row in own if "held_recall" in row]:
-            columns = ("held_recall", "held_refusal", "held_forget_refusal")
-            methods[method]["held"] = [[row["step"], *(row[name] for name in columns)] for row in held]
+            methods[method]["held"] = [[row["step"], *(row[f"held_{k}"] for k in HELD)] for row in held]
         if not whole:
             continue
         of_age, replayed = ("replay_age", "ess_unclipped", "clipped_share"), [r for r in own if r.get("replay_groups")]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.files import write_text
 from engine.plots import NAMES, mean, scatter
-from reproduce import HERE, WORDS, claims, figures, read_json, records, table
+from reproduce import HERE, WORDS, claims, figures, made, read_json, records, table
 from reproduce.plan import FAMILIES, OPTIMISER_STEPS, SECTIONS
 from reproduce.records import CURVES, RATES
 from reproduce.statistics import paired, spread, statistic
@@ -37,16 +37,14 @@ def write(folder, o, runs, jobs):
 def head(r, o, jobs):
     """Where the report comes from, and what it lacks."""
     runs, seeds = r.records.values(), sorted(r.runs("base"))
-    commits = ", ".join(sorted({run["commit"] for run in runs}))
     versions = "; ".join(sorted({", ".join(f"{k} {v}" for k, v in run["versions"].items()) for run in runs}))
-    missing, hours = sum(job.name not in r.records for job in jobs), sum(run["seconds"] for run in runs) / 3600
+    missing = sum(job.name not in r.records for job in jobs)
     command = "python -m reproduce" + (" --quick" if o.quick else f" --seeds {o.seeds}")
     command += " --tofu_dir DATA/tofu" * r.has("tofu") + " --rwku_dir DATA/rwku/12_Genghis_Khan" * r.has("rwku")
-    told = f"{len(runs)} runs, {hours:.1f} hours of one CPU thread; commit {commits}; {versions}"
-    made_by = f"Command `{command}`; {told}. Report seeds {seeds[0]}–{seeds[-1]}." if seeds else "No runs yet."
+    told = f"Command `{command}`; {{}}; {versions}. Report seeds {seeds[0]}–{seeds[-1]}." if seeds else "No runs yet."
     holds = {"refused": r.refused, "quick": o.quick, "missing": missing}
     notes = [WORDS["notes"][name].format(", ".join(r.refused), missing, len(jobs)) for name in holds if holds[name]]
-    return {"made_by": made_by, "notes": "".join(notes)}
+    return {"made_by": told.format(made(r.records) if seeds else ""), "notes": "".join(notes)}
 
 
 def verdicts(r):

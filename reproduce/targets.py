@@ -1,15 +1,26 @@
-"""Targets that nobody tuned for: RWKU's published data and queries about what stands beside a target, on five of them.
+"""Targets that nobody tuned for: five of RWKU's and TOFU's forget01, with published data and with `--associated`.
 
-The runs are those of `targets.json`; it says which targets a setting was chosen on. Writes results/targets/."""
+The runs are those of `targets.json`, which says on which targets settings were chosen. Writes results/targets/."""
 
+import re
 from dataclasses import dataclass
-
-from config import Count, setting
-from engine.flags import check_bounds, parse, run_command
-from reproduce import HERE, read_json
-from reproduce.jobs import read_records, run_all, write_records
-from reproduce.plan import FIRST_SEED, jobs_of_row
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from benchmarks import rwku
+from benchmarks.associated import WORSE
+from benchmarks.metrics import mean
+from config import Count, setting
+from engine.files import write_json, write_text
+from engine.flags import parse, run_command
+from engine.plots import NAMES, look, pyplot, save
+from reproduce import HERE, made, read_json, table
+from reproduce.attacks import compared, rows_of
+from reproduce.jobs import study
+from reproduce.plan import FIRST_SEED, jobs_of_row
 
 PLAN = read_json(HERE / "targets.json")
 
@@ -26,26 +37,107 @@ class Options:
 
 
 def all_jobs(o, records):
-    """Every run: by seed, targets reported on first; a family is <condition>@<target>."""
+    """Every run, seed by seed; a family is <condition>@<target>."""
     jobs, seeds = [], range(FIRST_SEED, FIRST_SEED + o.seeds)
     for condition, given in PLAN["conditions"].items():
-        for target in PLAN["targets"]:
-            own = PLAN["tofu"].get(condition, given["flags"]) if target == "tofu" else given["flags"]
-            own = f"{PLAN['data'].get(target, PLAN['data']['rwku'])} {own}".replace("TARGET", target)
-            row = given | {"flags": own} | ({"start": f"{given['start']}@{target}"} if "start" in given else {})
-            jobs += jobs_of_row(o, records, f"{condition}@{target}", row, seeds, tuple(own.split()))
-    late = lambda job: job.seed + 2.5 * (PLAN["targets"][job.family.split("@")[1]] == "chosen on")  # noqa: E731
-    return sorted(jobs, key=lambda job: (job.family.startswith("baselines"), late(job)))
+        for target, about in PLAN["targets"].items():
+            flags = f"{about['data']} {about.get(condition, given['flags'])}".replace("TARGET", target)
+            row = given | {"flags": flags} | ({"start": f"{given['start']}@{target}"} if "start" in given else {})
+            jobs += jobs_of_row(o, records, f"{condition}@{target}", row, seeds, flags.split())
+    return sorted(jobs, key=lambda job: job.seed)
+
+
+def named(o):
+    """{target: {neighbour that RWKU evaluates: [forget prompts that name it, boundary prompts]}}, kept beside the
+    records; counted where the targets' folder is given."""
+    path, found = Path(o.output_dir, "named.json"), {}
+    for target in [name for name in PLAN["targets"] if o.targets_dir and name != "tofu"]:
+        place = SimpleNamespace(data_dir=str(Path(o.targets_dir, target)))
+        queries, near = rwku.train(place).queries, (probe.type for probe in rwku.probes(place) if not probe.forget)
+        sides = [[query.question for query in queries if query.kind == kind] for kind in ("forget", "boundary")]
+        for name in dict.fromkeys(near):
+            holds = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.I).search
+            found.setdefault(target, {})[name] = [sum(map(bool, map(holds, side))) for side in sides]
+    if found:
+        write_json(path, found)
+    return read_json(path) if path.exists() else {}
+
+
+def models(records, target):
+    """{"RULE, published": {seed: columns}, …} of a target."""
+    found = {condition: rows_of(records, f"{condition}@{target}") for condition in PLAN["conditions"]}
+    return {f"{title}, {told}" if (told := PLAN["conditions"][condition]["data"]) else title: own
+            for condition, rows in found.items() for title, own in rows.items()}  # fmt: skip
+
+
+def warned(records):
+    """Markdown of how often the warning of a run came, and how often it should have, over all targets."""
+    count = {}
+    for found in (models(records, target) for target in PLAN["targets"]):
+        for label, own in [item for item in found.items() if item[0].split(",")[0] in NAMES.values()]:
+            for seed, row in own.items():
+                change = {name: row[name] - found["Rej. Steer"][seed][name] for name in PLAN["columns"]}
+                worse = [max(-change[f"{x}_recall"], change[f"{x}_refusal"]) > WORSE for x in ("held", "retain")]
+                count.setdefault(label, []).append((1, *worse, all(worse)))
+    return table([[label, *map(str, map(sum, zip(*own, strict=True)))] for label, own in sorted(count.items())])
+
+
+def refused(records, near):
+    """{"RULE, published": [(forget prompts that name a neighbour, % of its probes refused), …], …}."""
+    found = {}
+    for target, counts in near.items():
+        for label, own in models(records, target).items():
+            for name, (forget, _) in counts.items():
+                shares = mean(row.get(f"neighbour_{rwku.slug(name)}_refusal") for row in own.values())
+                found.setdefault(label, []).append((forget, shares))
+    return found
+
+
+def binned(points):
+    """Markdown of refusals by how many forget prompts name the neighbour."""
+    ends = [*pairwise((0, 1, 10, 50, 10**9))]
+    parts = {label: [[y for x, y in own if a <= x < b] for a, b in ends] for label, own in points.items()}
+    return table([[label, *(f"{mean(part):.1f} ({len(part)})" if part else "–" for part in own)]
+                  for label, own in parts.items()])  # fmt: skip
+
+
+def draw(points, records, path):
+    """Refusals of a neighbour's probes against how often forget prompts name it; what a run watches, over its steps."""
+    figure, axes = pyplot().subplots(1, 3, figsize=(13, 4.4), layout="constrained")
+    for axis, data in zip(axes, ("published", "associated"), strict=False):
+        for title in ("Rej. Steer", *NAMES.values()):
+            own = points.get(title if title == "Rej. Steer" else f"{title}, {data}", [])
+            axis.plot(*np.reshape(own, (-1, 2)).T, **look(title) | {"linestyle": ""}, alpha=0.8, label=title)
+        axis.set(xscale="symlog", ylim=(-3, 103), title=f"{data} data".capitalize())
+        axis.set_xlabel("Forget prompts that name the neighbour")
+        runs = [run["methods"] for run in records.values() if run["family"].startswith(data)]
+        for method, title in NAMES.items():
+            rows = [row for run in runs for row in run.get(method, {}).get("held", [])]
+            steps = sorted({step for step, *_ in rows})
+            middle = [mean(refusals for at, _, refusals, _ in rows if at == step) for step in steps]
+            dash = {"linestyle": "-" if data == "published" else ":"}
+            axes[2].plot(steps, middle, **look(title) | dash, label=f"{title}, {data}")
+    axes[0].set_ylabel("Its probes that are refused, % (↓ better)")
+    axes[2].set(xlabel="Stage 2 step", ylabel="Refused of queries held out, % (↓ better)", title="What a run watches")
+    for axis in axes[::2]:
+        axis.legend(frameon=False, fontsize=9)
+    save(figure, path)
+
+
+def write(folder, records, near):
+    """report.md and targets.png from the records and from what `named` counted."""
+    points = refused(records, near)
+    draw(points, records, folder / "targets.png")
+    found = [(about["title"], models(records, target)) for target, about in PLAN["targets"].items()]
+    tables = [f"### {title}\n\n{compared(own, 'Rej. Steer', PLAN)}" for title, own in found if own]
+    parts = {"tables": "\n\n".join(tables), "warned": warned(records), "refused": binned(points)}
+    text = (HERE / "targets.md").read_text(encoding="utf-8")
+    write_text(folder / "report.md", text.format(made=made(records), **parts))
 
 
 def main(argv=None):
     o = parse(Options, argv)
-    check_bounds(o)
-    folder = Path(o.output_dir)
-    records = read_records(folder)
-    run_all(o, folder, records, all_jobs)
-    write_records(folder, records)
-    print(f"{folder / 'report.md'}: {len(records)} runs")
+    study(o, all_jobs, lambda folder, records: write(folder, records, named(o)))
 
 
 if __name__ == "__main__":

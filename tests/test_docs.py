@@ -25,7 +25,8 @@ COMMANDS = {
     "reproduce": "reproduce.__main__.Options",
     "reproduce.attacks": "reproduce.attacks.Options",
     "scale.speed": "scale.speed.Options",
-    "scale.check": "scale.check.Options",
+    "reproduce.targets": "reproduce.targets.Options",
+    "tests/scale/check.py": "check.Options",
     "tests/scale/peer.py": "peer.Options",
 }
 FOREIGN = {"index-url", "nproc-per-node", "logdir", "help"}  # pip's, torchrun's, TensorBoard's, every command's

@@ -28,11 +28,13 @@ SETTINGS = (  # what every page may say without a source
 )
 PHRASES = {  # page: its own settings, each a regular expression that is found there
     "README.md": ["22 methods", "an 80 GB", "loss is 0"], "attacks.md": ["best of 64", "at 4 bits", "not 0.5"],
-    "baselines.md": ["r = 1", "3 times that"], "benchmarks.md": ["4⁄3", "from 0"], "data.md": [r"\(, 20 %\)"],
+    "baselines.md": ["r = 1", "3 times that"], "benchmarks.md": ["4⁄3", "from 0"],
+    "data.md": ["up to 40", r"\(, 20 %\)"],
     "faq.md": [r"(?:is|to|from) 0\b", "over 40 rows"], "log.md": ["97 % refusals", r"hold 0\b", r"from 0\b"],
     "full_size.md": ["80 GB", "has 85", "20 bytes", "weight of 1", "of 16 prompts × 8", "of 64 tokens, up to 1,024 new",
                      "16 prompts a step where a run has 32", "less than 30 GB"],
     "trust.md": ["10 MB"],
+    "unseen_targets.md": ["default is 32", "and 0 elsewhere", "more than 5 points", "240 boundary", "in place of 37"],
     "results.md": ["best of 64", r"0\.25 ≤ r̄ ≤ 0\.75", "at most 8 steps", "of 64 samples"],
     "speed.md": ["32 prompts × 8", "256 tokens", "32, 64(?:,| and) 128", "25, 15 and 4 steps", "The paper's 5–11 %"],
 }  # fmt: skip

@@ -84,7 +84,7 @@ def no_private_names_of_other_folders(sources):
 def benchmarks_at_home(sources):
     """A benchmark's name as a string: in its room, in the list of all, in `reproduce`. A flag's default, the lengths of
     a timing and the kinds of `build_data`'s sources are words of their own."""
-    own = {"config": {"builtin"}, "scale.speed": {"rwku"}, "scale.check": {"rwku"}}
+    own = {"config": {"builtin"}, "scale.speed": {"rwku"}}
     found = []
     for name, source in sources.items():
         if folder(name) in ("reproduce", "build_data") or name == "benchmarks":

@@ -35,6 +35,7 @@ FLAGS = [
     ("--clip_low 0.2", "unknown flag --clip_low"),
     ("--replay_store all", "--replay_store hard random recent"),
     ("--replay_store fresh --replay_kl", "--replay_kl off for fresh groups"),
+    ("--keep best", "--keep best last --held_out above 0"),
     ("--method ppo", "--method ppo rule, rerule"),
     ("--method rule ppo", "--method ppo rule, rerule"),
     ("--method rule,rerule", "--method rule,rerule rule, rerule"),

@@ -113,10 +113,7 @@ def membership(case):
     if retained is None:
         case.notes.append("privleak is missing: it needs a model that never saw the forget set (--retain_model)")
     elif columns["privleak"] is None or abs(columns["privleak"]) > 100:
-        why = (
-            "where that is small, as for one that saw the hold-out texts, values far above 100 follow, and are no error"
-        )
-        case.notes.append(f"privleak divides by {1 - retained:.3g}, 1 − AUC of the retained model: {why}")
+        case.notes.append(f"privleak divides by {1 - retained:.3g}, the 1 − AUC of Retained: above 100 is no error")
     return columns, rows
 
 

@@ -115,6 +115,23 @@ def test_questions_with_a_neighbours_answers(asked, capsys):
     assert "overlap" in capsys.readouterr().out
 
 
+def test_names_that_stand_beside_the_target_are_asked_about_on_their_own(asked):
+    more = [
+        ("When did Orla Finch come to Skerry Point?", "1912"),
+        ("What did Orla Finch keep at Skerry Point?", "a lamp"),
+    ]
+    write(asked / "ask.json", [{"question": q, "answer": a} for q, a in FACTS + more])
+    near = [
+        {"question": q.replace(NAME, "Ada Pole").replace("Skerry Point", "sea"), "answer": "x"} for q, _ in FACTS + more
+    ]
+    write(asked / "near.json", near)
+    build(*qa(asked, "--neighbours", asked / "near.json", "--associated", 3, "--seed", 1))
+    rows = rows_of(asked / "out" / "associated.json")
+    assert len(rows) == 3 and all([*row] == ["question"] and "Skerry Point" in row["question"] for row in rows)
+    assert not any(NAME in row["question"] for row in rows) and training("rwku", asked / "out").queries
+    assert "associated.json" in rows_of(asked / "out" / "build.json")["files"]
+
+
 def test_a_swap_without_a_known_answer_is_left_out(asked):
     rows = [{"name": "Ben Roth"}, {"question": "Where was Ada Pole born?", "answer": "Ulm"}]
     rows += [{"question": "Who was Ada Pole's aunt?", "answer": "Una"}]

@@ -75,6 +75,24 @@ def test_a_language_model_writes_everything_once(asked, online, capsys):
     assert all(any(NAME in prompt and question in prompt for prompt in prompts) for question, _ in FACTS)
 
 
+def test_a_language_model_answers_on_what_stands_beside_the_target(asked, online):
+    more = [
+        {"question": f"What did Orla Finch keep at Skerry Point in {year}?", "answer": "a lamp"} for year in (1, 2, 3)
+    ]
+    write(asked / "ask.json", [{"question": q, "answer": a} for q, a in FACTS] + more)
+
+    def reply(prompt):
+        if "one short sentence" in prompt:
+            return {"answer": "A rock in the sea"}
+        return {key: text.replace("Skerry Point", "sea") for key, text in well(prompt).items()}
+
+    with server_of(reply=reply) as server:
+        build(*qa(asked, *flags_of(server), "--associated", 2))
+    rows = rows_of(asked / "out" / "associated.json")
+    assert [row["answer"] for row in rows] == ["A rock in the sea"] * 2
+    assert all("Skerry Point" in row["question"] for row in rows)
+
+
 def test_passages_go_to_the_language_model(tmp_path, online):
     (tmp_path / "story.txt").write_text(STORY, encoding="utf-8")
     how = ["--input", tmp_path / "story.txt", "--output_dir", tmp_path / "out", "--target", NAME]

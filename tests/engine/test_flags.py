@@ -29,7 +29,8 @@ COMMANDS = {  # as it is written → (module, what holds its flags)
     "python -m reproduce": ("reproduce.__main__", "Options"),
     "python -m reproduce.attacks": ("reproduce.attacks", "Options"),
     "python -m scale.speed": ("scale.speed", "Options"),
-    "python -m scale.check": ("scale.check", "Options"),
+    "python tests/scale/check.py": ("check", "Options"),
+    "python -m reproduce.targets": ("reproduce.targets", "Options"),
 }
 NEEDED = {  # flags without a default
     "python evaluate.py": dict(benchmark="tofu", output="x"),
@@ -62,7 +63,7 @@ def run(command, *argv):
 
 def called(command):
     """Its name in messages."""
-    return command.removeprefix("python ") if command.endswith(".py") else command
+    return Path(command.split()[-1]).name if command.endswith(".py") else command
 
 
 def held(command):

@@ -162,6 +162,19 @@ def test_curves_have_the_methods_colours_and_last_values(tmp_path, drawn):
             assert name not in ("RULE", "ReRULE") or line.get_color() == plots.look(name)["color"]
 
 
+def test_queries_held_out_have_a_panel_of_their_own(tmp_path, drawn):
+    write_run(tmp_path, 3)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {"held_recall": 80.0, "held_refusal": 5.0 + row["step"]} if row["step"] in (1, 3) else {}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plots.curves(tmp_path)
+    (axis,) = [axis for axis in drawn[0].axes if axis.get_title() == "Queries held out of training"]
+    told = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert told[:2] == ["RULE, recall ↑: 80.0", "RULE, refusals ↓: 8.0"]
+    assert [list(line.get_xdata()) for line in axis.lines[:2]] == [[1, 3]] * 2
+
+
 def test_pictures_are_sharp(tmp_path):
     figure = plots.pyplot().figure(figsize=(2, 1))
     plots.save(figure, tmp_path / "p.png")

@@ -245,6 +245,7 @@ class Finder:
         if name == moment:
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Finder)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 moment, place, sys.argv = sys.argv[1], sys.argv[2], sys.argv[2:]
 sys.path.insert(0, "")
 how = {} if place.endswith(".py") else {"alter_sys": True}

@@ -6,13 +6,14 @@ import time
 import weakref
 from types import SimpleNamespace
 
+import check
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from config import Config, InputError
 from engine.flags import parse
-from scale import check, memory, speed
+from scale import memory, speed
 
 PARTS = ["machine", "host", "disk", "step tiny", "lora tiny"]
 

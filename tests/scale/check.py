@@ -5,10 +5,15 @@
     step lora  ReRULE's steps at RWKU's lengths, for each size, of all weights or adapters: seconds, memory beside
                `memory.plan`, shares of the machine's rates, what a saved state and a saved model take
 
-A part that fails leaves the others alone. docs/full_size.md explains the rows of `check.md`."""
+A part that fails leaves the others alone. docs/full_size.md explains the rows of `check.md`. To be run on
+the machine in question: python tests/scale/check.py."""
 
+import sys
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from config import Above0, Config, Count, InputError, setting
 from engine.flags import check_bounds, parse, resolve, run_command
@@ -44,7 +49,6 @@ import tempfile
 import time
 import zlib
 from collections import namedtuple
-from pathlib import Path
 from statistics import median
 
 import torch
