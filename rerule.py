@@ -239,7 +239,7 @@ def unlearn_all(run, benchmark, training, probes, retained, texts):
     run.finish("run", {})
 
 
-def unlearn(run, method, original, tokenizer, training, judge, held):
+def unlearn(run, method, original, tokenizer, training, judge, held=()):
     """Train one method from where it starts. Returns: (model, seconds, why it stopped before its time or None)."""
     config, engine = run.config, run.engine
     source = run.folder / "rej_steer" if method in ("rule", "rerule") else original  # both from the same checkpoint
