@@ -104,11 +104,11 @@ def binned(points):
 def draw(points, records, path):
     """Refusals of a neighbour's probes against how often forget prompts name it; what a run watches, over its steps."""
     figure, axes = pyplot().subplots(1, 3, figsize=(13, 4.4), layout="constrained")
-    for axis, data in zip(axes, ("published", "associated"), strict=False):
+    for axis, (data, words) in zip(axes, PLAN["shown"].items(), strict=False):
         for title in ("Rej. Steer", *NAMES.values()):
             own = points.get(title if title == "Rej. Steer" else f"{title}, {data}", [])
             axis.plot(*np.reshape(own, (-1, 2)).T, **look(title) | {"linestyle": ""}, alpha=0.8, label=title)
-        axis.set(xscale="symlog", ylim=(-3, 103), title=f"{data} data".capitalize())
+        axis.set(xscale="symlog", ylim=(-3, 103), title=words)
         axis.set(xticks=[0, 1, 10, 100], xticklabels=[0, 1, 10, 100], xlabel="Forget prompts that name the neighbour")
         runs = [run["methods"] for run in records.values() if run["family"].startswith(data)]
         for method, title in NAMES.items():
@@ -119,7 +119,7 @@ def draw(points, records, path):
             axes[2].plot(steps, middle, **look(title) | dash, label=f"{title}, {data}")
     axes[0].set_ylabel("Its probes that are refused, % (↓ better)")
     axes[2].set(xlabel="Stage 2 step", ylabel="Refused of queries held out, % (↓ better)", title="What a run watches")
-    for axis in axes[::2]:
+    for axis in axes[1:]:
         axis.legend(frameon=False, fontsize=9)
     save(figure, path)
 

@@ -39,7 +39,7 @@ BENCHMARK = Benchmark(
     preset=dict(
         steps=3, lr=1e-3, tau=0.9, min_groups=2, warmup_steps=1, buffer_size=40, max_new_tokens=7, sft_lr=1e-3,
         sft_batch_size=4, sft_epochs=2.0, sft_stop=0.0, tiny_epochs=2.0, tiny_lr=2e-3, tiny_batch_size=8,
-        tiny_hidden=16, tiny_layers=1, eval_every=2, baseline_epochs=1.0, tiny_rows=0,
+        tiny_hidden=16, tiny_layers=1, eval_every=2, baseline_epochs=1.0, tiny_rows=0, held_out=0,
     ),
     columns={"capitals_refused": "Capitals refused ↑", "others_refused": "Others refused ↓"},
     train=train,
