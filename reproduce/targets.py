@@ -21,6 +21,7 @@ from reproduce import HERE, made, read_json, table
 from reproduce.attacks import compared, rows_of
 from reproduce.jobs import study
 from reproduce.plan import FIRST_SEED, jobs_of_row
+from reward import rouge_l_recall
 
 PLAN = read_json(HERE / "targets.json")
 
@@ -40,34 +41,41 @@ def all_jobs(o, records):
     """Every run, seed by seed; a family is <condition>@<target>."""
     jobs, seeds = [], range(FIRST_SEED, FIRST_SEED + o.seeds)
     for target, about in PLAN["targets"].items():
-        for condition, given in PLAN["conditions"].items():
+        for condition, given in conditions(target).items():
             flags = f"{about['data']} {about.get(condition, given['flags'])}".replace("TARGET", target)
             row = given | {"flags": flags} | ({"start": f"{given['start']}@{target}"} if "start" in given else {})
             jobs += jobs_of_row(o, records, f"{condition}@{target}", row, seeds, flags.split())
     return sorted(jobs, key=lambda job: job.seed)
 
 
-def named(o):
-    """{target: {neighbour that RWKU evaluates: [forget prompts that name it, boundary prompts]}}, kept beside the
-    records; counted where the targets' folder is given."""
-    path, found = Path(o.output_dir, "named.json"), {}
+def counted(o):
+    """{target: {"floor": forget recall of an answer that is the target's name, in %, "near": {neighbour that RWKU
+    evaluates: [forget prompts that name it, boundary prompts]}}}, kept beside the records; counted where the targets'
+    folder is given."""
+    path, found = Path(o.output_dir, "counted.json"), {}
     for target in [name for name in PLAN["targets"] if o.targets_dir and name != "tofu"]:
         place = SimpleNamespace(data_dir=str(Path(o.targets_dir, target)))
-        queries, near = rwku.train(place).queries, (probe.type for probe in rwku.probes(place) if not probe.forget)
+        queries, probes = rwku.train(place).queries, rwku.probes(place)
         sides = [[query.question for query in queries if query.kind == kind] for kind in ("forget", "boundary")]
-        for name in dict.fromkeys(near):
+        floor = mean((rouge_l_recall(probe.target, probe.answer) for probe in probes if probe.forget), 100)
+        found[target] = {"floor": floor, "near": {}}
+        for name in dict.fromkeys(probe.type for probe in probes if not probe.forget):
             holds = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.I).search
-            found.setdefault(target, {})[name] = [sum(map(bool, map(holds, side))) for side in sides]
+            found[target]["near"][name] = [sum(map(bool, map(holds, side))) for side in sides]
     if found:
         write_json(path, found)
     return read_json(path) if path.exists() else {}
 
 
-def models(records, target):
+def conditions(target):
+    """{family: how its runs differ}; on one target a setting is changed at a time too."""
+    return PLAN["conditions"] | PLAN["targets"][target].get("more", {})
+
+
+def models(records, target, of=PLAN["conditions"]):
     """{"RULE, published": {seed: columns}, …} of a target."""
-    found = {condition: rows_of(records, f"{condition}@{target}") for condition in PLAN["conditions"]}
-    return {f"{title}, {told}" if (told := PLAN["conditions"][condition]["data"]) else title: own
-            for condition, rows in found.items() for title, own in rows.items()}  # fmt: skip
+    return {f"{title}, {given['data']}" if given["data"] else title: own
+            for name, given in of.items() for title, own in rows_of(records, f"{name}@{target}").items()}  # fmt: skip
 
 
 def warned(records):
@@ -82,12 +90,12 @@ def warned(records):
     return table([[label, *map(str, map(sum, zip(*own, strict=True)))] for label, own in sorted(count.items())])
 
 
-def refused(records, near):
+def refused(records, counts):
     """{"RULE, published": [(forget prompts that name a neighbour, % of its probes refused), …], …}."""
     found = {}
-    for target, counts in near.items():
+    for target, of in counts.items():
         for label, own in models(records, target).items():
-            for name, (forget, _) in counts.items():
+            for name, (forget, _) in of["near"].items():
                 shares = mean(row.get(f"neighbour_{rwku.slug(name)}_refusal") for row in own.values())
                 found.setdefault(label, []).append((forget, shares))
     return found
@@ -124,12 +132,15 @@ def draw(points, records, path):
     save(figure, path)
 
 
-def write(folder, records, near):
-    """report.md and targets.png from the records and from what `named` counted."""
-    points = refused(records, near)
+def write(folder, records, counts):
+    """report.md and targets.png from the records and from what `counted` found."""
+    points = refused(records, counts)
     draw(points, records, folder / "targets.png")
-    found = [(about["title"], models(records, target)) for target, about in PLAN["targets"].items()]
-    tables = [f"### {title}\n\n{compared(own, 'Rej. Steer', PLAN)}" for title, own in found if own]
+    tables = []
+    for target, about in PLAN["targets"].items():
+        if own := models(records, target, conditions(target)):
+            floor = PLAN["floor"].format(counts[target]["floor"]) if target in counts else ""
+            tables.append(f"### {about['title']}\n\n{floor}{compared(own, 'Rej. Steer', PLAN)}")
     parts = {"tables": "\n\n".join(tables), "warned": warned(records), "refused": binned(points)}
     text = (HERE / "targets.md").read_text(encoding="utf-8")
     write_text(folder / "report.md", text.format(made=made(records), **parts))
@@ -137,7 +148,7 @@ def write(folder, records, near):
 
 def main(argv=None):
     o = parse(Options, argv)
-    study(o, all_jobs, lambda folder, records: write(folder, records, named(o)))
+    study(o, all_jobs, lambda folder, records: write(folder, records, counted(o)))
 
 
 if __name__ == "__main__":

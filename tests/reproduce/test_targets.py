@@ -37,23 +37,25 @@ def made_up():
 
 def test_every_job_is_a_command_that_the_driver_takes():
     jobs = targets.all_jobs(OPTIONS, {})
-    assert len(jobs) == 2 * 6 * 4 and {job.start for job in jobs} <= {None, *(job.name for job in jobs)}
+    assert len(jobs) == 2 * 6 * 5 + 6 and {job.start for job in jobs} <= {None, *(job.name for job in jobs)}
     assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)
     for job in jobs:
         config = configure([arg.format(targets_dir="DATA", tofu_dir="DATA") for arg in job.args])
         condition, target = job.family.split("@")
-        assert config.held_out == 32 and config.model == "tiny" and config.seed == job.seed
-        assert (config.associated > 0) == (condition == "associated") and config.data_dir.startswith("DATA")
+        assert config.held_out == 32 * (condition != "lessons") and config.model == "tiny" and config.seed == job.seed
+        assert (config.associated > 0) == (condition in ("associated", "weights"))
+        assert config.data_dir.startswith("DATA")
         assert config.benchmark == ("tofu" if target == "tofu" else "rwku")
         more = config.steps / {"rwku": 37, "tofu": 20}[config.benchmark]
-        assert more == pytest.approx(1.2 if condition == "associated" else 1, abs=0.02)  # 1,440 queries for 1,200
+        assert more == pytest.approx(1.2 if config.associated else 1, abs=0.02)  # 1,440 queries for 1,200
     assert not targets.all_jobs(targets.Options(), {})
     assert sum("chosen on" in about["title"] for about in targets.PLAN["targets"].values()) == 2
 
 
 def test_the_report_of_made_up_runs(tmp_path):
-    near = {"2_Confucius": {"Sea Guild": [60, 0], "Orkney": [0, 3]}, "12_Genghis_Khan": {"Sea Guild": [3, 0]}}
-    targets.write(tmp_path, made_up(), near)
+    counts = {"2_Confucius": {"floor": 27.1, "near": {"Sea Guild": [60, 0], "Orkney": [0, 3]}},
+              "12_Genghis_Khan": {"floor": 42.06, "near": {"Sea Guild": [3, 0]}}}  # fmt: skip
+    targets.write(tmp_path, made_up(), counts)
     text = (tmp_path / "report.md").read_text()
     assert "20 runs, seeds 21–23, 10.0 hours of one CPU thread, commit abc" in text
     first, second = (text.split(f"### {name}")[1].split("\n#")[0] for name in ("Confucius", "Genghis Khan"))
@@ -64,12 +66,13 @@ def test_the_report_of_made_up_runs(tmp_path):
     assert (
         lines["Rej. Steer"].endswith("|  |  |") and "91.0 ± 2.5" in lines["Rej. Steer"]
     )  # 90, 91, 92 by t: 4.303 / √3
+    assert "name alone has a forget recall of 27.1 %." in first and "recall of 42.1 %." in second
     assert "-1.0 ± 0.0" in second and "| PO, published | 90.0 |" in first
     assert "| RULE, published | 6 | 3 | 3 | 3 |" in text and "| ReRULE, associated | 6 | 0 | 0 | 0 |" in text
     assert "| RULE, published | 1.0 (1) | 11.0 (1) | – | 30.0 (1) |" in text
     assert (tmp_path / "targets.png").stat().st_size > 10_000
     again = (tmp_path / "targets.png").read_bytes()
-    targets.write(tmp_path, made_up(), near)
+    targets.write(tmp_path, made_up(), counts)
     assert (tmp_path / "targets.png").read_bytes() == again
 
 
@@ -81,10 +84,11 @@ def test_names_are_counted_where_the_folder_is_given_and_kept(tmp_path, monkeypa
     write(folder / "neighbor_level2.json", [row | {"neighbor": "Ben Roth"}, row | {"neighbor": "1"}])
     monkeypatch.setitem(targets.PLAN, "targets", {"7_Ada_Pole": {}, "tofu": {}})
     o = targets.Options(targets_dir=str(tmp_path / "data"), output_dir=str(tmp_path))
-    found = targets.named(o)
-    assert found["7_Ada_Pole"]["Ben Roth"] == [0, 4] and found["7_Ada_Pole"]["1"] == [1, 1]
+    found = targets.counted(o)
+    assert found["7_Ada_Pole"]["near"]["Ben Roth"] == [0, 4] and found["7_Ada_Pole"]["near"]["1"] == [1, 1]
+    assert found["7_Ada_Pole"]["floor"] == 20
     o.targets_dir = ""
-    assert targets.named(o) == found and targets.named(targets.Options(output_dir=str(tmp_path / "none"))) == {}
+    assert targets.counted(o) == found and targets.counted(targets.Options(output_dir=str(tmp_path / "none"))) == {}
 
 
 @pytest.mark.skipif(not (DATA / "rwku").is_dir(), reason="no real files beside the checkout")

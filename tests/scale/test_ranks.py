@@ -264,30 +264,41 @@ def test_a_state_of_one_process_goes_on_with_two(whole, tmp_path):
     same_run(tmp_path / "run", whole)
 
 
-def test_adapters_on_ranks(tmp_path):
-    """The run of one process, also where two were killed and one, or two, went on, or two took over from one."""
-    one, two, again, stopped = (tmp_path / name for name in ("one", "two", "again", "stopped"))
-    flags = (*FLAGS, "--lora_rank", "4")
-    ranks.drive("-", "--output_dir", one, *flags)
-    code, printed = torchrun(2, "drive", "1:rerule:5", "--output_dir", two, *flags)
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """One process's run of adapters, and one of two processes, of which one was killed."""
+    one, two = (tmp_path_factory.mktemp("adapted") / name for name in ("one", "two"))
+    ranks.drive("-", "--output_dir", one, *ADAPTERS)
+    code, printed = torchrun(2, "drive", "1:rerule:5", "--output_dir", two, *ADAPTERS)
     assert code != 0 and (two / "shards_rerule_4").is_dir(), printed
     kept = load_file(two / "shards_rerule_4" / "1.safetensors")
     assert sum(name.endswith(" weight") for name in kept) == 14 and all(".lora_" in name for name in kept)
-    subprocess.run(["cp", "-r", two, again], check=True)
-    code, printed = torchrun(2, "drive", "-", "--output_dir", again, *flags, "--resume")
-    assert code == 0, printed
-    ranks.drive("-", "--output_dir", two, *flags, "--resume")
-    with pytest.raises(KeyboardInterrupt):
-        ranks.drive("stop:rerule:5", "--output_dir", stopped, *flags)
-    code, printed = torchrun(2, "drive", "-", "--output_dir", stopped, *flags, "--resume")
-    assert code == 0, printed
-    for folder in (two, again, stopped):
-        same_run(folder, one)
-        for row, theirs in zip(metrics(folder), metrics(one), strict=True):
-            assert row["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
-        for phase in ("rej_steer", "rerule"):
-            ours, others = (load_file(f / phase / "adapter" / "adapter_model.safetensors") for f in (folder, one))
-            assert set(ours) == set(others) and all(torch.allclose(ours[n], others[n], atol=1e-4) for n in ours)
+    return one, two
+
+
+ADAPTERS = (*FLAGS, "--lora_rank", "4")
+
+
+@pytest.mark.parametrize("then", [2, *(pytest.param(n, marks=pytest.mark.long) for n in (1, "two after one"))])
+def test_adapters_on_ranks(adapted, tmp_path, then):
+    """The run of one process, also where two were killed and two, or one, went on, or two took over from one."""
+    (one, two), run = adapted, tmp_path / "run"
+    if then == "two after one":
+        with pytest.raises(KeyboardInterrupt):
+            ranks.drive("stop:rerule:5", "--output_dir", run, *ADAPTERS)
+    else:
+        subprocess.run(["cp", "-r", two, run], check=True)
+    if then == 1:
+        ranks.drive("-", "--output_dir", run, *ADAPTERS, "--resume")
+    else:
+        code, printed = torchrun(2, "drive", "-", "--output_dir", run, *ADAPTERS, "--resume")
+        assert code == 0, printed
+    same_run(run, one)
+    for row, theirs in zip(metrics(run), metrics(one), strict=True):
+        assert row["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+    for phase in ("rej_steer", "rerule"):
+        ours, others = (load_file(f / phase / "adapter" / "adapter_model.safetensors") for f in (run, one))
+        assert set(ours) == set(others) and all(torch.allclose(ours[n], others[n], atol=1e-4) for n in ours)
 
 
 def test_a_damaged_part_of_a_state_is_one_line(tmp_path):
