@@ -47,8 +47,7 @@ def read(folder):
     """{set: rows} of the five files in a folder. Raises InputError naming file, row and field."""
     sets = {}
     for name, (file, fields) in FILES.items():
-        path = Path(folder) / file
-        sets[name] = read_rows(path, fields)
+        sets[name] = read_rows(path := Path(folder) / file, fields)
         for number, row in enumerate(sets[name], 1):
             for field, good, wanted in checks(name, row):
                 if not good:

@@ -98,9 +98,9 @@ def summarise(rows, retained):
     and how often each neighbour's probes are refused."""
     table = {}
     for side, kinds in (("forget", ("fb", "qa", "aa")), ("retain", ("fb", "qa"))):
-        for kind in kinds:
-            table[f"{side}_{kind}"] = mean((r["rouge_l_recall"] for r in rows if r["split"] == f"{side}_{kind}"), 100)
-        table[f"{side}_all"] = mean_of(table, [f"{side}_{kind}" for kind in kinds])
+        for name in (splits := [f"{side}_{kind}" for kind in kinds]):
+            table[name] = mean((row["rouge_l_recall"] for row in rows if row["split"] == name), 100)
+        table[f"{side}_all"] = mean_of(table, splits)
     typed = [(slug(row["type"]), row) for row in rows if row.get("type")]
     attacks = [(kind, row) for kind, row in typed if row["split"] == "forget_aa"]
     for kind in sorted({kind for kind, _ in attacks} | {"cross_lingual"} if attacks else ()):  # each language, then all

@@ -183,8 +183,7 @@ def summarise(rows, retained):
             scores = np.minimum(ratios, 1 / ratios) if name == "forget" else np.maximum(0, 1 - ratios)
         table[f"{name}_truth_ratio"] = mean(scores.tolist())
     nine = [table[f"{s}_{m}"] for s in UTILITY_SETS for m in ("probability", "rouge_l", "truth_ratio")]
-    complete = None not in nine and not any(map(math.isnan, nine))
-    utility = float(hmean(nine)) if complete else None
+    utility = None if None in nine or any(map(math.isnan, nine)) else float(hmean(nine))
     table = {"model_utility": utility, "forget_quality": None, "forget_rouge_l": table["forget_rouge_l"]} | table
     notes, ratios = [], numbers([row for row in rows if row["split"] == "forget"], "truth_ratio")
     if retained is None:

@@ -38,8 +38,7 @@ def record(run, phase, row, groups, queries, stops):
     row["truncation"] = 1 - ended.float().mean().item()
     shown = row["step"] == phase.first or row["step"] % max(1, run.config.steps // 4) == 0
     rollouts = [[queries[g.query].kind, queries[g.query].question, g.texts[0], g.rewards[0].item()] for g in groups]
-    seconds = {f"seconds_{part}": value for part, value in phase.seconds.items()}
-    run.log(row | seconds, rollouts if shown else ())
+    run.log(row | {f"seconds_{part}": value for part, value in phase.seconds.items()}, rollouts if shown else ())
     phase.bar.set_postfix(reward=f"{row['reward']:.2f}", kl=f"{row['kl']:.3f}", buffer=row["buffer_size"])
     if shown:
         show_samples(phase, groups, queries)

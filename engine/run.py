@@ -281,8 +281,7 @@ class Phase:
             except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
                 where, reason = run.folder / "state.pt", f"{[*str(error).splitlines(), ''][0]:.80}"
                 raise InputError(f"{where}: does not fit the model of {name} ({reason})") from None
-        todo = range(self.first, steps + 1)
-        self.bar = Bar(todo, desc=name, initial=self.first - 1, total=steps)
+        self.bar = Bar(range(self.first, steps + 1), desc=name, initial=self.first - 1, total=steps)
 
     def __iter__(self):
         for step in self.bar:

@@ -60,8 +60,7 @@ def write(folder, seed):
     passages = [{"prompt": " ".join(lines[:2]), "gt": " ".join(lines[2:])} for lines in chapters(world, "target")]
     files = {"reject_target_0.5": stage1, "rl_rejection_with_neighbor": stage2, "verbmem/forget": passages}
     for side, roles in (("forget", ("target",)), ("retain", ("hard", "easy"))):
-        names = [name for role in roles for name in world.names(role)]
-        files[f"knowmem/{side}_qa"] = questions(world, names)
+        files[f"knowmem/{side}_qa"] = questions(world, [name for role in roles for name in world.names(role)])
         files[f"knowmem/{side}_qa_icl"] = questions(world, world.names("unknown")[:1])[:2]
     for name, rows in files.items():
         path = folder / f"{name}.json"

@@ -157,8 +157,7 @@ def tau_fall(r):
 
 def best_baseline():
     """The fine-tuning baseline with the best mean score at its best rate, on the seeds on which rates were chosen."""
-    rows = read_json(RATES).items()
-    best = {name: max(map(mean, row["scores"].values())) for name, row in rows if name != "purge"}
+    best = {name: max(map(mean, row["scores"].values())) for name, row in read_json(RATES).items() if name != "purge"}
     return TITLES[max(best, key=best.get)]
 
 

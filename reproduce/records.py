@@ -264,8 +264,7 @@ def bound(record, base, method="rerule"):
     p_H: the share of hard groups before replay, at the run's own τ. N_re: without skipped groups, as κ."""
     ran = record["methods"][method]
     p_hard = hard_share(base, record["tau"])
-    n_groups = sum(len(step) for step in ran["rewards"])
-    per_group = ran["response_tokens"] / n_groups  # G · L
+    per_group = ran["response_tokens"] / sum(len(step) for step in ran["rewards"])  # G · L
     n_on = p_hard * ran["response_tokens"]  # Eq. 28
     n_re = (ran["replay_groups"] - ran["replay_skipped"]) * per_group  # Eq. 29
     found = {"p_hard": p_hard, "n_on": n_on, "n_re": n_re, "clipped_share": ran["clipped_share"]}

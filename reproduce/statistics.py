@@ -48,8 +48,7 @@ def p_value(values, bar=0.0, sides=2):
 def holm(ps):
     """Holm's step-down p-values, in the order given: the k-th smallest of m times m − k + 1, never falling, ≤ 1."""
     order, factors = np.argsort(ps), np.arange(len(ps), 0, -1)
-    adjusted = np.maximum.accumulate(np.minimum(1, np.take(ps, order) * factors))
-    return adjusted[np.argsort(order)].tolist()
+    return np.maximum.accumulate(np.minimum(1, np.take(ps, order) * factors))[np.argsort(order)].tolist()
 
 
 def statistic(values):

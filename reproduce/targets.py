@@ -49,9 +49,8 @@ def all_jobs(o, records):
 
 
 def counted(o):
-    """{target: {"floor": forget recall of an answer that is the target's name, in %, "near": {neighbour that RWKU
-    evaluates: [forget prompts that name it, boundary prompts]}}}, kept beside the records; counted where the targets'
-    folder is given."""
+    """{target: {"floor": forget recall of an answer that is its name, in %, "near": {neighbour that RWKU evaluates:
+    [forget prompts that name it, boundary prompts]}}}: kept beside the records, new where the folder is given."""
     path, found = Path(o.output_dir, "counted.json"), {}
     for target in [name for name in PLAN["targets"] if o.targets_dir and name != "tofu"]:
         place = SimpleNamespace(data_dir=str(Path(o.targets_dir, target)))
@@ -105,8 +104,8 @@ def binned(points):
     """Markdown of refusals by how many forget prompts name the neighbour."""
     ends = [*pairwise((0, 1, 10, 50, 10**9))]
     parts = {label: [[y for x, y in own if a <= x < b] for a, b in ends] for label, own in points.items()}
-    return table([[label, *(f"{mean(part):.1f} ({len(part)})" if part else "–" for part in own)]
-                  for label, own in parts.items()])  # fmt: skip
+    cell = lambda part: f"{mean(part):.1f} ({len(part)})" if part else "–"  # noqa: E731
+    return table([[label, *map(cell, own)] for label, own in parts.items()])
 
 
 def draw(points, records, path):

@@ -133,8 +133,7 @@ def titles(names, models):
 
 def run_columns(benchmark, names, models):
     """{column: heading} of a run's table, the attacks' after the benchmark's own."""
-    columns = benchmark.row_columns or benchmark.columns | metrics.BESIDE | metrics.NAMED
-    return columns | titles(names, models)
+    return (benchmark.row_columns or benchmark.columns | metrics.BESIDE | metrics.NAMED) | titles(names, models)
 
 
 def table(names, models):

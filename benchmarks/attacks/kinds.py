@@ -216,8 +216,7 @@ def fine_tuned(case, taught, lr, name):
     rows = [(encode_prompt(tokenizer, p.prompt), encode_answer(tokenizer, p.prompt, p.answer)) for p in taught]
     yield 0, model
     for step in Bar(range(1, STEPS[-1] + 1), desc=f"relearning, {name}", leave=False):
-        batch = [rows[i] for i in batch_at(len(rows), BATCH, step, case.seed, "relearn", name)]
-        sft_loss_of(model, batch).backward()
+        sft_loss_of(model, [rows[i] for i in batch_at(len(rows), BATCH, step, case.seed, "relearn", name)]).backward()
         if not math.isfinite(case.engine.step(model, optimizer, 1.0)):
             case.notes.append(f"relearn: a gradient is not finite at step {step} ({name})")
             return
