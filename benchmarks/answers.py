@@ -66,8 +66,7 @@ def sampled(engine, model, tokenizer, prompts, limits, newline, batch_size, grou
     Args: prompts: lists of token ids; limits: new tokens allowed, per row; newline: whether one ends an answer;
         rng_of(row) → the generator of the batch that begins with this row.
     Returns: per prompt, list of (text, whether it was cut at its limit)."""
-    ends = set(stop_ids(tokenizer, model))
-    stops = stop_ids(tokenizer, model, newline)
+    ends, stops = set(stop_ids(tokenizer, model)), stop_ids(tokenizer, model, newline)
 
     def text_of(row, kept, limit):
         tokens = row[kept].tolist()[:limit]

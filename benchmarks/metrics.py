@@ -84,8 +84,7 @@ def common_columns(rows):
         if any(row["named"] is not None for row in part):
             for suffix, named in (("named", True), ("unnamed", False)):
                 table[f"{label}_refusal_{suffix}"] = percent([r for r in part if r["named"] is named], "refusal")
-    for key in NATURALNESS:
-        table[key] = mean((row.get("judge") or {}).get(key) for row in forget)
+    table |= {key: mean((row.get("judge") or {}).get(key) for row in forget) for key in NATURALNESS}
     table["naturalness_all"] = mean_of(table, NATURALNESS)
     for split in dict.fromkeys(row["split"] for row in rows):
         part = [row for row in rows if row["split"] == split]
@@ -125,8 +124,7 @@ def table(benchmark, result):
         kind = "e" if column == "forget_quality" and (value or 0) < 1e-3 else "f"
         return "–" if value is None else f"{value:.{digits}{kind}}"
 
-    lines = [["", *columns.values()]]
-    named = result["per_target"] if len(result["per_target"]) > 1 else {}
+    lines, named = [["", *columns.values()]], result["per_target"] if len(result["per_target"]) > 1 else {}
     for name, values in [*named.items(), ("mean" if named else benchmark.name, result["summary"])]:
         lines.append([printable(name), *(text(column, values.get(column)) for column in columns)])
     lines += benchmark.more_lines(result["summary"])

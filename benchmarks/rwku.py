@@ -58,8 +58,7 @@ def probes(o):
     if not folders:
         raise InputError(f"--data_dir {folder}: neither it nor a folder in it holds forget_level1.json")
     files = {"forget": ("forget_level", "fb qa aa", "type"), "retain": ("neighbor_level", "fb qa", "neighbor")}
-    fields = {"query": str, "answer": str, "type": str, "subject": str}
-    found = []
+    fields, found = {"query": str, "answer": str, "type": str, "subject": str}, []
     for place in folders:
         for side, (stem, kinds, about) in files.items():
             for level, kind in enumerate(kinds.split(), 1):
@@ -107,9 +106,8 @@ def summarise(rows, retained):
         part = [row["rouge_l_recall"] for name, row in attacks if name == kind or name.startswith(f"{kind}_")]
         table[f"attack_{kind}"] = mean(part, 100)
     near = [(name, row["refusal"]) for name, row in typed if not row["forget"]]
-    for name in dict.fromkeys(name for name, _ in near):
-        table[f"neighbour_{name}_refusal"] = mean((refused for own, refused in near if own == name), 100)
-    return table, []
+    about = {f"neighbour_{name}_refusal": mean((own for of, own in near if of == name), 100) for name, _ in near}
+    return table | about, []
 
 
 BENCHMARK = Benchmark(

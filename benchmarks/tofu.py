@@ -74,9 +74,8 @@ def train(o):
 
 def probes(o):
     """The four sets of model utility and forget quality, then forget01's questions in other words."""
-    folder = folder_of(o, "tofu")
+    folder, other = folder_of(o, "tofu"), {"paraphrased_answer": str}
     base = {"question": str, "answer": str, "perturbed_answer": list}
-    other = {"paraphrased_answer": str}
     sets = {
         "retain": read_rows(folder / "retain_perturbed.json", base | other)[:300],
         "real_authors": read_rows(folder / "real_authors_perturbed.json", base),

@@ -184,8 +184,7 @@ def rates(r, folder):
 
 def controls(r, folder):
     """What the gain is made of: at the shared rate, and at the one chosen for RULE."""
-    panels = {}
-    chosen = r.chosen and r.chosen["rule"]
+    panels, chosen = {}, r.chosen and r.chosen["rule"]
     for section, rate in (("controls", RATES[0]), ("controls_best", chosen)):
         rule, lines = r.at("rule", rate), {"ReRULE: hard groups": ("rerule", r.at("rerule", rate))}
         lines |= {words: (name, r.at(name, rate)) for name, words in WORDS["controls"].items()}

@@ -77,6 +77,16 @@ def models(records, target, of=PLAN["conditions"]):
             for name, given in of.items() for title, own in rows_of(records, f"{name}@{target}").items()}  # fmt: skip
 
 
+def together(records):
+    """Markdown of all targets: the means of the first four columns in one cell."""
+    found = {about["title"]: models(records, target) for target, about in PLAN["targets"].items()}
+    means = lambda own: [mean(row[name] for row in own.values()) for name in [*PLAN["columns"]][:4]]  # noqa: E731
+    cell = lambda own: " / ".join(f"{value:.1f}" for value in means(own)) if own else "–"  # noqa: E731
+    labels = dict.fromkeys(label for own in found.values() for label in own)
+    rows = [[label, *(cell(own.get(label)) for own in found.values())] for label in labels]
+    return table(rows, f"| | {' | '.join(found)} |")
+
+
 def warned(records):
     """Markdown of how often the warning of a run came, and how often it should have, over all targets."""
     count = {}
@@ -95,8 +105,8 @@ def refused(records, counts):
     for target, of in counts.items():
         for label, own in models(records, target).items():
             for name, (forget, _) in of["near"].items():
-                shares = mean(row.get(f"neighbour_{rwku.slug(name)}_refusal") for row in own.values())
-                found.setdefault(label, []).append((forget, shares))
+                share = mean(row.get(f"neighbour_{rwku.slug(name)}_refusal") for row in own.values())
+                found.setdefault(label, []).append((forget, share))
     return found
 
 
@@ -140,9 +150,9 @@ def write(folder, records, counts):
         if own := models(records, target, conditions(target)):
             floor = PLAN["floor"].format(counts[target]["floor"]) if target in counts else ""
             tables.append(f"### {about['title']}\n\n{floor}{compared(own, 'Rej. Steer', PLAN)}")
-    parts = {"tables": "\n\n".join(tables), "warned": warned(records), "refused": binned(points)}
+    parts = {"together": together(records), "tables": "\n\n".join(tables), "made": made(records)}
     text = (HERE / "targets.md").read_text(encoding="utf-8")
-    write_text(folder / "report.md", text.format(made=made(records), **parts))
+    write_text(folder / "report.md", text.format(**parts, warned=warned(records), refused=binned(points)))
 
 
 def main(argv=None):

@@ -211,8 +211,7 @@ def relearn(case):
 def fine_tuned(case, taught, lr, name):
     """Yield (step, the copy) at each of `STEPS` of SFT in float32; a gradient not finite ends it, with a note."""
     model = copy.deepcopy(case.model).float().requires_grad_(True)
-    optimizer = optimizer_for(model, lr, 0.0)
-    tokenizer = case.tokenizer
+    optimizer, tokenizer = optimizer_for(model, lr, 0.0), case.tokenizer
     rows = [(encode_prompt(tokenizer, p.prompt), encode_answer(tokenizer, p.prompt, p.answer)) for p in taught]
     yield 0, model
     for step in Bar(range(1, STEPS[-1] + 1), desc=f"relearning, {name}", leave=False):
