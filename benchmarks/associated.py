@@ -28,7 +28,7 @@ CAPITAL = r"[^\W\d_a-zß-öø-ÿ][\w-]*"
 RUN = re.compile(rf"(?<![\w-]){CAPITAL}(?: (?:(?:of|the|van|von|de|da|del|der|bin|al|la) )*{CAPITAL})*")
 OPENERS = "what when where which who whose why how did do does is was the a an in on at"  # of any sentence
 WORSE = 5  # points less recall, or more refusals, than after Stage 1, from which on it is told
-REMEDIES = "--associated 240 asks about names that forget prompts hold; a lower --lr, fewer --steps, --keep best"
+REMEDIES = "--associated 240 for names that forget prompts hold, --epsilon_low 1 for ReRULE, a lower --lr, --keep best"
 
 
 def names_in(text, targets, plain):

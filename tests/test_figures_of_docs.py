@@ -27,7 +27,7 @@ SETTINGS = (  # what every page may say without a source
     r"\b95 % (?:[\w-]+ )?(?:t-)?interval|≤ \d+ tokens|× 100\b|\b100 − ",
 )
 PHRASES = {  # page: its own settings, each a regular expression that is found there
-    "README.md": ["22 methods", "an 80 GB", "loss is 0"], "attacks.md": ["best of 64", "at 4 bits", "not 0.5"],
+    "README.md": ["22 methods", "an 80 GB"], "attacks.md": ["best of 64", "at 4 bits", "not 0.5"],
     "baselines.md": ["r = 1", "3 times that"], "benchmarks.md": ["4⁄3", "from 0"],
     "data.md": ["up to 40", r"\(, 20 %\)"],
     "faq.md": [r"(?:is|to|from) 0\b", "over 40 rows"], "log.md": ["97 % refusals", r"hold 0\b", r"from 0\b"],
@@ -35,7 +35,8 @@ PHRASES = {  # page: its own settings, each a regular expression that is found t
                      "16 prompts a step where a run has 32", "less than 30 GB"],
     "trust.md": ["10 MB"],
     "unseen_targets.md": [r"default\s+is 32", "and 0 in the", "more than 5 points", "up to 240", "in place of 37",
-                          "hold 300", "above 0, its"],
+                          "hold 300", "above 0, its", r"\[0(?:\.8)?, 1\.3\]", r"\b0\.8\b", r"fall to 0\b",
+                          "is almost 0"],
     "results.md": ["best of 64", r"0\.25 ≤ r̄ ≤ 0\.75", "at most 8 steps", "of 64 samples"],
     "speed.md": ["32 prompts × 8", "256 tokens", "32, 64(?:,| and) 128", "25, 15 and 4 steps", "The paper's 5–11 %"],
 }  # fmt: skip
