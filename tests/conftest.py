@@ -54,6 +54,14 @@ def tiny(architecture, vocab=40):
     return model_of(config).eval()
 
 
+@pytest.fixture(scope="session")
+def early(tmp_path_factory):
+    """Flags that take the miniature's models before Stage 2 from a run that is made once."""
+    folder = tmp_path_factory.mktemp("early") / "run"
+    miniature.main("--output_dir", folder, "--method", "rej_steer")
+    return "--start_from", folder
+
+
 @pytest.fixture(params=["llama", "qwen2", "gpt2"])
 def any_model(request):
     """A random model of each architecture, sharp enough (init 0.3) that a wrong position or mask shows."""

@@ -112,7 +112,7 @@ def test_alone_equals_together_and_no_replay_equals_rule(whole, tmp_path):
     miniature.main("--output_dir", tmp_path / "a", "--eval_every", 3, *ALONE)
     assert weights(tmp_path / "a", "rerule") == weights(whole, "rerule")
     assert stage2(tmp_path / "a", "rerule") == stage2(whole, "rerule")
-    miniature.main("--output_dir", tmp_path / "b", "--eval_every", 3, *ALONE, "--warmup_steps", 99)
+    miniature.main("--output_dir", tmp_path / "b", "--eval_every", 3, *ALONE, "--warmup_steps", 99, "--start_from", whole)
     assert weights(tmp_path / "b", "rerule") == weights(whole, "rule")
     assert "ReRULE† |" in (tmp_path / "b/table.md").read_text() and "†" not in (whole / "table.md").read_text()
 
@@ -121,7 +121,7 @@ def test_alone_equals_together_and_no_replay_equals_rule(whole, tmp_path):
 
 
 @pytest.fixture
-def spied(monkeypatch, tmp_path):
+def spied(monkeypatch, tmp_path, early):
     """Run ReRULE with weights saved at every step; returns a function (flags) → (weights by step, replay updates)."""
 
     def go(*flags):
@@ -144,7 +144,8 @@ def spied(monkeypatch, tmp_path):
         monkeypatch.setattr(rerule, "rollout", spy_rollout)
         monkeypatch.setattr(rerule, "replay_update", spy_update)
         monkeypatch.setattr(ReplayBuffer, "draw", spy_draw)
-        miniature.main("--output_dir", tmp_path / "run", *ALONE, *flags)
+        own = () if "--temperature" in flags else early  # another temperature is another run from the start
+        miniature.main("--output_dir", tmp_path / "run", *ALONE, *own, *flags)
         return saved, replays, tmp_path / "run"
 
     return go
@@ -181,12 +182,12 @@ def test_current_replays_the_step_itself(spied):
     assert ratios and all(abs(ratio - 1) > 1e-5 for ratio in ratios)  # one optimiser step lies between
 
 
-def test_none_steps_on_a_gradient_of_zero(spied):
+def test_none_steps_on_a_gradient_of_zero(spied, early):
     _, replays, folder = spied("--replay_store", "none")
     rows = [row for row in stage2(folder, "rerule") if "replay_groups" in row]
     assert [used for _, used, _ in replays] == [0] * 5 and [row["replay_grad_norm"] for row in rows] == [0.0] * 5
     rule = folder.parent / "rule"
-    miniature.main("--output_dir", rule, "--method", "rule")
+    miniature.main("--output_dir", rule, "--method", "rule", *early)
     assert weights(folder, "rerule") != weights(rule, "rule")  # momentum moved them
 
 
@@ -217,13 +218,13 @@ def test_storing_until_activation(spied):
     assert sizes[1] >= 8 and len(set(sizes[1:])) == 1
 
 
-def test_combined_takes_one_step_and_separate_two(monkeypatch, tmp_path):
+def test_combined_takes_one_step_and_separate_two(monkeypatch, tmp_path, early):
     steps = []
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (steps.append(self), step(self, *a))[1])
     count = {}
     for kind in ("combined", "separate"):
-        miniature.main("--output_dir", tmp_path / kind, *ALONE, "--replay_step", kind)
+        miniature.main("--output_dir", tmp_path / kind, *ALONE, *early, "--replay_step", kind)
         count[kind] = sum(1 for optimizer in steps if optimizer is steps[-1])
         steps.clear()
     rows = stage2(tmp_path / "separate", "rerule")
@@ -297,8 +298,8 @@ def test_normalised_weights_have_mean_one(model, monkeypatch):
         ("--replay_objective", "surrogate", "--loss_norm", "token", "--forget_reward", "target", "--unbiased", "False"),
     ],
 )  # fmt: skip
-def test_every_variant_runs(flags, tmp_path):
-    miniature.main("--output_dir", tmp_path / "run", *ALONE, *flags)
+def test_every_variant_runs(flags, tmp_path, early):
+    miniature.main("--output_dir", tmp_path / "run", *ALONE, *early, *flags)
     rows = stage2(tmp_path / "run", "rerule")
     assert len(rows) == 7 and all(torch.isfinite(torch.tensor(row["grad_norm"])) for row in rows)
     if "--replay_kl" not in flags:

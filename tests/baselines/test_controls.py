@@ -136,18 +136,18 @@ def rows_of(folder, *flags):
     return [row for row in rows if row["stage"] == 2]
 
 
-def test_fresh_rollouts_through_the_driver(tmp_path):
-    rows = rows_of(tmp_path, "--method", "rerule", "--replay_store", "fresh")
+def test_fresh_rollouts_through_the_driver(tmp_path, early):
+    rows = rows_of(tmp_path / "run", *early, "--method", "rerule", "--replay_store", "fresh")
     replayed = [row for row in rows if row.get("ratio_mean")]
     assert replayed and all(row["replay_age"] == 0 for row in replayed)
     assert all(abs(row[f"ratio_{end}"] - 1) < 1e-4 for row in replayed for end in ("min", "mean", "max"))
 
 
-def test_dynamic_sampling_and_share_through_the_driver(tmp_path):
-    rows = rows_of(tmp_path / "a", "--method", "rule", "--redraw", "2")
-    plain = rows_of(tmp_path / "b", "--method", "rule")
+def test_dynamic_sampling_and_share_through_the_driver(tmp_path, early):
+    rows = rows_of(tmp_path / "a", *early, "--method", "rule", "--redraw", "2")
+    plain = rows_of(tmp_path / "b", *early, "--method", "rule")
     assert sum(row["redrawn"] for row in rows) > 0 == sum(row["redrawn"] for row in plain)
     assert sum(row["equal_groups"] for row in rows) < sum(row["equal_groups"] for row in plain)
     more = ("--buffer_size", "999", "--min_groups", "999", "--min_share", "0.01")
-    shared = rows_of(tmp_path / "c", "--method", "rerule", *more)
+    shared = rows_of(tmp_path / "c", *early, "--method", "rerule", *more)
     assert any(row.get("replay_groups") for row in shared)  # where 999 groups would never do

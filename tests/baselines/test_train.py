@@ -210,7 +210,7 @@ def test_a_perplexity_past_the_bound_stops_a_method(tmp_path, capsys):
     no_nan_on_disk(folder)
 
 
-def test_a_loss_that_is_not_finite_stops_a_method_with_the_weights_before(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_a_method_with_the_weights_before(tmp_path, monkeypatch, early):
     loss_at = train.loss_at
 
     def spoilt(engine, model, original, rows, step, *rest):
@@ -219,7 +219,7 @@ def test_a_loss_that_is_not_finite_stops_a_method_with_the_weights_before(tmp_pa
         return loss_at(engine, model, original, rows, step, *rest) * (math.nan if step == 3 else 1)
 
     monkeypatch.setattr(train, "loss_at", spoilt)
-    miniature.main("--output_dir", tmp_path / "run", "--method", "npo", *FLAGS)
+    miniature.main("--output_dir", tmp_path / "run", "--method", "npo", *FLAGS, *early)
     assert [row["step"] for row in rows(tmp_path / "run") if row["method"] == "npo"] == [1, 2]
     saved = ENGINE.load(tmp_path / "run" / "npo")[0].state_dict()
     assert all(torch.equal(saved[name], value) for name, value in spoilt.weights.items())
@@ -227,7 +227,7 @@ def test_a_loss_that_is_not_finite_stops_a_method_with_the_weights_before(tmp_pa
     no_nan_on_disk(tmp_path / "run")
 
 
-def test_stage_2_stops_with_finite_weights_too(tmp_path, monkeypatch):
+def test_stage_2_stops_with_finite_weights_too(tmp_path, monkeypatch, early):
     advantages = rerule.group_advantages
     calls = []
 
@@ -236,7 +236,7 @@ def test_stage_2_stops_with_finite_weights_too(tmp_path, monkeypatch):
         return advantages(rewards, unbiased) * (math.nan if len(calls) == 4 else 1)
 
     monkeypatch.setattr(rerule, "group_advantages", spoilt)
-    miniature.main("--output_dir", tmp_path / "run", "--method", "rule")
+    miniature.main("--output_dir", tmp_path / "run", "--method", "rule", *early)
     assert [row["step"] for row in rows(tmp_path / "run") if row["method"] == "rule"] == [1, 2, 3]
     assert "not finite" in json.loads((tmp_path / "run" / "table.json").read_text())["RULE"]["stopped"]
     no_nan_on_disk(tmp_path / "run")
