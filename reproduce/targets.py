@@ -8,8 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-
 from benchmarks import rwku
 from benchmarks.associated import WORSE
 from benchmarks.metrics import mean
@@ -121,21 +119,22 @@ def binned(points):
 def draw(points, records, path):
     """Refusals of a neighbour's probes against how often forget prompts name it; what a run watches, over its steps."""
     figure, axes = pyplot().subplots(1, 3, figsize=(13, 4.4), layout="constrained")
-    for axis, (data, words) in zip(axes, PLAN["shown"].items(), strict=False):
-        for title in ("Rej. Steer", *NAMES.values()):
-            own = points.get(title if title == "Rej. Steer" else f"{title}, {data}", [])
-            axis.plot(*np.reshape(own, (-1, 2)).T, **look(title) | {"linestyle": ""}, alpha=0.8, label=title)
-        axis.set(xscale="symlog", ylim=(-3, 103), title=words)
-        axis.set(xticks=[0, 1, 10, 100], xticklabels=[0, 1, 10, 100], xlabel="Forget prompts that name the neighbour")
-        runs = [run["methods"] for run in records.values() if run["family"].startswith(data)]
-        for method, title in NAMES.items():
-            rows = [row for run in runs for row in run.get(method, {}).get("held", [])]
-            steps = sorted({step for step, *_ in rows})
-            middle = [mean(refusals for at, _, refusals, _ in rows if at == step) for step in steps]
-            dash = {"linestyle": "-" if data == "published" else ":"}
-            axes[2].plot(steps, middle, **look(title) | dash, label=f"{title}, {data}")
+    for axis, (words, families) in zip(axes, PLAN["shown"].items(), strict=False):
+        for title, family in families.items():
+            data, dash = PLAN["conditions"][family]["data"], "-" if family == "published" else ":"
+            label = f"{title}, {data}" if data else title
+            seen = zip(*points.get(label, []), strict=True)
+            axis.plot(*seen, **look(title) | {"linestyle": "", "alpha": 0.8}, label=title)
+            runs = [run for run in records.values() if run["family"].startswith(f"{family}@")]
+            looks = [(round(4 * step / run["steps"]) / 4, refusals) for run in runs  # at 0, a quarter, a half, …
+                     for step, _, refusals, _ in run["methods"].get(title.lower(), {}).get("held", [])]  # fmt: skip
+            middle = [(at, mean(y for x, y in looks if x == at)) for at in sorted({x for x, _ in looks})]
+            axes[2].plot(*zip(*middle, strict=True), **look(title) | {"linestyle": dash}, label=label)
+        axis.set(xscale="symlog", ylim=(-3, 103), title=words, xlabel="Forget prompts that name the neighbour")
+        axis.set(xticks=[0, 1, 10, 100], xticklabels=[0, 1, 10, 100])
     axes[0].set_ylabel("Its probes that are refused, % (↓ better)")
-    axes[2].set(xlabel="Stage 2 step", ylabel="Refused of queries held out, % (↓ better)", title="What a run watches")
+    axes[2].set(title="What a run watches", xlabel="Part of Stage 2", xticks=[0.25, 0.5, 0.75, 1])
+    axes[2].set_ylabel("Refused of queries held out, % (↓ better)")
     for axis in axes[1:]:
         axis.legend(frameon=False, fontsize=9)
     save(figure, path)

@@ -109,12 +109,12 @@ def test_rule_and_rerule_are_identical_until_replay_starts(whole):
 
 
 def test_alone_equals_together_and_no_replay_equals_rule(whole, tmp_path):
-    miniature.main("--output_dir", tmp_path / "a", "--eval_every", 3, *ALONE)
-    assert weights(tmp_path / "a", "rerule") == weights(whole, "rerule")
-    assert stage2(tmp_path / "a", "rerule") == stage2(whole, "rerule")
-    miniature.main("--output_dir", tmp_path / "b", "--eval_every", 3, *ALONE, "--warmup_steps", 99, "--start_from", whole)
-    assert weights(tmp_path / "b", "rerule") == weights(whole, "rule")
-    assert "ReRULE† |" in (tmp_path / "b/table.md").read_text() and "†" not in (whole / "table.md").read_text()
+    a, b, flags = tmp_path / "a", tmp_path / "b", ("--eval_every", 3, *ALONE)
+    miniature.main("--output_dir", a, *flags)
+    assert weights(a, "rerule") == weights(whole, "rerule") and stage2(a, "rerule") == stage2(whole, "rerule")
+    miniature.main("--output_dir", b, *flags, "--start_from", whole, "--warmup_steps", 99)
+    assert weights(b, "rerule") == weights(whole, "rule")
+    assert "ReRULE† |" in (b / "table.md").read_text() and "†" not in (whole / "table.md").read_text()
 
 
 # --- replay, seen through the driver ---------------------------------------------------------------------------------
