@@ -22,7 +22,8 @@ def made(records):
     """What a report is made of."""
     commits, seeds = ({record[key] for record in records.values()} for key in ("commit", "seed"))
     hours = sum(record["seconds"] for record in records.values()) / 3600
-    told = f"seeds {min(seeds)}–{max(seeds)}, {hours:.1f} hours of one CPU thread, commit {', '.join(sorted(commits))}"
+    ends = "–".join(map(str, sorted({min(seeds), max(seeds)})))
+    told = f"seeds {ends}, {hours:.1f} hours of one CPU thread, commit {', '.join(sorted(commits))}"
     return f"{len(records)} runs, {told}"
 
 
