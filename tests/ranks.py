@@ -152,7 +152,7 @@ def unlearn_all(engine, folder, name, flags):
         return here, rerule.unlearn(here, method, folder / "words", tokenizer, training, dict)[0]
 
     with patch.object(run, "optimizer_for", descent), patch.object(rerule, "optimizer_for", descent):
-        for method in METHODS[: METHODS.index("rule")]:
+        for method in methods_of(flags):
             if method == "npo_klr" and flags:
                 with pytest.raises(KeyboardInterrupt), patch.object(files.Log, "write", interrupted):
                     unlearn(method)
@@ -166,6 +166,11 @@ def unlearn_all(engine, folder, name, flags):
             found[method] = [(row["loss"], row["grad_norm"]) for row in rows], weights, answers
     if files.RANK == 0:
         torch.save(found, folder / f"all.{name}.{flags}.pt")
+
+
+def methods_of(flags):
+    """With adapters one of each kind: a loss alone, with a reference, with retain rows, on a copy, two models."""
+    return ["ga", "dpo", "npo_klr", "task_vector", "whp"] if "lora" in flags else METHODS[: METHODS.index("rule")]
 
 
 def descent(model, lr, weight_decay):

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import grpo
-from baselines import METHODS
 from benchmarks.tiny import text_tokenizer, word_tokenizer
 from config import InputError
 from engine.model import optimizer_for
@@ -110,8 +109,9 @@ def test_weights_are_saved_in_either_type_and_tied_ones_once(steps, kind, way):
     assert weights < size < weights + 4000 and abs(half - size / 2) < 4000  # names take some
 
 
-@pytest.mark.parametrize("way", ["two", "one checkpoint offload", "two lora"])
-@pytest.mark.parametrize("method", METHODS[: METHODS.index("rule")])
+@pytest.mark.parametrize(
+    "way, method", [(w, m) for w in ("two", "one checkpoint offload", "two lora") for m in ranks.methods_of(w)]
+)
 def test_every_method_is_one_processs(steps, method, way):
     """Losses and norms of each step, the saved weights, both of WHP, and what they answer once read again."""
     one, other = steps["all", "one lora" if "lora" in way else "one"][method], steps["all", way][method]
