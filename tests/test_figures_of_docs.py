@@ -30,7 +30,7 @@ PHRASES = {  # page: its own settings, each a regular expression that is found t
     "README.md": ["22 methods", "an 80 GB"], "attacks.md": ["best of 64", "at 4 bits", "not 0.5"],
     "baselines.md": ["r = 1", "3 times that"], "benchmarks.md": ["4⁄3", "from 0"],
     "data.md": ["up to 40", r"\(, 20 %\)"],
-    "faq.md": [r"(?:is|to|from) 0\b", "over 40 rows"], "log.md": ["97 % refusals", r"hold 0\b", r"from 0\b"],
+    "faq.md": [r"(?:is|to|from) 0\b", "over 40 rows"], "log.md": ["97 % refusals", r"hold 0\b", r"from 0\b", r"fall to 0\b", "and ε_low = 1;"],
     "full_size.md": ["80 GB", "has 85", "20 bytes", "weight of 1", "of 16 prompts × 8", "of 64 tokens, up to 1,024 new",
                      "16 prompts a step where a run has 32", "less than 30 GB"],
     "trust.md": ["10 MB"],
