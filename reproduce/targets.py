@@ -36,10 +36,10 @@ class Options:
 
 
 def all_jobs(o, records):
-    """Every run, seed by seed; a family is <condition>@<target>."""
+    """Every run, seed by seed; a family is <condition>@<target>. On one target settings are changed one at a time."""
     jobs, seeds = [], range(FIRST_SEED, FIRST_SEED + o.seeds)
     for target, about in PLAN["targets"].items():
-        for condition, given in conditions(target).items():
+        for condition, given in (PLAN["conditions"] | about.get("more", {})).items():
             flags = f"{about['data']} {about.get(condition, given['flags'])}".replace("TARGET", target)
             row = given | {"flags": flags} | ({"start": f"{given['start']}@{target}"} if "start" in given else {})
             jobs += jobs_of_row(o, records, f"{condition}@{target}", row, seeds, flags.split())
@@ -47,8 +47,8 @@ def all_jobs(o, records):
 
 
 def counted(o):
-    """{target: {"floor": forget recall of an answer that is its name, in %, "near": {neighbour that RWKU evaluates:
-    [forget prompts that name it, boundary prompts]}}}: kept beside the records, new where the folder is given."""
+    """{target: {"floor": forget recall of an answer that is the target's name, in %, "near": {neighbour that RWKU
+    evaluates: [forget prompts that name it, boundary prompts]}}}, counted or, without the targets' folder, read."""
     path, found = Path(o.output_dir, "counted.json"), {}
     for target in [name for name in PLAN["targets"] if o.targets_dir and name != "tofu"]:
         place = SimpleNamespace(data_dir=str(Path(o.targets_dir, target)))
@@ -62,11 +62,6 @@ def counted(o):
     if found:
         write_json(path, found)
     return read_json(path) if path.exists() else {}
-
-
-def conditions(target):
-    """{family: how its runs differ}; on one target a setting is changed at a time too."""
-    return PLAN["conditions"] | PLAN["targets"][target].get("more", {})
 
 
 def models(records, target, of=PLAN["conditions"]):
@@ -144,11 +139,15 @@ def write(folder, records, counts):
     """report.md and targets.png from the records and from what `counted` found."""
     points = refused(records, counts)
     draw(points, records, folder / "targets.png")
-    tables = []
+    tables, first = [], {name: run for name, run in records.items() if run["seed"] == FIRST_SEED}
     for target, about in PLAN["targets"].items():
-        if own := models(records, target, conditions(target)):
-            floor = PLAN["floor"].format(counts[target]["floor"]) if target in counts else ""
-            tables.append(f"### {about['title']}\n\n{floor}{compared(own, 'Rej. Steer', PLAN)}")
+        floor = PLAN["floor"].format(**counts[target]) if target in counts else ""
+        found = {f"{about['title']}\n\n{floor}": models(records, target)}
+        if "more" in about:
+            found[f"{about['title']}: {PLAN['changed']}\n\n"] = models(
+                first, target, PLAN["conditions"] | about["more"]
+            )
+        tables += [f"### {head}{compared(own, 'Rej. Steer', PLAN)}" for head, own in found.items() if own]
     parts = {"together": together(records), "tables": "\n\n".join(tables), "made": made(records)}
     text = (HERE / "targets.md").read_text(encoding="utf-8")
     write_text(folder / "report.md", text.format(**parts, warned=warned(records), refused=binned(points)))
