@@ -124,7 +124,8 @@ def table(benchmark, result):
         kind = "e" if column == "forget_quality" and (value or 0) < 1e-3 else "f"
         return "–" if value is None else f"{value:.{digits}{kind}}"
 
-    lines, named = [["", *columns.values()]], result["per_target"] if len(result["per_target"]) > 1 else {}
+    lines = [["", *columns.values()]]
+    named = result["per_target"] if len(result["per_target"]) > 1 else {}
     for name, values in [*named.items(), ("mean" if named else benchmark.name, result["summary"])]:
         lines.append([printable(name), *(text(column, values.get(column)) for column in columns)])
     lines += benchmark.more_lines(result["summary"])

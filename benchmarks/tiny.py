@@ -39,9 +39,8 @@ def lessons(benchmark, training, probes, seed, refusals="all", beside=0, retain_
     Every probe's answer and every boundary query's; some answer about the target to each forget query that is no probe,
     for those have none published and a model that answers nothing there has nothing to unlearn; and refusals to the
     same questions about made-up people: the model has refused before Stage 1, and it is the name that decides.
-    beside: so many questions on what stands beside the target, for a model that can read knows something of that; its
-    answers are drawn. refusals: "trained" keeps these to training's questions, in its words. retain_only: nothing about
-    the target."""
+    beside: so many questions on what is beside the target, of which a model that can read knows some; answers drawn.
+    refusals: "trained" keeps these to training's questions, in its words. retain_only: nothing about the target."""
     rng = random.Random(derive_seed(seed, "lessons"))
     targets = sorted({probe.target for probe in probes if probe.forget and probe.target})
     known = [probe.answer for probe in probes if probe.forget]

@@ -38,7 +38,8 @@ class Town(builtin.World):
             values[tie] = rng.sample(near, N_TARGETS), other
         roles = ["target"] * N_TARGETS + [role for role in (*TIES, "far", "unknown") for _ in range(N_EACH)]
         for i, (name, role) in enumerate(zip(first, roles, strict=True)):
-            own, person = TIES[i % 3] if role == "unknown" else role, {"role": role}
+            own = TIES[i % 3] if role == "unknown" else role
+            person = {"role": role}
             for tie, (near, other) in values.items():
                 person[tie] = near[i % N_TARGETS] if own in ("target", tie) else rng.choice(other)
             person["facts"] = {attribute: self.fact(person, attribute) for attribute in ATTRIBUTES}

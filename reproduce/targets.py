@@ -144,9 +144,8 @@ def write(folder, records, counts):
         floor = PLAN["floor"].format(**counts[target]) if target in counts else ""
         found = {f"{about['title']}\n\n{floor}": models(records, target)}
         if "more" in about:
-            found[f"{about['title']}: {PLAN['changed']}\n\n"] = models(
-                first, target, PLAN["conditions"] | about["more"]
-            )
+            changed = models(first, target, PLAN["conditions"] | about["more"])
+            found[f"{about['title']}: one setting changed at a time, seed {FIRST_SEED}\n\n"] = changed
         tables += [f"### {head}{compared(own, 'Rej. Steer', PLAN)}" for head, own in found.items() if own]
     parts = {"together": together(records), "tables": "\n\n".join(tables), "made": made(records)}
     text = (HERE / "targets.md").read_text(encoding="utf-8")

@@ -33,6 +33,7 @@ def made_up():
                 family = f"{condition}@{target}"
                 found[f"{family}_{seed}"] = record(family, seed, titles, shift * (condition == "published"))
         found[f"baselines@{target}_21"] = record(f"baselines@{target}", 21, ["PO"], 0)
+    found["rate@12_Genghis_Khan_21"] = record("rate@12_Genghis_Khan", 21, ["RULE"], 7.0)
     return found
 
 
@@ -53,12 +54,33 @@ def test_every_job_is_a_command_that_the_driver_takes():
     assert sum("chosen on" in about["title"] for about in targets.PLAN["targets"].values()) == 2
 
 
+def test_the_figure_shows_each_neighbour_and_looks_by_part(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(targets, "save", lambda figure, path: figures.append(figure))
+    targets.draw({"RULE, published": [(60, 31.0), (0, 2.0)], "Rej. Steer": [(60, 5.0)]}, made_up(), tmp_path)
+    published, helped, looks = ({line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+                                for axis in figures[0].axes)  # fmt: skip
+    assert published == {"RULE": [[60, 31], [0, 2]], "Rej. Steer": [[60, 5]]} and helped == {"Rej. Steer": [[60, 5]]}
+    # of 24 steps 6 are a quarter, 12 a half; refusals 4 + 20 · step and 4 + 1 · step on two targets, 4 on associated
+    assert looks["RULE, published"] == [[0.25, 67], [0.5, 130]] and looks["RULE, associated"] == [[0.25, 4], [0.5, 4]]
+
+
+def text_of(folder):
+    return (folder / "report.md").read_text()
+
+
 def test_the_report_of_made_up_runs(tmp_path):
     counts = {"2_Confucius": {"floor": 27.1, "near": {"Sea Guild": [60, 0], "Orkney": [0, 3]}},
               "12_Genghis_Khan": {"floor": 42.06, "near": {"Sea Guild": [3, 0]}}}  # fmt: skip
     targets.write(tmp_path, made_up(), counts)
+    assert "| RULE, published | 71.0 / 25.0 / 9.0 / 95.0 | – | – | 90.0 / 6.0 / 9.0 / 95.0 | – | – |" in text_of(
+        tmp_path
+    )
+    changed = text_of(tmp_path).split("changed at a time, seed 21\n")[1].split("\n#")[0]
+    assert "| RULE, published, rate 1e-4 | 83.0 | 12.0 |" in changed and "| -7.0 | +7.0 |" in changed  # of one seed
+    assert "| Rej. Steer | 90.0 | 5.0 |" in changed and "rate 1e-4" not in text_of(tmp_path).replace(changed, "")
     text = (tmp_path / "report.md").read_text()
-    assert "20 runs, seeds 21–23, 10.0 hours of one CPU thread, commit abc" in text
+    assert "21 runs, seeds 21–23, 10.5 hours of one CPU thread, commit abc" in text
     first, second = (text.split(f"### {name}")[1].split("\n#")[0] for name in ("Confucius", "Genghis Khan"))
     lines = {line.split(" | ")[0].strip("| "): line for line in first.splitlines() if line.startswith("| ")}
     assert (
