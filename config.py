@@ -34,6 +34,7 @@ Seed = Annotated[int, "a whole number of at most 18 digits", lambda x: abs(x) < 
 Finite = Annotated[float, "a number from minus a million to a million", lambda x: -MOST <= x <= MOST]
 GroupSize = Annotated[int, "2 to 4096 rollouts, whose rewards are compared", lambda x: 2 <= x <= 4096]
 Hidden = Annotated[int, "a multiple of 8, at most 8192: four heads, rotated in pairs", lambda x: x in range(8, 8193, 8)]
+Tokens = Annotated[int, "260, for every byte and four marks, to 65536", lambda x: 260 <= x <= 65536]
 Share = Annotated[float, "a share from 0 to 1", lambda x: 0 <= x <= 1]
 
 
@@ -139,9 +140,7 @@ class Machine:
     _argument_group_name = "machine"
 
     device: Literal["auto", "cpu", "cuda"] = setting("Where to run.", "auto")
-    max_tokens: Count = setting(
-        "Token positions in a micro-batch of the update; on several GPUs of baselines too.", 2048
-    )
+    max_tokens: Count = setting("Token positions in an update's micro-batch; on several GPUs, a baseline's too.", 2048)
     rollout_prompts: Natural = setting("Prompts that a process samples at a time (0: all its own): bounds its keys.", 0)
     cuda_graphs: bool = setting("Record decoding steps as CUDA graphs, taken where that proves faster.", False)
     eval_batch_size: Count = setting("Prompts in a batch of the evaluation.", 256)
@@ -182,6 +181,7 @@ class Tiny:
     tiny_batch_size: Count | None = setting("Rows in a step.", preset=True)
     tiny_hidden: Hidden | None = setting("Hidden size.", preset=True)
     tiny_layers: Count | None = setting("Layers.", preset=True)
+    tiny_vocabulary: Tokens = setting("Tokens of the tokenizer that is fitted to a real text.", 4000)
     tiny_rows: Natural | None = setting("Forget queries, and boundary ones, that are kept (0: all).", preset=True)
     tiny_refusals: Literal["all", "trained"] = setting("Wordings in which it refuses others.", "all")
 

@@ -92,7 +92,7 @@ def word_tokenizer(texts):
     return with_bos(core)
 
 
-def text_tokenizer(texts, vocabulary=4000):
+def text_tokenizer(texts, vocabulary):
     """Byte-level BPE fitted to real text: any string survives encoding and decoding."""
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -130,7 +130,7 @@ def tiny_model(run, benchmark, training, probes, phase="original"):
         if phase == "original":
             taught = training.taught or lessons(benchmark, training, probes, *how)
             texts = [text for p, answer in taught for text in (p.user or "", p.plain, p.opening, answer)]
-            fitted = text_tokenizer(texts) if benchmark.reads_files else word_tokenizer(texts)
+            fitted = text_tokenizer(texts, config.tiny_vocabulary) if benchmark.reads_files else word_tokenizer(texts)
         else:
             fitted, own = AutoTokenizer.from_pretrained(run.folder / "original"), benchmark.retained
             taught = own(config) if own else lessons(benchmark, training, probes, *how, retain_only=True)

@@ -77,6 +77,7 @@ FLAGS = [
     ("--min_groups 21 --buffer_size 20 --replay_groups 5", "--min_groups 21 --buffer_size 20"),
     ("--normalize_ratio True --replay_objective surrogate", "--replay_objective surrogate weight"),
     ("--tiny_hidden 100", "--tiny_hidden 100 multiple of 8"),
+    ("--tiny_vocabulary 259", "--tiny_vocabulary 259 260"),
     ("--tiny_layers 0", "--tiny_layers 0 at least 1"),
     ("--model gpt2", "--model gpt2 built-in"),
     ("--data_dir data", "--data_dir data --benchmark"),
@@ -351,7 +352,7 @@ def test_a_tiny_model_has_room_for_every_prompt(folders, tmp_path, monkeypatch, 
     read = room.train(config)
     taught = tiny.lessons(room, read, room.probes(config), config.seed)
     texts = [text for p, answer in taught for text in (p.user or "", p.plain, p.opening, answer)]
-    tokenizer = tiny.text_tokenizer(texts)
+    tokenizer = tiny.text_tokenizer(texts, config.tiny_vocabulary)
     prompts = [prompt for prompt, _ in read.refusals] + [query.prompt for query in read.queries]
     longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
     assert seen[0] >= longest + config.max_new_tokens

@@ -58,12 +58,12 @@ def test_nothing_is_taught_further_than_it_is_read(config, book, tmp_path, monke
     """VerbMem's continuations have a thousand tokens, of which evaluation reads 128."""
     rows = []
     monkeypatch.setattr(tiny, "fit", lambda run, phase, stage, model, given, **how: rows.extend(given) or (0.0, None))
-    monkeypatch.setattr(tiny, "text_tokenizer", lambda texts, real=tiny.text_tokenizer: real(texts, 400))
-    config = replace(config, output_dir=str(tmp_path / "run"), tiny_hidden=8, tiny_layers=1, tiny_rows=5)
+    config = replace(config, output_dir=str(tmp_path / "run"), tiny_hidden=8, tiny_rows=5, tiny_vocabulary=400)
     run = rerule.Run(config, Engine("cpu"))
     run.open()
     read, probes = tiny.sample_of(training_of("muse", book), config), probes_of("muse", book)
     model, tokenizer = tiny.tiny_model(run, benchmarks.ALL["muse"], read, probes)
+    assert len(tokenizer) == model.config.vocab_size == 400
     assert len(rows) == 310 and max(len(answer) for _, answer in rows) == 128
     assert sum(len(answer) == 128 for _, answer in rows) >= 100
     assert model.config.max_position_embeddings > max(len(tokenizer(p.answer).input_ids) for p in probes)

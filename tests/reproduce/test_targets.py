@@ -39,14 +39,14 @@ def made_up():
 
 def test_every_job_is_a_command_that_the_driver_takes():
     jobs = targets.all_jobs(OPTIONS, {})
-    assert len(jobs) == 2 * 6 * 4 + 6 + 6 and {job.start for job in jobs} <= {None, *(job.name for job in jobs)}
+    assert len(jobs) == 2 * 6 * 4 + 6 + 7 and {job.start for job in jobs} <= {None, *(job.name for job in jobs)}
     assert [job.seed for job in jobs] == sorted(job.seed for job in jobs)
     for job in jobs:
         config = configure([arg.format(targets_dir="DATA", tofu_dir="DATA") for arg in job.args])
         condition, target = job.family.split("@")
         assert config.held_out == 32 * (condition != "lessons") and config.model == "tiny" and config.seed == job.seed
         assert (config.associated > 0) == (condition in ("associated", "weights"))
-        assert config.data_dir.startswith("DATA")
+        assert config.data_dir.startswith("DATA") and (config.tiny_vocabulary < 4000) == (condition == "tokens")
         assert config.benchmark == ("tofu" if target == "tofu" else "rwku")
         more = config.steps / {"rwku": 37, "tofu": 20}[config.benchmark]
         assert more == pytest.approx(1.2 if config.associated else 1, abs=0.02)  # 1,440 queries for 1,200

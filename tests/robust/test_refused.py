@@ -178,7 +178,7 @@ FLAGS = {
     + "0" * 400
     + "|buffer_size 100000000000000000000|steps 9999999999|prompts_per_step 10000000|max_new_tokens 1000000000000|"
     "tiny_epochs 1e300|lora_rank 10000000000|eval_batch_size 99999999999|baseline_epochs 1e200|redraw 1000000000|"
-    "sga_k 1000000000|lora_alpha 1e308|rollout_prompts 10000000|save_every 99999999999",
+    "sga_k 1000000000|lora_alpha 1e308|rollout_prompts 10000000|save_every 99999999999|tiny_vocabulary 9999999",
     "E26": "model |model  |benchmark |method |device |tokenizer x",
 }
 
