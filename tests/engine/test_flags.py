@@ -259,6 +259,7 @@ EDGES = {  # the words of a bound → (values just outside it, values just insid
     (int, "0 to 30 of the 42 neighbours"): ([-1, 31], [0, 30]),
     (int, "a multiple of 8, at most 8192: four heads, rotated in pairs"): ([0, -8, 4, 7, 9, 100, 8200], [8, 8192]),
     (int, "a multiple of 8, above 256 of 12"): ([0, -8, 12, 260, 266, 320], [8, 256, 264, 384]),
+    (int, "260, for every byte and four marks, to 65536"): ([0, 259, 65537, 10**9], [260, 65536]),
     (float, f"a number above 0, at least 1e-12, {MILLION}"): ([0.0, -1e-9, 1e-320, 1e7, *NOT_FINITE], [1e-9, 1e6]),
     (float, "0 or more, at most a billion"): ([-1e-9, 1e10, *NOT_FINITE], [0.0, 1e9]),
     (float, "a number from minus a million to a million"): ([-1e7, 1e7, *NOT_FINITE], [-1.5, 0.0]),
