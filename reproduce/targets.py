@@ -123,7 +123,7 @@ def draw(points, records, path):
             runs = [run for run in records.values() if run["family"].startswith(f"{family}@")]
             looks = [(round(4 * step / run["steps"]) / 4, refusals) for run in runs  # at 0, a quarter, a half, …
                      for step, _, refusals, _ in run["methods"].get(title.lower(), {}).get("held", [])]  # fmt: skip
-            middle = [(at, mean(y for x, y in looks if x == at)) for at in sorted({x for x, _ in looks})]
+            middle = [(at, mean(y for x, y in looks if x == at)) for at in sorted({x for x, _ in looks} - {0})]
             axes[2].plot(*zip(*middle, strict=True), **look(title) | {"linestyle": dash}, label=label)
         axis.set(xscale="symlog", ylim=(-3, 103), title=words, xlabel="Forget prompts that name the neighbour")
         axis.set(xticks=[0, 1, 10, 100], xticklabels=[0, 1, 10, 100])
