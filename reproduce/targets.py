@@ -129,7 +129,7 @@ def draw(points, records, path):
         axis.set(xticks=[0, 1, 10, 100], xticklabels=[0, 1, 10, 100])
     axes[0].set_ylabel("Its probes that are refused, % (↓ better)")
     axes[2].set(title="What a run watches", xlabel="Part of Stage 2", xticks=[0.25, 0.5, 0.75, 1])
-    axes[2].set_ylabel("Refused of queries held out, % (↓ better)")
+    axes[2].set(ylabel="Refused of queries held out, % (↓ better)", ylim=(0, 1.3 * axes[2].get_ylim()[1]))
     for axis in axes[1:]:
         axis.legend(frameon=False, fontsize=9)
     save(figure, path)

@@ -37,7 +37,7 @@ PHRASES = {  # page: its own settings, each a regular expression that is found t
     "trust.md": ["10 MB"],
     "unseen_targets.md": [r"default\s+is 32", "and 0 in the", "more than 5 points", "up to 240", "in place of 37",
                           "hold 300", "above 0, its", r"\[0(?:\.8)?, 1\.3\]", r"\b0\.8\b", r"fall to 0\b",
-                          "is almost 0", "of 5 passes in place of 20", r"with ε_low = 1\b"],
+                          "is almost 0", "of 5 passes in place of 20", r"with ε_low = 1\b", "of 4,000"],
     "results.md": ["best of 64", r"0\.25 ≤ r̄ ≤ 0\.75", "at most 8 steps", "of 64 samples"],
     "speed.md": ["32 prompts × 8", "256 tokens", "32, 64(?:,| and) 128", "25, 15 and 4 steps", "The paper's 5–11 %"],
 }  # fmt: skip
