@@ -63,6 +63,8 @@ def test_the_figure_shows_each_neighbour_and_looks_by_part(tmp_path, monkeypatch
     assert published == {"RULE": [[60, 31], [0, 2]], "Rej. Steer": [[60, 5]]} and helped == {"Rej. Steer": [[60, 5]]}
     # of 24 steps 6 are a quarter, 12 a half; refusals 4 + 20 · step and 4 + 1 · step on two targets, 4 on associated
     assert looks["RULE, published"] == [[0.25, 67], [0.5, 130]] and looks["RULE, associated"] == [[0.25, 4], [0.5, 4]]
+    low, high = figures[0].axes[2].get_ylim()
+    assert low == 0 and high > 1.25 * max(y for line in looks.values() for _, y in line)  # the legend stands above them
 
 
 def text_of(folder):
